@@ -1,0 +1,18 @@
+"""One process configuration for every test: float64, 8 virtual devices, strict shapes."""
+
+import os
+
+# Before jax starts. The concurrency-optimized scheduler trades memory for overlap, so that
+# memory_analysis() would measure the scheduler instead of the program.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    ]
+).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_enable_x64", True)
