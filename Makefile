@@ -1,0 +1,88 @@
+# Everything this project does, from a fresh machine with Python 3.11 or newer and make.
+#
+#   make demo         fine-tune the small base that ships here on real text, and print the table
+#                     (ARGS="--model FOLDER --data FILE.jsonl" for your own)
+#   make test         the everyday suite
+#   make conformance  every method on every style of model
+#   make parity       comparisons with transformers and peft (installs torch)
+#   make newest       the core's tests on the newest Python of this machine
+#   make lint, types  ruff, mypy
+#   make tpu-check    compile the examples' steps for TPUs, without a TPU
+#
+# An environment is made when it is missing and updated when pyproject.toml is newer.
+
+# The first Python that is new enough and can make an environment (some systems split venv off).
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { command -v $$p; break; }; done)
+WORKERS ?= 2
+ARGS ?=
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+comma := ,
+
+.PHONY: demo test conformance parity newest lint types tpu-check
+
+demo: $(VENV)/installed-train
+	$(VENV)/bin/python examples/demo/run.py $(ARGS)
+
+test: $(VENV)/installed-train-test
+	$(RUN) pytest -n $(WORKERS) -m "not conformance and not parity" --ignore=tests/parity
+
+conformance: $(VENV)/installed-train-test
+	$(RUN) pytest -n $(WORKERS) -m conformance --ignore=tests/parity
+
+parity: $(VENV)/installed-train-test-parity
+	$(RUN) pytest -n $(WORKERS) tests/parity
+
+lint: $(VENV)/installed-lint
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+types: $(VENV)/installed-lint
+	$(RUN) mypy
+
+# One stamp per set of extras: installed-train-test stands for `pip install -e .[train,test]`.
+$(VENV)/installed-%: pyproject.toml | $(VENV)/bin/python
+	$(RUN) pip install --quiet --editable ".[$(subst -,$(comma),$*)]"
+	touch $@
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv and ensurepip found;" \
+		"name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Oldest and newest: `make test` runs on the first Python found, this on the newest of 3.12 and
+# up, from PATH or from pyenv. The extras of training are left out, so that the core is seen to
+# need none of them; tests that do need one are skipped by name.
+NEWEST := $(shell for v in 3.14 3.13 3.12; do \
+	for p in python$$v $$(ls -d "$$(pyenv root 2>/dev/null)"/versions/$$v.*/bin/python 2>/dev/null); do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
+	&& { echo $$p; break 2; }; done; done)
+NEEDS_EXTRAS = $(shell grep -rlE --include='test_*.py' \
+	'^(import|from) (grain|tokenizers|torch|transformers|peft|jinja2|jaxpeft\.train\.data)\b' tests)
+
+newest:
+ifeq ($(NEWEST),)
+	@echo "No Python 3.12 or newer on this machine: nothing to do."
+else
+	$(MAKE) .venv-newest/installed
+	.venv-newest/bin/python -m pytest -n $(WORKERS) -m "not conformance and not parity" \
+		--ignore=tests/parity --ignore=tests/demo $(addprefix --ignore=,$(NEEDS_EXTRAS))
+endif
+
+.venv-newest/installed: pyproject.toml
+	test -x .venv-newest/bin/python || $(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+# libtpu compiles for TPUs on any Linux machine; it gets an environment of its own, since jax
+# would otherwise look for a TPU in every test.
+tpu-check: .venv-tpu/installed
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost \
+		.venv-tpu/bin/python benchmarks/tpu_check.py $(ARGS)
+
+.venv-tpu/installed: pyproject.toml
+	test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --editable . jax==0.10.2 libtpu==0.0.42.1
+	touch $@
