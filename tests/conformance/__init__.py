@@ -1,0 +1,1 @@
+"""The conformance table: every style of model, every method, every law."""
