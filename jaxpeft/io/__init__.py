@@ -1,0 +1,1 @@
+"""Files: checkpoints of the adapter, Hugging Face folders of models and of adapters."""

@@ -1,0 +1,441 @@
+"""Hugging Face model folders: `config.json` beside one or several safetensors files.
+
+A folder is opened by its headers alone. Tensors are then read one by one with plain reads, never
+through a memory map: mapped pages count as memory of the process, and a stack of layers would be
+there twice while it is built.
+
+The format: 8 bytes with the length of a JSON header (little endian), the header, the data.
+https://huggingface.co/docs/safetensors, "Format".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = [
+    "Lazy",
+    "Stack",
+    "Tensor",
+    "assemble",
+    "open_file",
+    "open_folder",
+    "read",
+    "write_folder",
+]
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+# The limit of the reference implementation. A longer header is a file of another kind.
+MAX_HEADER = 100_000_000
+# A message lists this many faults and counts the rest.
+MAX_FAULTS = 20
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies: nothing of it is in memory."""
+
+    file: Path
+    start: int  # byte in the file
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+class Lazy(NamedTuple):
+    """A tensor to be written, computed when its turn comes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    value: Callable[[], np.ndarray]
+
+
+class Stack(NamedTuple):
+    """How one array of `shape` is made of tensors: one per index of its first axis, or just one."""
+
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    stacked: bool  # False: `names` has one entry, which is the whole array
+    transposed: bool  # tensors are (out, in) in the file, (in, out) here
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+
+def open_file(file: str | Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file by name, from its header.
+
+    Raises:
+      ValueError: The file is truncated, longer than its header says, or no safetensors file.
+    """
+    file = Path(file)
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        prefix = f.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > MAX_HEADER:
+            raise ValueError(f"{file} is no safetensors file: it has no header ({size} bytes).")
+        if 8 + length > size:
+            raise ValueError(_truncated(file, 8 + length, size))
+        try:
+            header = json.loads(f.read(length))
+            header.pop("__metadata__", None)
+            tensors = {name: _entry(file, 8 + length, row) for name, row in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{file} is no safetensors file, or a damaged one: {error!r}."
+            ) from error
+    end = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, _nbytes(item[1]))):
+        if tensor.start != end:
+            raise ValueError(
+                f"{file} is damaged: tensor '{name}' starts at byte {tensor.start}, the one before "
+                f"it ends at {end}. Fetch the file again."
+            )
+        end += _nbytes(tensor)
+    if end > size:
+        raise ValueError(_truncated(file, end, size))
+    if end < size:
+        raise ValueError(
+            f"{file} is damaged: its header covers {end} bytes, it has {size}. Fetch it again."
+        )
+    return tensors
+
+
+def open_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a Hugging Face folder; only headers are read.
+
+    Args:
+      folder: Holds `config.json` and either `model.safetensors` or
+        `model.safetensors.index.json` with the files it names.
+    Returns:
+      The parsed `config.json`, and every tensor by its name.
+    Raises:
+      FileNotFoundError: No folder, no `config.json`, or no safetensors files.
+      ValueError: An index that names a file outside the folder or disagrees with its files, or a
+        file that `open_file` refuses.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}. Give the path of a model folder.")
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {CONFIG}, only {_listing(folder)}. Copy the model's {CONFIG} there; "
+            "a save that was interrupted also leaves none."
+        )
+    config = _json(folder / CONFIG)
+    if (folder / SINGLE).is_file():
+        return config, open_file(folder / SINGLE)
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(
+            f"{folder} has neither {SINGLE} nor {INDEX}, only {_listing(folder)}. Weights in "
+            "another format must be saved as safetensors first."
+        )
+    return config, _open_shards(folder)
+
+
+def read(tensor: Tensor, rows: slice | None = None) -> np.ndarray:
+    """The values of a tensor, or of a range of its rows, in a new array of the file's dtype."""
+    rows = rows or slice(None)
+    start, stop, _ = rows.indices(tensor.shape[0]) if tensor.shape else (0, 1, 1)
+    shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
+    out = np.empty(shape, tensor.dtype)
+    todo = out.reshape(-1).view(np.uint8).data
+    row_bytes = _nbytes(tensor) // tensor.shape[0] if tensor.shape and tensor.shape[0] else 0
+    with open(tensor.file, "rb", buffering=0) as f:
+        f.seek(tensor.start + start * row_bytes)
+        while todo:
+            count = f.readinto(todo)
+            if not count:
+                raise ValueError(f"{tensor.file} became shorter while it was read.")
+            todo = todo[count:]
+    return out
+
+
+def assemble(
+    tensors: Mapping[str, Tensor],
+    plan: Mapping[str, Stack],
+    *,
+    dtype: Any = None,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    ignore: Callable[[str], bool] = lambda name: False,
+) -> dict[str, jax.Array]:
+    """Builds arrays from the tensors of a folder, each in its final place from the start.
+
+    Every shard of every array is one buffer, which tensors are read into one by one (a
+    temporary of one tensor) and which JAX takes over: on CPU without a copy. So the peak is the
+    model plus one tensor. A process reads only what its own devices hold.
+
+    Args:
+      tensors: What the folder has.
+      plan: What is wanted, by path.
+      dtype: Of all arrays. `None` keeps what the file has (the wider, where layers differ).
+      shardings: By path. `None` puts all arrays on the default device.
+      ignore: Says which tensors may be left over.
+    Returns:
+      The arrays by path.
+    Raises:
+      ValueError: Names every tensor that is missing, left over, of another shape, or no float.
+    """
+    faults = _faults(tensors, plan, ignore)
+    if faults:
+        files = sorted({str(tensor.file.parent) for tensor in tensors.values()})
+        more = f"\n  and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""
+        raise ValueError(
+            f"{', '.join(files)} does not hold the tensors that its {CONFIG} describes:\n  "
+            + "\n  ".join(faults[:MAX_FAULTS])
+            + more
+            + "\nFetch the folder again, or correct its config.json."
+        )
+    arrays: dict[str, jax.Array] = {}
+    for path, stack in plan.items():
+        kept = reduce(jnp.promote_types, (tensors[name].dtype for name in stack.names))
+        sharding = shardings[path] if shardings else _default_sharding()
+        arrays[path] = jax.make_array_from_callback(
+            stack.shape, sharding, _reader(tensors, stack, np.dtype(dtype or kept))
+        )
+    return arrays
+
+
+def _open_shards(folder: Path) -> dict[str, Tensor]:
+    weight_map = _json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX} has no 'weight_map'. Fetch it again.")
+    files: dict[str, dict[str, Tensor]] = {}
+    for name in sorted(set(map(str, weight_map.values()))):
+        # By name only: in the hub's cache the files themselves are links to elsewhere.
+        if name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise ValueError(
+                f"{folder / INDEX} points outside its folder, to '{name}'. Only names of files "
+                "beside it are followed; do not use this folder unless you trust where it is from."
+            )
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} lacks {name}, which its index names. Fetch it again."
+            )
+        files[name] = open_file(folder / name)
+    tensors: dict[str, Tensor] = {}
+    for file, held in files.items():
+        for name, tensor in held.items():
+            if weight_map.get(name) != file:
+                raise ValueError(
+                    f"{folder / file} holds tensor '{name}', which the index places in "
+                    f"{weight_map.get(name)}. Fetch the folder again."
+                )
+            tensors[name] = tensor
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise ValueError(
+                f"{folder / INDEX} places tensor '{name}' in {file}, which does not hold it. "
+                "Fetch the folder again."
+            )
+    return tensors
+
+
+def _faults(
+    tensors: Mapping[str, Tensor], plan: Mapping[str, Stack], ignore: Callable[[str], bool]
+) -> list[str]:
+    faults, wanted = [], set()
+    for stack in plan.values():
+        shape = stack.shape[1:] if stack.stacked else stack.shape
+        shape = shape[::-1] if stack.transposed else shape
+        for name in stack.names:
+            wanted.add(name)
+            if name not in tensors:
+                faults.append(f"missing: {name} of shape {shape}")
+            elif tensors[name].shape != shape:
+                faults.append(f"wrong shape: {name} is {tensors[name].shape}, should be {shape}")
+            elif not jnp.issubdtype(tensors[name].dtype, jnp.floating):
+                faults.append(f"no float: {name} is {NAMES[tensors[name].dtype]}")
+    faults += [f"left over: {name}" for name in tensors if name not in wanted and not ignore(name)]
+    return faults
+
+
+def _reader(
+    tensors: Mapping[str, Tensor], stack: Stack, dtype: np.dtype
+) -> Callable[[Any], np.ndarray]:
+    """The callback that reads one shard of an array, given the shard's index."""
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [part.indices(n)[:2] for part, n in zip(index, stack.shape, strict=True)]
+        out = _aligned(tuple(stop - start for start, stop in bounds), dtype)
+        if stack.stacked:
+            (first, last), bounds = bounds[0], bounds[1:]
+            targets: Iterator[tuple[str, np.ndarray]] = zip(
+                stack.names[first:last], out, strict=True
+            )
+        else:
+            targets = iter([(stack.names[0], out)])
+        inner = [slice(*bound) for bound in bounds]
+        for name, target in targets:
+            if stack.transposed:
+                columns, rows = inner
+                np.copyto(target, read(tensors[name], rows)[:, columns].T, casting="unsafe")
+            else:
+                part = read(tensors[name], inner[0])[(slice(None), *inner[1:])]
+                np.copyto(target, part, casting="unsafe")
+        return out
+
+    return shard
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array at a multiple of 64 bytes, which the CPU backend takes over as it is."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    offset = -raw.ctypes.data % 64
+    return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _default_sharding() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _entry(file: Path, data: int, row: Mapping[str, Any]) -> Tensor:
+    start, end = row["data_offsets"]
+    shape = tuple(int(n) for n in row["shape"])
+    tensor = Tensor(file, data + int(start), DTYPES[row["dtype"]], shape)
+    if min((0, start, *shape)) < 0 or end - start != _nbytes(tensor):
+        raise ValueError(f"{row} does not fit together")
+    return tensor
+
+
+def _nbytes(tensor: Tensor | Lazy) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _truncated(file: Path, needed: int, size: int) -> str:
+    return f"{file} is truncated: its header needs {needed} bytes, it has {size}. Fetch it again."
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no valid JSON: {error}. Fetch it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} must hold a JSON object, it holds a {type(value).__name__}.")
+    return value
+
+
+def _listing(folder: Path) -> str:
+    return ", ".join(sorted(entry.name for entry in folder.iterdir())[:MAX_FAULTS]) or "nothing"
+
+
+# Writing -----------------------------------------------------------------------------------------
+
+
+def write_folder(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Lazy],
+    *,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a Hugging Face folder: weights, index where there are several files, `config.json`.
+
+    All files are first written beside their place. They are moved in with `config.json` last,
+    so that a folder whose save was cut short lacks it and is not taken for whole. Other files
+    in the folder (a tokenizer) stay; weights of an earlier save do not.
+
+    Args:
+      folder: Made if it is not there.
+      config: The contents of `config.json`.
+      tensors: By name, in the order of the files.
+      shard_bytes: At most this much data per file, unless one tensor alone is larger.
+    Raises:
+      OSError: The disk is full, or the folder cannot be written; it is then as it was.
+    """
+    if shard_bytes < 1:
+        raise ValueError(f"`shard_bytes` must be positive, got {shard_bytes}.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _split(tensors, shard_bytes)
+    names = [SINGLE]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    draft = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            _write_file(draft / name, shard)
+        if len(shards) > 1:
+            total = sum(map(_nbytes, tensors.values()))
+            where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+            _write_json(draft / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+            names.append(INDEX)
+        _write_json(draft / CONFIG, config)
+        (folder / CONFIG).unlink(missing_ok=True)
+        for old in (folder / INDEX, *folder.glob("model*.safetensors")):
+            old.unlink(missing_ok=True)
+        for name in (*names, CONFIG):
+            os.replace(draft / name, folder / name)
+    except OSError as error:
+        needed = sum(map(_nbytes, tensors.values()))
+        raise OSError(
+            error.errno,
+            f"Could not save {needed} bytes to {folder}: {error.strerror}. Make room there",
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _split(tensors: Mapping[str, Lazy], shard_bytes: int) -> list[dict[str, Lazy]]:
+    shards: list[dict[str, Lazy]] = [{}]
+    room = shard_bytes
+    for name, tensor in tensors.items():
+        if _nbytes(tensor) > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= _nbytes(tensor)
+    return shards
+
+
+def _write_file(file: Path, tensors: Mapping[str, Lazy]) -> None:
+    # transformers asks for this key, whatever wrote the file.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + _nbytes(tensor)
+        row = {"dtype": NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": (start, end)}
+        header[name] = row
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # Data aligned to 8 bytes, as the format recommends.
+    with open(file, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            value = np.ascontiguousarray(tensor.value())
+            assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype), name
+            f.write(value.reshape(-1).view(np.uint8).data)
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
