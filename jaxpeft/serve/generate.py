@@ -1,0 +1,146 @@
+"""Generation: the prompt in one pass, then one token at a time through a key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+__all__ = ["Generated", "generator", "sample"]
+
+
+class Generated(NamedTuple):
+    """What was written behind each prompt."""
+
+    tokens: Array  # (B, max_new), padded behind the end
+    lengths: Array  # (B,), how many of them count, the end token included
+
+
+def generator(
+    forward: Callable[..., Any],
+    init_cache: Callable[[int, int], Any],
+    *,
+    max_new: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos: Sequence[int] = (),
+    pad: int = 0,
+) -> Callable[..., Generated]:
+    """A compiled function that continues prompts.
+
+    Args:
+      forward: `forward(params, tokens, mask=, cache=) -> (logits, cache)` with tokens and mask
+        (B, T) and logits (B, T, V), as `decoder.pure` gives, or `jaxpeft.lift` of it.
+      init_cache: `init_cache(rows, length)` gives an empty cache, as
+        `functools.partial(decoder.init_cache, config)` does.
+      max_new: Most tokens to write per row.
+      temperature: 0 takes the likeliest token. Otherwise tokens are drawn from the softmax of
+        logits / temperature.
+      top_k: Draw among the k likeliest tokens only.
+      top_p: Then draw among the fewest tokens whose probabilities sum up to it.
+      eos: A row ends with any of these ids; the loop ends when all rows have.
+      pad: Fills `Generated.tokens` behind the end.
+    Returns:
+      A function of `(params, tokens, mask=None, key=None)`. The mask (B, T) is false on padding,
+      best on the left; the key is needed at a temperature. It is compiled once per shape, so keep
+      it, and keep what `lift` returned: another function object is another program.
+    Raises:
+      ValueError: Options out of range, or that a temperature of 0 would ignore; no key.
+    Example:
+      >>> write = generator(forward, partial(decoder.init_cache, config), max_new=20)
+      >>> write(params, tokens).tokens
+    """
+    if max_new < 1 or temperature < 0:
+        raise ValueError(
+            "`generator` needs max_new >= 1 and temperature >= 0, got "
+            f"max_new={max_new}, temperature={temperature}."
+        )
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(
+            f"`generator` needs top_k >= 1 and 0 < top_p <= 1, got top_k={top_k}, top_p={top_p}."
+        )
+    if temperature == 0 and (top_k, top_p) != (None, None):
+        raise ValueError(
+            f"top_k={top_k}, top_p={top_p} do nothing at temperature=0, which takes the likeliest "
+            "token. Give a temperature, or leave them out."
+        )
+
+    def pick(logits: Array, key: Array | None, step: Any) -> Array:
+        if temperature == 0:
+            return jnp.argmax(logits, axis=-1)
+        assert key is not None
+        key = jax.random.fold_in(key, step)
+        return sample(key, logits, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    def ends(token: Array) -> Array:
+        return jnp.isin(token, jnp.asarray(eos, token.dtype))
+
+    @jax.jit
+    def run(params: Any, tokens: Array, mask: Array, key: Array | None) -> Generated:
+        rows, length = tokens.shape
+        # The last token is written but never read.
+        cache = init_cache(rows, length + max_new - 1)
+        logits, cache = forward(params, tokens, mask=mask, cache=cache)
+        # Of the last real token, wherever the padding is.
+        last = length - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+        logits = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
+        token = pick(logits, key, 0).astype(tokens.dtype)
+        written = jnp.full((rows, max_new), pad, tokens.dtype).at[:, 0].set(token)
+
+        def go_on(state: Any) -> Array:
+            step, _, done, *_ = state
+            return (step < max_new) & ~jnp.all(done)
+
+        def write(state: Any) -> Any:
+            step, token, done, lengths, written, cache = state
+            # A row that has ended feeds padding, which nothing sees.
+            logits, cache = forward(params, token[:, None], mask=~done[:, None], cache=cache)
+            token = pick(logits[:, 0], key, step).astype(tokens.dtype)
+            token = jnp.where(done, pad, token)
+            written = written.at[:, step].set(token)
+            lengths = lengths + ~done
+            return step + 1, token, done | ends(token), lengths, written, cache
+
+        lengths = jnp.ones((rows,), jnp.int32)
+        state = jnp.int32(1), token, ends(token), lengths, written, cache
+        *_, lengths, written, _ = jax.lax.while_loop(go_on, write, state)
+        return Generated(written, lengths)
+
+    def write_on(
+        params: Any, tokens: Array, mask: Array | None = None, key: Array | None = None
+    ) -> Generated:
+        if temperature > 0 and key is None:
+            raise ValueError(f"temperature={temperature} draws tokens and needs a `key`.")
+        mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
+        return run(params, jnp.asarray(tokens), mask, key)
+
+    return write_on
+
+
+def sample(
+    key: Array,
+    logits: Array,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Array:
+    """Draws ids (...) from logits (..., V), restricted as `generator` says.
+
+    Tokens as likely as the last one kept are kept too.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+    if top_k is not None:
+        least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p is not None:
+        falling = -jnp.sort(-logits, axis=-1)
+        share = jax.nn.softmax(falling, axis=-1)
+        kept = jnp.cumsum(share, axis=-1) - share < top_p
+        least = jnp.min(jnp.where(kept, falling, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits, axis=-1)
