@@ -1,0 +1,104 @@
+"""Everything that differs between the JAX versions that are supported, and nothing else.
+
+Primitives that `jax.extend.core.primitives` does not export are found by tracing one
+public call, so that neither their names nor their modules matter.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core as jex
+from jax.extend.source_info_util import summarize
+from jax.sharding import AxisType, PartitionSpec
+
+
+def _primitive(fn: Callable, *args: Any) -> jex.Primitive:
+    """The last primitive that a public function binds."""
+    return jax.make_jaxpr(fn)(*args).jaxpr.eqns[-1].primitive
+
+
+_f = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+
+ragged_dot_p = _primitive(
+    lax.ragged_dot,
+    _f,
+    jax.ShapeDtypeStruct((1, 2, 2), jnp.float32),
+    jax.ShapeDtypeStruct((1,), jnp.int32),
+)
+split_p = _primitive(lambda x: lax.split(x, (1, 1)), _f)
+optimization_barrier_p = _primitive(lax.optimization_barrier, _f)
+
+
+def _under_shard_map() -> tuple[jex.Primitive, jex.Primitive | None]:
+    """The primitives of `jax.shard_map` and of `lax.pcast` to varying inside it."""
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,))
+
+    def body(x: jax.Array) -> jax.Array:
+        return lax.pcast(x, ("x",), to="varying")
+
+    spec = PartitionSpec()
+    closed = jax.make_jaxpr(
+        jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=PartitionSpec("x"))
+    )(_f)
+    eqn = closed.jaxpr.eqns[-1]
+    inner, _ = open_jaxpr(eqn.params["jaxpr"])
+    return eqn.primitive, inner.eqns[-1].primitive if inner.eqns else None
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[jex.Jaxpr, list]:
+    """A jaxpr and its constants; closed jaxprs and open ones look alike afterwards."""
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+shard_map_p, pcast_p = _under_shard_map()
+
+
+def bind(eqn: jex.JaxprEqn, values: Sequence[Any]) -> list:
+    """One equation on arrays, as JAX would run it.
+
+    A jaxpr of this one equation keeps its named scope, source line, context and effects.
+    """
+    operands: dict[Any, Any] = {
+        v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, jex.Literal)
+    }
+    one = jex.Jaxpr((), list(operands), eqn.outvars, [eqn], eqn.effects)
+    return jax.core.eval_jaxpr(one, (), *operands.values())
+
+
+def scan_counts(eqn: jex.JaxprEqn) -> tuple[int, int, int]:
+    """How many operands of a scan are constants, carried, and scanned over.
+
+    Told apart by rank, since the parameters that say so differ between versions.
+    """
+    body, _ = open_jaxpr(eqn.params["jaxpr"])
+    ranks = [
+        len(outer.aval.shape) - len(inner.aval.shape)
+        for outer, inner in zip(eqn.invars, body.invars, strict=True)
+    ]
+    xs = sum(ranks)
+    carry = sum(
+        len(outer.aval.shape) == len(inner.aval.shape)
+        for outer, inner in zip(eqn.outvars, body.outvars, strict=True)
+    )
+    return len(eqn.invars) - carry - xs, carry, xs
+
+
+def source(eqn: jex.JaxprEqn) -> str:
+    """`file:line (function)` of the user's code that made this equation."""
+    return summarize(eqn.source_info)
+
+
+def abstract(x: Any) -> jax.ShapeDtypeStruct:
+    """The type of an array as a tracing argument, with its sharding where that is typed.
+
+    Which mesh axes a value varies over inside `shard_map` is left out: JAX inserts the
+    casts where the trace needs them, and `lift` skips those that the real value has already.
+    """
+    aval = jax.typeof(x)
+    sharding = getattr(aval, "sharding", None)
+    if sharding is None or AxisType.Explicit not in getattr(sharding.mesh, "axis_types", ()):
+        sharding = None
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)

@@ -1,0 +1,255 @@
+"""lift(fn): the meaning of a tree with structured weights.
+
+`fn` is traced as if every weight were a dense array, then its jaxpr is evaluated; where a
+view meets a primitive, the rule of that primitive says how its weight acts. After `jit`
+nothing of this is left.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+
+from jaxpeft import compat
+from jaxpeft.rules import RULES
+from jaxpeft.weight import Unsupported, View, Weight, chain_of, innermost, is_view, map_views
+
+F = TypeVar("F", bound=Callable)
+
+
+class MaterializedWarning(UserWarning):
+    """A structured weight was turned into a dense array, which is right but costs its size."""
+
+
+class NotAMatrixError(TypeError):
+    """A weight that is no matrix stands where only a dense array would do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Materialized:
+    """One place where a weight was, or would be, turned into a dense array."""
+
+    path: str
+    primitive: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"'{self.path}' at {self.primitive} ({self.source})"
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """One run of the evaluator. Rules call it for the jaxprs inside an equation.
+
+    Attributes:
+      report: Called with every materialization.
+      taps: What weights of this scope have left for each other, by name.
+      sites: How many places a weight has acted at so far.
+    """
+
+    report: Callable[[Materialized], None]
+    taps: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sites: list[int] = dataclasses.field(default_factory=lambda: [0])
+
+    def number(self) -> int:
+        """A number for the next place where a weight acts."""
+        self.sites[0] += 1
+        return self.sites[0]
+
+    def dense(self, x: Any, eqn: jex.JaxprEqn | None, why: str = "") -> Any:
+        """x itself, or the array that a view stands for."""
+        if not is_view(x):
+            return x
+        primitive = (eqn.primitive.name if eqn is not None else "return") + why
+        where = compat.source(eqn) if eqn is not None else "the end of the function"
+        for w in chain_of(x.weight):
+            if not w.is_matrix:
+                raise NotAMatrixError(
+                    f"{type(w).__name__} at '{x.path}' is no matrix, so it cannot stand where "
+                    f"the model applies `{primitive}` to the weight itself ({where}). "
+                    "Leave this weight out of the method's targets."
+                )
+        self.report(Materialized(x.path, primitive, where))
+        return x.materialize()
+
+    def inner(self) -> "Evaluation":
+        """For a jaxpr whose values must not leave it, such as the body of a loop."""
+        return Evaluation(self.report, {}, self.sites)
+
+    def closed(self, what: str) -> None:
+        """Says that a scope has ended; whatever was left in it can never be met."""
+        if self.taps:
+            name = next(iter(self.taps))
+            raise NotAMatrixError(
+                f"The adapter '{name}' reads its input inside {what} but adds its output "
+                "outside of it. Place both ends in the same scope of the model."
+            )
+
+    def run(self, jaxpr: Any, args: Sequence[Any]) -> list:
+        """Evaluates a jaxpr on arrays and views."""
+        jaxpr, consts = compat.open_jaxpr(jaxpr)
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(v: Any) -> Any:
+            return v.val if isinstance(v, jex.Literal) else env[v]
+
+        for eqn in jaxpr.eqns:
+            values = [read(v) for v in eqn.invars]
+            if any(is_view(v) for v in values):
+                outs = self.apply(eqn, values)
+            else:
+                outs = compat.bind(eqn, values)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def apply(self, eqn: jex.JaxprEqn, values: list) -> list:
+        """One equation with views among its operands."""
+        rule = RULES.get(eqn.primitive)
+        name = str(eqn.source_info.name_stack)
+        scope = jax.named_scope(name) if name else contextlib.nullcontext()
+        # The maths of a weight mixes dtypes and ranks on purpose, whatever the caller forbids.
+        promote = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+        with eqn.ctx.manager, scope, promote[0], promote[1]:
+            try:
+                outs = rule(self, eqn, *values) if rule is not None else None
+            except Unsupported:
+                outs = None
+        if outs is None:
+            outs = compat.bind(eqn, [self.dense(v, eqn) for v in values])
+        return outs
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _warn(event: Materialized) -> None:
+    key = (event.path, event.primitive)
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(
+            f"The weight {event} is turned into a dense array there, because no rule covers "
+            "this use. The result is right, at the cost of the array's size and of the "
+            "gradient's. Leave it out of the targets to avoid this.",
+            MaterializedWarning,
+            stacklevel=2,
+        )
+
+
+def _raise(event: Materialized) -> None:
+    raise ValueError(
+        f"The weight {event} would be turned into a dense array, which "
+        "`lift(..., materialize='error')` forbids. Leave it out of the method's targets."
+    )
+
+
+def lift(
+    fn: F,
+    *,
+    materialize: Literal["warn", "error", "allow"] | Callable[[Materialized], None] = "warn",
+) -> F:
+    """`fn` on trees that hold structured weights in the place of arrays.
+
+    For weights that are matrices, `lift(fn)(tree, ...) == fn(merge(tree), ...)`, without
+    ever forming them. Only structured weights are traced: every other argument (arrays,
+    flags, strings, keys, modules) reaches `fn` as the caller passed it. Use it inside
+    `jax.jit`, as `jax.grad` is: each call traces `fn`.
+
+    Args:
+      fn: Any JAX function; results may be any pytree.
+      materialize: What to do where no rule covers what the model does with a weight that is
+        a matrix: "warn" once per path and primitive, "error", "allow", or a function of
+        `Materialized`. A weight that is no matrix is an error there in any case.
+
+    Returns:
+      A function of the same arguments. A structured weight that `fn` returns as it came is
+      returned as it came.
+
+    Raises:
+      NotAMatrixError: A bottleneck adapter, a prompt or the like stands where the model does
+        something with the weight that it cannot follow; names path, primitive and line.
+    """
+    report = {"warn": _warn, "error": _raise, "allow": lambda event: None}.get(
+        materialize,  # type: ignore[arg-type]
+        materialize,
+    )
+    if not callable(report):
+        raise ValueError(
+            f"`lift(materialize={materialize!r})`: give 'warn', 'error', 'allow' or a function."
+        )
+
+    @functools.wraps(fn)
+    def lifted(*args: Any, **kwargs: Any) -> Any:
+        flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_view)
+        at = [i for i, x in enumerate(flat) if is_view(x)]
+        for i in at:
+            if not isinstance(flat[i].weight, jax.Array) or not flat[i].natural:
+                continue
+            flat[i] = flat[i].weight  # an array that no method has touched
+        at = [i for i in at if is_view(flat[i])]
+        result: dict[str, Any] = {}
+
+        def with_arrays(*arrays: Any) -> list:
+            values = list(flat)
+            for i, array in zip(at, arrays, strict=True):
+                values[i] = array
+            args, kwargs = jax.tree.unflatten(treedef, values)
+            out, result["tree"] = jax.tree.flatten(fn(*args, **kwargs))
+            result["static"] = [None if _is_array(x) else (x,) for x in out]
+            return [x for x in out if _is_array(x)]
+
+        jaxpr = jax.make_jaxpr(with_arrays)(*[_abstract(flat[i]) for i in at])
+        evaluation = Evaluation(report)
+        views = [flat[i].unfolded() for i in at]
+        outs = iter(evaluation.run(jaxpr, views))
+        evaluation.closed("the function")
+        given = {id(view): flat[i] for view, i in zip(views, at, strict=True)}
+        values = []
+        for static in result["static"]:
+            out = static[0] if static else next(outs)
+            values.append(given[id(out)] if id(out) in given else evaluation.dense(out, None))
+        return jax.tree.unflatten(result["tree"], values)
+
+    return lifted  # type: ignore[return-value]
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray, np.generic))
+
+
+def _abstract(view: View) -> jax.ShapeDtypeStruct:
+    """The type under which a view is traced: that of the array it replaces."""
+    base = innermost(view.weight)
+    sharding = None
+    if view.natural and not isinstance(base, Weight) and base.shape == view.shape:
+        sharding = compat.abstract(base).sharding
+    return jax.ShapeDtypeStruct(view.shape, view.dtype, sharding=sharding)
+
+
+def merge(tree: Any) -> Any:
+    """Plain arrays in the place of structured weights, for export and inference.
+
+    Each weight is computed in the wider of its parts' dtypes at the highest matmul
+    precision and cast once to the dtype of the array it replaces.
+
+    Raises:
+      NotAMatrixError: A weight in the tree is no matrix; names its path.
+    """
+
+    def one(view: View) -> jax.Array:
+        for w in chain_of(view.weight):
+            if not w.is_matrix:
+                raise NotAMatrixError(
+                    f"{type(w).__name__} at '{view.path}' is no matrix, so it cannot be merged. "
+                    "Keep the tree as it is and call the model through `lift`."
+                )
+        return view.materialize()
+
+    with jax.default_matmul_precision("highest"):
+        return map_views(one, tree)

@@ -1,0 +1,194 @@
+"""LoRA: a low-rank matrix beside the frozen one."""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.describe import Described
+from jaxpeft.methods.placing import place
+from jaxpeft.sites import Part, Site, Sites, by_pattern
+from jaxpeft.tree import Hole, Train
+from jaxpeft.weight import IN, OUT, View, Weight, axes, base, dense, static, weight
+
+
+@weight
+class LowRank(Weight):
+    """The matrix `w + scale * a @ b`, kept factored.
+
+    With a `part`, `a @ b` has only the columns of that part of the output axis.
+    """
+
+    w: Any = base()
+    a: Any = axes("in", "rank")
+    b: Any = axes("rank", "out")
+    key: Any = axes(optional=True)
+    scale: float = static(1.0)
+    dropout: float = static(0.0)
+    part: Part | None = static(None)
+
+    local_in = local_out = True
+
+    def forward(self, x):
+        """x @ (w + scale * a @ b) = x @ w + scale * (x @ a) @ b."""
+        return x @ self.w + self._columns(self.scale * (self._dropped(x) @ self.a @ self.b))
+
+    def transposed(self, y):
+        """y @ (w + scale * a @ b).T = y @ w.T + scale * (y @ b.T) @ a.T."""
+        chosen = self._chosen(self._dropped(y))
+        return y @ self.w.T + self.scale * (chosen @ self.b.T @ self.a.T)
+
+    def lookup(self, ids):
+        """(w + scale * a @ b)[ids] = w[ids] + scale * a[ids] @ b."""
+        return self.w[ids] + self._columns(self.scale * (self.a[ids] @ self.b))
+
+    def materialize(self):
+        return dense(self.w) + self._columns(self.scale * self.a @ self.b)
+
+    def _dropped(self, x):
+        """x with entries dropped and the rest scaled up, where this call has a key."""
+        if self.key is None or not self.dropout:
+            return x
+        # Two uses of one weight draw two masks.
+        key = jax.random.fold_in(self.key.array, self.key.site.salt)
+        kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+        return jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+
+    def _columns(self, y):
+        """The columns of the part, at their place among zeros."""
+        if self.part is None:
+            return y
+        part = self.part
+        blocks = y.reshape(*y.shape[:-1], part.groups, 1, -1)
+        pad = [(0, 0, 0)] * blocks.ndim
+        pad[-2] = (part.index, part.of - part.index - 1, 0)
+        out = jax.lax.pad(blocks, jnp.zeros((), y.dtype), pad)
+        return out.reshape(*y.shape[:-1], y.shape[-1] * part.of)
+
+    def _chosen(self, y):
+        """The columns of the part out of all."""
+        if self.part is None:
+            return y
+        part = self.part
+        blocks = y.reshape(*y.shape[:-1], part.groups, part.of, -1)
+        return blocks[..., part.index, :].reshape(*y.shape[:-1], -1)
+
+
+def lora(
+    rank: int | Mapping[str, int],
+    sites: Sites,
+    *,
+    alpha: float | Mapping[str, float] | None = None,
+    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r",
+    dropout: float = 0.0,
+    init: Literal["kaiming", "gaussian"] = "kaiming",
+    dtype: Any = jnp.float32,
+) -> Described:
+    """Low-rank adaptation.
+
+    Each selected matrix `w` (in, out) becomes `w + s * a @ b` with `a` (in, r) random and
+    `b` (r, out) zero, so that training starts at the base model; `s` is alpha / r, or
+    alpha / sqrt(r) (rank-stabilized). An embedding starts with `a` zero and `b` Normal(0, 1)
+    instead. A stack of matrices (layers of a scan, experts) gets a stack of factors.
+
+    Args:
+      rank: Columns of `a`. At most min(in, out). A mapping from path patterns gives each
+        target its own; the first match wins.
+      sites: The matrices to adapt; with `Sites.columns`, a part of their outputs.
+      alpha: Strength of the update, or a mapping as for `rank`. `None` means `s` = 1.
+      scaling: Which of the two formulas `s` follows.
+      dropout: Probability with which an entry of the adapter's input is dropped. Active only
+        in calls that give a key, `combine(frozen, adapter, dropout=key)`: every layer then
+        draws its own mask.
+      init: "kaiming" draws `a` uniformly within 1 / sqrt(in), "gaussian" from
+        Normal(0, 1 / in).
+      dtype: Of both factors. Their product runs in the wider of this and the input's dtype;
+        the base product keeps the base's.
+
+    Returns:
+      A method with r * (in + out) trained numbers per matrix.
+
+    Raises:
+      ValueError: A rank out of range (names the matrix), a dropout outside [0, 1), an
+        unknown init or scaling.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp
+      >>> f, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
+      >>> sites = jp.sites(f, params, jnp.ones((1, 8)))
+      >>> frozen, adapter = jp.split(jp.lora(2, sites.linear)(jax.random.key(0), params))
+      >>> {path: array.shape for path, array in adapter.items()}
+      {'w/a': (8, 2), 'w/b': (2, 4)}
+
+    References:
+      Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, section 4.1.
+      https://arxiv.org/abs/2106.09685
+      Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, 2023.
+      https://arxiv.org/abs/2312.03732
+    """
+    if not 0 <= dropout < 1:
+        raise ValueError(f"`lora(dropout={dropout})`: a probability in [0, 1) is needed.")
+    if init not in ("kaiming", "gaussian"):
+        raise ValueError(f"`lora(init='{init}')`: choose 'kaiming' or 'gaussian'.")
+    if scaling not in ("alpha/r", "alpha/sqrt(r)"):
+        raise ValueError(f"`lora(scaling='{scaling}')`: choose 'alpha/r' or 'alpha/sqrt(r)'.")
+    ranks = by_pattern(rank, sites, "rank")
+    alphas = by_pattern(alpha, sites, "alpha")
+
+    def make(key: jax.Array, site: Site, view: View) -> View:
+        r, alpha = ranks[site.path], alphas[site.path]
+        n, m = site.size(IN), site.size(OUT)
+        m = site.part.size(m) if site.part else m
+        if not 1 <= r <= min(n, m):
+            raise ValueError(
+                f"`lora(rank={r})` needs 1 <= rank <= min(in, out), but '{site.path}' of shape "
+                f"{site.shape} is {n} x {m}. Lower the rank, or leave this weight out of the sites."
+            )
+        strength = r if alpha is None else alpha
+        low = LowRank(
+            view.weight,
+            *_factors(key, site, (n, m), r, init, dtype),
+            key=_dropout_key(site, view) if dropout else None,
+            scale=strength / (r if scaling == "alpha/r" or alpha is None else math.sqrt(r)),
+            dropout=dropout,
+            part=site.part,
+        )
+        return dataclasses.replace(view, weight=low)
+
+    options = dict(
+        rank=rank,
+        sites=sites,
+        alpha=alpha,
+        scaling=scaling,
+        dropout=dropout,
+        init=init,
+        dtype=dtype,
+    )
+    return Described("lora", options, lambda key, tree: place(key, tree, sites, make, who="lora"))
+
+
+def _factors(
+    key: jax.Array, site: Site, sides: tuple[int, int], r: int, init: str, dtype: Any
+) -> tuple[Train, Train]:
+    n, m = sides
+    shape_a, shape_b = (*site.stack, n, r), (*site.stack, r, m)
+    if "embedding" in site.kinds:
+        # Every row of `a` is read alone: a random `a` of size 1 / sqrt(vocabulary) would
+        # leave `b` almost without a gradient.
+        a = jnp.zeros(shape_a, dtype)
+        return Train(a), Train(jax.random.normal(key, shape_b, dtype))
+    if init == "kaiming":
+        a = jax.random.uniform(key, shape_a, dtype, -1, 1) / math.sqrt(n)
+    else:
+        a = jax.random.normal(key, shape_a, dtype) / math.sqrt(n)
+    return Train(a.astype(dtype)), Train(jnp.zeros(shape_b, dtype))
+
+
+def _dropout_key(site: Site, view: View) -> Hole:
+    return Hole(
+        "dropout", optional=True, fold=zlib.crc32(site.path.encode()), stack=view.sizes("stack")
+    )

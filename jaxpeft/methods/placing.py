@@ -1,0 +1,54 @@
+"""How a method puts its weights into a tree: the one loop that all methods share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxpeft.sites import Site, Sites
+from jaxpeft.tree import Train, flatten, fold
+from jaxpeft.weight import View, is_view
+
+
+def place(
+    key: jax.Array,
+    tree: Any,
+    sites: Sites,
+    make: Callable[[jax.Array, Site, View], View],
+    *,
+    who: str,
+) -> Any:
+    """The tree with `make(key, site, view)` at the place of every selected matrix.
+
+    Args:
+      key: Folded by path, so that selecting more weights changes no other one.
+      sites: The selected parameters.
+      make: The new view from the old one, which may hold another method's weight.
+      who: The call as the user wrote it, for messages.
+
+    Raises:
+      ValueError: Nothing is selected, a selected parameter is no matrix, or the tree has no
+        such path or another shape there.
+    """
+    if not sites:
+        raise ValueError(f"`{who}` selects no parameter. The sites given are empty.")
+    flat, treedef = flatten(tree, is_leaf=lambda x: is_view(x) or isinstance(x, Train))
+    for path, site in sites.items():
+        if path not in flat:
+            raise ValueError(
+                f"`{who}` selects '{path}', which this tree does not have. It has "
+                f"{list(flat)[:20]}. Were the sites found on another model?"
+            )
+        if tuple(flat[path].shape) != site.shape:
+            raise ValueError(
+                f"`{who}`: '{path}' has shape {tuple(flat[path].shape)}, but had "
+                f"{site.shape} when the sites were found."
+            )
+        if not site.is_matrix:
+            raise ValueError(
+                f"`{who}` selects '{path}' of shape {site.shape}, which the model uses as "
+                f"{', '.join(sorted(site.kinds)) or 'nothing'}, not as a matrix. Select from "
+                "`sites.matrices`."
+            )
+        flat[path] = make(fold(key, path), site, site.view(flat[path]))
+    return jax.tree.unflatten(treedef, list(flat.values()))

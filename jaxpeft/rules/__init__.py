@@ -1,0 +1,6 @@
+"""What each primitive does with a structured weight, one file per kind of primitive."""
+
+from jaxpeft.rules import contractions, control, gathers, sharding, views
+from jaxpeft.rules.registry import RULES
+
+__all__ = ["RULES", "contractions", "control", "gathers", "sharding", "views"]

@@ -1,0 +1,270 @@
+"""Products with a weight: dense, batched over a stack, ragged over experts, convolutions."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import primitives as p
+
+from jaxpeft import compat
+from jaxpeft.rules.registry import rule
+from jaxpeft.weight import (
+    IN,
+    OUT,
+    STACK,
+    Operand,
+    Site,
+    Unsupported,
+    View,
+    bind,
+    is_view,
+    permute,
+    refold,
+)
+
+
+def site_of(run: Any, at: View, eqn: Any, kind: type[Site] = Site, **more: Any) -> Site:
+    """The site at which a view meets this equation."""
+    return kind(
+        at.dtype,
+        precision=eqn.params.get("precision"),
+        preferred=eqn.params.get("preferred_element_type"),
+        salt=run.number(),
+        # Under vmap over a stack, what one weight leaves could not be met by another.
+        taps=None if at.indices(STACK) else run.taps,
+        **more,
+    )
+
+
+def bound(view: View, w: Any, site: Site) -> Any:
+    """The weight of one slice of the stack, bound to a site in the program's dtype."""
+    roles = [a.role for a in view.axes if a.role != STACK] if view.natural else [IN, OUT]
+    return bind(w, site, roles, view.dtype)
+
+
+def _orientation(view: View, contracted: list[int], batch: list[int]) -> tuple[str, str] | None:
+    """(IN, OUT) for a forward use of a refined view, (OUT, IN) for a transposed one, else None."""
+
+    def axes_of(dims: list[int]) -> set[int]:
+        return {d.axis for i in dims for d in view.dims[i] if d.size > 1}
+
+    def axes_with(role: str) -> set[int]:
+        return {i for i in view.indices(role) if view.axes[i].size > 1}
+
+    free = [i for i in range(view.ndim) if i not in contracted and i not in batch]
+    if axes_of(batch) != axes_with(STACK):
+        return None
+    for a, b in ((IN, OUT), (OUT, IN)):
+        if axes_of(contracted) == axes_with(a) and axes_of(free) == axes_with(b):
+            return a, b
+    return None
+
+
+def _sorting(axes: list[int]) -> list[int]:
+    return sorted(range(len(axes)), key=axes.__getitem__)
+
+
+def _contract(
+    run: Any,
+    eqn: Any,
+    view: View,
+    x: jax.Array,
+    dims: tuple[list[int], list[int]],
+    x_dims: tuple[list[int], list[int]],
+) -> jax.Array | None:
+    """(*batch, *x free, *view free) = x contracted with the view, in the equation's order.
+
+    Args:
+      dims: The view's contracted and batch dimensions.
+      x_dims: Those of x, pairwise the same.
+    """
+    view = view.refined()
+    (vc, vb), (xc, xb) = dims, x_dims
+    orientation = _orientation(view, vc, vb)
+    if orientation is None:
+        return None
+    # x as (*stack, *free, *contracted axes in the order of the weight) -> (*stack, *free, n)
+    stack = [view.dims[i][0].axis if view.dims[i] else -1 for i in vb]
+    if any(len(view.dims[i]) > 1 for i in vb):
+        return None
+    stack_order = _sorting(stack)
+    free = [i for i in range(x.ndim) if i not in xc and i not in xb]
+    x = permute(x, [*(xb[i] for i in stack_order), *free, *xc])
+    lead = x.shape[: len(xb) + len(free)]
+    parts = [d for i in vc for d in view.dims[i]]
+    x = refold(x, (*lead, *(d.size for d in parts)))
+    order = _sorting([d.axis for d in parts])
+    x = permute(x, [*range(len(lead)), *(len(lead) + i for i in order)])
+    x = refold(x, (*lead, math.prod(d.size for d in parts)))
+
+    site = site_of(run, view, eqn)
+
+    def product(w: Any, x: jax.Array) -> jax.Array:
+        w = bound(view, w, site)
+        return x @ w if orientation == (IN, OUT) else x @ w.T
+
+    if len(view.indices(STACK)) != len(vb):
+        return None  # a stack of size 1 that the program has squeezed away
+    y = view.over_stack(product, x)
+
+    # y is (*stack, *free, m); m is cut into the axes of the weight, then into the program's dims
+    view_free = [i for i in range(view.ndim) if i not in vc and i not in vb]
+    parts = [d for i in view_free for d in view.dims[i]]
+    order = _sorting([d.axis for d in parts])
+    y = refold(y, (*lead, *(parts[i].size for i in order)))
+    back = [len(lead) + i for i in _sorting(order)]
+    y = permute(y, [*_sorting(stack_order), *range(len(xb), len(lead)), *back])
+    return refold(y, (*y.shape[: len(lead)], *(view.shape[i] for i in view_free)))
+
+
+@rule(p.dot_general_p)
+def dot_general(run: Any, eqn: Any, lhs: Any, rhs: Any) -> list | None:
+    (lc, rc), (lb, rb) = (tuple(map(list, pair)) for pair in eqn.params["dimension_numbers"])
+    if is_view(lhs) and is_view(rhs):
+        rhs = run.dense(rhs, eqn, " with another weight")
+    aval = eqn.outvars[0].aval
+    if is_view(rhs):
+        y = _contract(run, eqn, rhs, lhs, (rc, rb), (lc, lb))
+    else:
+        y = _contract(run, eqn, lhs, rhs, (lc, lb), (rc, rb))
+        if y is not None:  # the weight came first: its free dimensions come before those of x
+            batch, x_free = len(lb), rhs.ndim - len(rc) - len(rb)
+            y = permute(
+                y,
+                [*range(batch), *range(batch + x_free, y.ndim), *range(batch, batch + x_free)],
+            )
+    return None if y is None else [y.astype(aval.dtype)]
+
+
+class RaggedSite(Site):
+    """x (tokens, n), sorted by expert, against stacks of experts: `jax.lax.ragged_dot`."""
+
+    def __init__(self, dtype: Any, *, groups: jax.Array, **kwargs: Any):
+        super().__init__(dtype, **kwargs)
+        self.groups = groups
+
+    def product(self, x: jax.Array, op: Operand) -> jax.Array:
+        if STACK not in op.roles:
+            return super().product(x, op)
+        order = [op.roles.index(role) for role in (STACK, op.rows, op.cols)]
+        if len(op.roles) != 3:
+            raise Unsupported("experts with more than two axes")
+        same = x.dtype == op.array.dtype == self.dtype
+        return lax.ragged_dot(
+            x,
+            permute(op.array, order),
+            self.groups,
+            precision=self.precision,
+            preferred_element_type=self.preferred if same else None,
+        )
+
+    def spread(self, op: Operand) -> jax.Array:
+        if STACK not in op.roles:
+            return super().spread(op)
+        tokens = self.tokens
+        return jnp.repeat(op.array, self.groups, axis=0, total_repeat_length=tokens)
+
+    def matrix(self, op: Operand) -> jax.Array:
+        raise Unsupported("the matrix of one expert")
+
+    tokens: int = 0
+
+
+@rule(compat.ragged_dot_p)
+def ragged_dot(run: Any, eqn: Any, x: Any, view: Any, groups: Any) -> list | None:
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    if is_view(x) or is_view(groups) or not is_view(view):
+        return None
+    if numbers.dot_dimension_numbers != (((1,), (1,)), ((), ())) or view.ndim != 3:
+        return None
+    if tuple(numbers.lhs_ragged_dimensions) != (0,):
+        return None
+    view = view.refined()
+    if _orientation(view, [1], list(numbers.rhs_group_dimensions)) != (IN, OUT):
+        return None
+    if len(view.indices(STACK)) != 1:
+        return None
+    # ragged_dot wants (experts, in, out), which is the canonical form.
+    view = view.in_canonical_layout()
+    site = site_of(run, view, eqn, RaggedSite, groups=groups)
+    site.tokens, site.taps = x.shape[0], run.taps
+    y = x @ bind(view.weight, site, (STACK, IN, OUT), view.dtype)
+    return [y.astype(eqn.outvars[0].aval.dtype)]
+
+
+class ConvSite(Site):
+    """x (batch, *space, channels) against kernels: `jax.lax.conv_general_dilated`.
+
+    The `in` side of a kernel is its window and its input channels together; a field that
+    has it is a smaller kernel, any other field is a product over channels.
+    """
+
+    def __init__(self, dtype: Any, *, view: View, eqn: Any, **kwargs: Any):
+        super().__init__(dtype, **kwargs)
+        self.view, self.eqn = view, eqn
+
+    def product(self, x: jax.Array, op: Operand) -> jax.Array:
+        if op.cols == IN:
+            raise Unsupported("a transposed convolution")
+        if op.rows != IN:
+            return super().product(x, op)
+        numbers = self.eqn.params["dimension_numbers"]
+        same = x.dtype == op.array.dtype == self.dtype
+        spatial = tuple(range(1, x.ndim - 1))
+        last = (0, x.ndim - 1, *spatial)
+        return lax.conv_general_dilated(
+            x,
+            self.kernel(op, numbers.rhs_spec[0]),
+            window_strides=self.eqn.params["window_strides"],
+            padding=self.eqn.params["padding"],
+            lhs_dilation=self.eqn.params["lhs_dilation"],
+            rhs_dilation=self.eqn.params["rhs_dilation"],
+            dimension_numbers=lax.ConvDimensionNumbers(last, numbers.rhs_spec, last),
+            precision=self.precision,
+            preferred_element_type=self.preferred if same else None,
+        )
+
+    def kernel(self, op: Operand, out_dim: int) -> jax.Array:
+        """A kernel in the program's layout, with the columns of `op` as output channels."""
+        view = self.view
+        array = op.array
+        if len(op.roles) == 2:  # canonical: cut `in` into the window and the channels
+            rows = op.roles.index(IN)
+            array = permute(array, (rows, 1 - rows))
+            array = refold(array, (*view.sizes(IN), array.shape[1]))
+            place = {axis: i for i, axis in enumerate(view.indices(IN))}
+            place[view.indices(OUT)[0]] = array.ndim - 1
+        else:
+            place = {i: i for i in range(array.ndim)}
+        order = [place[dim[0].axis] for dim in view.dims]
+        assert view.dims[out_dim][0].axis == view.indices(OUT)[0]
+        return permute(array, order)
+
+    def matrix(self, op: Operand) -> jax.Array:
+        if op.rows == IN and len(op.roles) > 2:
+            raise Unsupported("the matrix of a convolution kernel")
+        return super().matrix(op)
+
+
+@rule(p.conv_general_dilated_p)
+def convolution(run: Any, eqn: Any, x: Any, view: Any) -> list | None:
+    if is_view(x) or eqn.params["feature_group_count"] != 1:
+        return None
+    if eqn.params["batch_group_count"] != 1:
+        return None
+    view = view.refined()
+    numbers = eqn.params["dimension_numbers"]
+    if any(len(dim) != 1 for dim in view.dims) or len(view.axes) != view.ndim:
+        return None
+    out = view.dims[numbers.rhs_spec[0]][0].axis
+    if view.indices(OUT) != [out] or view.indices(STACK):
+        return None
+    site = site_of(run, view, eqn, ConvSite, view=view, eqn=eqn)
+    x = permute(x, [numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]])
+    y = x @ bound(view, view.weight, site)
+    # (batch, *space, channels) back into the program's layout
+    place = [numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]]
+    y = permute(y, [place.index(i) for i in range(y.ndim)])
+    return [y.astype(eqn.outvars[0].aval.dtype)]

@@ -1,0 +1,114 @@
+"""Reading rows of a table: gathers by id in every mode, and runs of rows."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import primitives as p
+
+from jaxpeft.rules.contractions import bound, site_of
+from jaxpeft.rules.registry import cut_dims, rule
+from jaxpeft.rules.views import dynamic_slice as pick_from_stack
+from jaxpeft.weight import IN, OUT, STACK, View, Weight, is_view, permute, refold
+
+
+def _rows_dim(view: View, dim: int) -> bool:
+    """Whether a dimension of a refined view is the whole `in` axis, and `out` is the rest."""
+    if len(view.indices(IN)) != 1 or [d.axis for d in view.dims[dim]] != view.indices(IN):
+        return False
+    rest = {d.axis for i, other in enumerate(view.dims) if i != dim for d in other if d.size > 1}
+    return rest == {i for i in view.indices(OUT) + view.indices(STACK) if view.axes[i].size > 1}
+
+
+def _rows(run: Any, eqn: Any, view: View, ids: jax.Array, mode: str, fill: Any) -> jax.Array:
+    """Rows (*stack, *ids, out) of the table, where ids beyond it meet the gather's own mode."""
+    site = site_of(run, view, eqn)
+    extra = view.weight.extra_rows if isinstance(view.weight, Weight) else 0
+    count = view.size(IN) + extra
+
+    def lookup(w: Any, ids: jax.Array) -> jax.Array:
+        y = bound(view, w, site)[jnp.clip(ids, 0, count - 1)]
+        if mode == "FILL_OR_DROP":
+            valid = (ids >= 0) & (ids < count)
+            y = jnp.where(valid[..., None], y, jnp.nan if fill is None else fill)
+        return y
+
+    return view.over_stack(lookup, ids)
+
+
+def _as_dims(view: View, y: jax.Array, lead: int, keep: list[int]) -> jax.Array:
+    """y (*lead, out) with `out` cut and ordered like the program's dimensions `keep`."""
+    parts = [d for i in keep for d in view.dims[i] if view.axes[d.axis].role == OUT]
+    order = sorted(range(len(parts)), key=lambda i: parts[i].axis)
+    y = refold(y, (*y.shape[:lead], *(parts[i].size for i in order)))
+    y = permute(y, [*range(lead), *(lead + order.index(i) for i in range(len(parts)))])
+    return refold(y, (*y.shape[:lead], *(view.shape[i] for i in keep)))
+
+
+@rule(p.gather_p)
+def gather(run: Any, eqn: Any, view: Any, indices: Any) -> list | None:
+    numbers = eqn.params["dimension_numbers"]
+    if is_view(indices) or len(numbers.start_index_map) != 1:
+        return None
+    view = view.refined()
+    rows, batch = numbers.start_index_map[0], list(numbers.operand_batching_dims)
+    keep = [i for i in range(view.ndim) if i != rows and i not in batch]
+    sizes = eqn.params["slice_sizes"]
+    if sizes[rows] != 1 or any(sizes[i] != view.shape[i] for i in keep):
+        return None
+    stack = [d.axis for i in batch for d in view.dims[i]]
+    if not _rows_dim(view, rows) or sorted(stack) != view.indices(STACK):
+        return None
+    if len(stack) != len(batch):
+        return None
+    # ids with the stack first, in the order of the weight
+    index_batch = [numbers.start_indices_batching_dims[batch.index(i)] for i in batch]
+    front = [index_batch[stack.index(axis)] for axis in sorted(stack)]
+    ids = lax.squeeze(indices, (indices.ndim - 1,))
+    others = [i for i in range(ids.ndim) if i not in front]
+    y = _rows(
+        run,
+        eqn,
+        view,
+        permute(ids, [*front, *others]),
+        eqn.params["mode"].name,
+        eqn.params["fill_value"],
+    )
+    y = _as_dims(view, y, ids.ndim, keep)
+    y = permute(
+        y, [*((front + others).index(i) for i in range(ids.ndim)), *range(ids.ndim, y.ndim)]
+    )
+    # Where the gather keeps the row's own dimension of size 1, `offset_dims` has a place for it.
+    offset = [i for i in range(view.ndim) if i not in batch]
+    if rows in numbers.collapsed_slice_dims:
+        offset.remove(rows)
+    else:
+        y = jnp.expand_dims(y, ids.ndim + offset.index(rows))
+    aval = eqn.outvars[0].aval
+    place = [i for i in range(aval.ndim) if i not in numbers.offset_dims]
+    place += list(numbers.offset_dims)
+    y = permute(y, [place.index(i) for i in range(aval.ndim)])
+    return [y.astype(aval.dtype)]
+
+
+@rule(p.dynamic_slice_p)
+def dynamic_slice(run: Any, eqn: Any, view: Any, *starts: Any) -> list | None:
+    """A run of rows of a table; one slice of a stack is another rule's."""
+    picked = pick_from_stack(run, eqn, view, *starts)
+    if picked is not None or not is_view(view):
+        return picked
+    view, cut = view.refined(), cut_dims(eqn)
+    if len(cut) != 1 or not _rows_dim(view, cut[0]) or view.indices(STACK):
+        return None
+    aval = eqn.outvars[0].aval
+    count, rows = aval.shape[cut[0]], view.size(IN)
+    start = starts[cut[0]]
+    # An index below zero counts from the end, then the run is clamped into the table.
+    start = jnp.clip(jnp.where(start < 0, start + rows, start), 0, rows - count)
+    y = _rows(run, eqn, view, start + jnp.arange(count), "CLIP", None)
+    keep = [i for i in range(view.ndim) if i != cut[0]]
+    y = jnp.moveaxis(_as_dims(view, y, 1, keep), 0, cut[0])
+    assert math.prod(y.shape) == math.prod(aval.shape)
+    return [y.astype(aval.dtype)]

@@ -1,0 +1,35 @@
+"""What a rule is, and the table of all of them.
+
+A rule says what a primitive does with structured weights. It is called with the evaluation
+under way, the equation, and its operands, some of which are views; it returns the results,
+or `None` where it does not cover the case. The evaluator then materializes the views, which
+is right for matrices, and reports it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from jax.extend import core as jex
+
+#: (evaluation, equation, operands) -> results or None
+Rule = Callable[..., list | None]
+
+RULES: dict[jex.Primitive, Rule] = {}
+
+
+def rule(*primitives: jex.Primitive | None) -> Callable[[Rule], Rule]:
+    """Registers what these primitives do with views. `None` is one this JAX does not have."""
+
+    def register(f: Rule) -> Rule:
+        for primitive in primitives:
+            if primitive is not None:
+                RULES[primitive] = f
+        return f
+
+    return register
+
+
+def cut_dims(eqn: Any) -> list[int]:
+    """The dimensions that a slice of an array shortens."""
+    old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    return [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]

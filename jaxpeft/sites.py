@@ -1,0 +1,494 @@
+"""sites(fn, params, ...): what a program does with each of its parameters.
+
+The jaxpr of `fn` is walked with labelled dimensions, so that where a parameter meets a
+product, a gather or a sum it is known which of its axes are inputs, outputs, or a stack of
+layers or experts. Nothing is computed.
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxpeft import tracing
+from jaxpeft.axes import Digit
+from jaxpeft.lift import Materialized, lift
+from jaxpeft.tracing import Use
+from jaxpeft.tree import flatten
+from jaxpeft.weight import IN, OUT, STACK, Axis, View, Weight, base, dense, weight
+
+Pattern = str | re.Pattern | Callable[["Site"], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of the output axis: block `index` of `of` equal ones, in each of `groups` groups.
+
+    The value third of a fused qkv kernel is `Part(2, 3)`; interleaved by heads, where every
+    head has its own q, k and v side by side, it is `Part(2, 3, groups=heads)`.
+    """
+
+    index: int
+    of: int
+    groups: int = 1
+
+    def size(self, out: int) -> int:
+        """How many of `out` columns belong to the part."""
+        return out // self.of
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One parameter and what the program does with it.
+
+    Attributes:
+      path: Its name in the tree.
+      shape, dtype: Of the array.
+      axes: Its axes with their roles; finer than `shape` where the program cuts an axis.
+      uses: Every use, one for each kind and place.
+      bias: Path of the bias that is added to its product, if there is exactly one.
+      of: For a bias or scale: paths of the weights whose product it acts on.
+      materialized: Where `lift` would have to turn it into a dense array.
+      part: The part of the output axis that a method is to act on; `None` for all of it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[Axis, ...] = ()
+    uses: tuple[Use, ...] = ()
+    bias: str | None = None
+    of: tuple[str, ...] = ()
+    materialized: tuple[Materialized, ...] = ()
+    part: Part | None = None
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """What it is: "linear", "embedding", "conv", "expert", "bias", "norm", "scale", ..."""
+        return frozenset(use.kind for use in self.uses)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has an input and an output side, so that a delta or a scale can act."""
+        roles = {axis.role for axis in self.axes}
+        return bool(self.kinds & {"linear", "embedding", "conv"}) and {IN, OUT} <= roles
+
+    def size(self, role: str) -> int:
+        """Length of a side: the product of the axes with this role."""
+        size = 1
+        for axis in self.axes:
+            size *= axis.size if axis.role == role else 1
+        return size
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Lengths of the stack axes."""
+        return tuple(axis.size for axis in self.axes if axis.role == STACK)
+
+    def view(self, leaf: Any) -> View:
+        """The leaf of the tree at this path as a view."""
+        return leaf if isinstance(leaf, View) else View.of(leaf, self.axes, self.path)
+
+
+class Sites(Mapping[str, Site]):
+    """The parameters of a program by path, and selections of them.
+
+    `sites.linear`, `.embedding`, `.conv`, `.expert`, `.bias`, `.norm`, `.matrices` select by
+    what a parameter does; `match` by path or predicate; `|`, `&` and `-` combine. A selection
+    is itself a `Sites`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> f = lambda p, x: x @ p["w"] + p["b"]
+      >>> s = sites(f, {"w": jnp.ones((3, 5)), "b": jnp.ones(5)}, jnp.ones((2, 3)))
+      >>> print(s)
+      path  shape   axes     kinds
+      b     (5,)    out      bias of w
+      w     (3, 5)  in, out  linear
+    """
+
+    def __init__(self, selected: Mapping[str, Site], every: Mapping[str, Site] | None = None):
+        self._selected = dict(selected)
+        self._every = dict(every if every is not None else selected)
+
+    def __getitem__(self, path: str) -> Site:
+        if path not in self._selected:
+            raise KeyError(f"No parameter is called '{path}'. {_nearest(path, self._every)}")
+        return self._selected[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._selected)
+
+    def __len__(self) -> int:
+        return len(self._selected)
+
+    # Selecting ---------------------------------------------------------------------------
+
+    def _of_kind(self, *kinds: str) -> "Sites":
+        return self._keep(lambda site: bool(site.kinds & set(kinds)))
+
+    def _keep(self, condition: Callable[[Site], bool]) -> "Sites":
+        kept = {path: site for path, site in self.items() if condition(site)}
+        return Sites(kept, self._every)
+
+    @property
+    def every(self) -> "Sites":
+        """All parameters of the program, whatever is selected here."""
+        return Sites(self._every)
+
+    @property
+    def linear(self) -> "Sites":
+        """Weights that multiply an activation, experts too; a table that is also looked up
+        (a tied head) is an embedding."""
+        return self._keep(lambda s: s.is_matrix and "linear" in s.kinds) - self.embedding
+
+    @property
+    def embedding(self) -> "Sites":
+        """Tables that are read by row."""
+        return self._keep(lambda s: s.is_matrix and "embedding" in s.kinds)
+
+    @property
+    def conv(self) -> "Sites":
+        """Convolution kernels."""
+        return self._keep(lambda s: s.is_matrix and "conv" in s.kinds)
+
+    @property
+    def expert(self) -> "Sites":
+        """Stacks of which each product takes one slice per expert."""
+        return self._of_kind("expert")
+
+    @property
+    def matrices(self) -> "Sites":
+        """Everything that has an input and an output side."""
+        return self._keep(lambda s: s.is_matrix)
+
+    @property
+    def bias(self) -> "Sites":
+        """Vectors added to a product or to a normalized activation."""
+        return self._of_kind("bias")
+
+    @property
+    def norm(self) -> "Sites":
+        """Scales and biases of normalizations."""
+        return self._of_kind("norm")
+
+    def match(self, *patterns: Pattern, exclude: Pattern | Iterable[Pattern] = ()) -> "Sites":
+        """Those whose path or site matches one of the patterns and none of `exclude`.
+
+        Args:
+          patterns: A glob on the whole path ("*attn*"), a compiled regular expression
+            (searched), or a predicate of the `Site`.
+
+        Raises:
+          ValueError: A pattern matches nothing; lists the paths there are, nearest first.
+        """
+        if isinstance(exclude, (str, re.Pattern)) or callable(exclude):
+            exclude = (exclude,)
+        out = self._matching(patterns)
+        for path in self._matching(tuple(exclude)):
+            out.pop(path, None)
+        if not out:
+            raise ValueError(
+                f"After leaving out {list(exclude)}, nothing of {list(patterns)} is left."
+            )
+        return Sites({p: s for p, s in self.items() if p in out}, self._every)
+
+    def _matching(self, patterns: Sequence[Pattern]) -> dict[str, Site]:
+        out: dict[str, Site] = {}
+        for pattern in patterns:
+            hits = {path: site for path, site in self.items() if matches(pattern, site)}
+            if not hits:
+                raise ValueError(
+                    f"The pattern {_show(pattern)} matches none of the {len(self)} parameters "
+                    f"to choose from. {_nearest(_show(pattern), self)}"
+                )
+            out.update(hits)
+        return out
+
+    def __or__(self, other: "Sites") -> "Sites":
+        both = {**self._selected, **other._selected}
+        order = [path for path in self._every if path in both]
+        return Sites({path: both[path] for path in order}, self._every)
+
+    def __and__(self, other: "Sites") -> "Sites":
+        return self._keep(lambda site: site.path in other)
+
+    def __sub__(self, other: "Sites") -> "Sites":
+        return self._keep(lambda site: site.path not in other)
+
+    def columns(self, index: int, of: int, groups: int = 1) -> "Sites":
+        """The same weights, but only a part of their output axis: see `Part`.
+
+        Raises:
+          ValueError: The output axis does not divide into `of * groups` equal blocks.
+        """
+        for site in self.values():
+            out = site.size(OUT)
+            if not 0 <= index < of or groups < 1 or out % (of * groups):
+                raise ValueError(
+                    f"Block {index} of {of} in {groups} groups does not exist in the output "
+                    f"axis of '{site.path}', which has length {out}: it must be a multiple of "
+                    f"{of} * {groups}, and the index below {of}."
+                )
+        part = Part(index, of, groups)
+        chosen = {p: dataclasses.replace(s, part=part) for p, s in self.items()}
+        return Sites(chosen, self._every)
+
+    def override(self, path: str, *roles: str) -> "Sites":
+        """The same sites with other roles for the axes of one parameter.
+
+        For what no program reveals: an ensemble under `vmap` looks like heads.
+
+        Raises:
+          ValueError: A role is not "stack", "in" or "out", or their number differs.
+        """
+        site = self[path]
+        if len(roles) != len(site.shape) or set(roles) - {STACK, IN, OUT}:
+            raise ValueError(
+                f"'{path}' has shape {site.shape}; give one of 'stack', 'in', 'out' for each "
+                f"of its {len(site.shape)} axes, not {roles}."
+            )
+        axes = tuple(Axis(n, r) for n, r in zip(site.shape, roles, strict=True))
+        changed = dataclasses.replace(site, axes=axes)
+        return Sites({**self._selected, path: changed}, {**self._every, path: changed})
+
+    # Printing and storing ------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        rows = [("path", "shape", "axes", "kinds")]
+        for site in self.values():
+            kinds = [
+                kind
+                + (f" of {', '.join(site.of)}" if kind in ("bias", "scale") and site.of else "")
+                for kind in dict.fromkeys(use.kind for use in site.uses)
+            ]
+            kinds += [f"materialized {event.primitive}" for event in site.materialized]
+            axes = ", ".join(axis.role for axis in site.axes)
+            rows.append((site.path, str(site.shape), axes, "; ".join(kinds) or "unused"))
+        width = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, width, strict=False)), row[3]])
+            for row in rows
+        )
+
+    __repr__ = __str__
+
+    def to_json(self) -> list[dict]:
+        """What a method needs to know of the selected parameters, as JSON."""
+        return [
+            {
+                "path": site.path,
+                "shape": list(site.shape),
+                "axes": [[axis.size, axis.role] for axis in site.axes],
+                "kinds": sorted(site.kinds),
+                "bias": site.bias,
+                "part": dataclasses.astuple(site.part) if site.part else None,
+            }
+            for site in self.values()
+        ]
+
+    @classmethod
+    def from_json(cls, rows: list[dict]) -> "Sites":
+        """The selection that `to_json` wrote."""
+        return cls(
+            {
+                row["path"]: Site(
+                    row["path"],
+                    tuple(row["shape"]),
+                    None,
+                    tuple(Axis(size, role) for size, role in row["axes"]),
+                    tuple(Use(kind) for kind in row["kinds"]),
+                    row["bias"],
+                    part=Part(*row["part"]) if row["part"] else None,
+                )
+                for row in rows
+            }
+        )
+
+
+def matches(pattern: Pattern, site: Site) -> bool:
+    """Whether a glob, a regular expression or a predicate holds for a site."""
+    if isinstance(pattern, str):
+        return fnmatch.fnmatchcase(site.path, pattern)
+    if isinstance(pattern, re.Pattern):
+        return pattern.search(site.path) is not None
+    return bool(pattern(site))
+
+
+def by_pattern(value: Any, sites: Sites, what: str) -> dict[str, Any]:
+    """{path: value}, where `value` may be a mapping from patterns: the first match wins.
+
+    Raises:
+      ValueError: A path is covered by no pattern, or a pattern is never used.
+    """
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(sites, value)
+    unused, out = set(value), {}
+    for path, site in sites.items():
+        hit = next((p for p in value if matches(p, site)), None)
+        if hit is None:
+            raise ValueError(
+                f"No pattern of {what}={dict(value)} covers '{path}'. Add one; '*' covers all."
+            )
+        unused.discard(hit)
+        out[path] = value[hit]
+    if unused:
+        name = sorted(map(str, unused))[0]
+        raise ValueError(f"The pattern '{name}' of `{what}` is never used. {_nearest(name, sites)}")
+    return out
+
+
+def _show(pattern: Pattern) -> str:
+    if isinstance(pattern, str):
+        return f"'{pattern}'"
+    return repr(pattern.pattern) if isinstance(pattern, re.Pattern) else repr(pattern)
+
+
+def _nearest(name: str, paths: Iterable[str]) -> str:
+    """The paths there are, those most like `name` first."""
+    bare = name.strip("'*").replace("*", "")
+
+    def likeness(path: str) -> float:
+        return -difflib.SequenceMatcher(None, bare, path).ratio()
+
+    ranked = sorted(paths, key=likeness)
+    more = f" and {len(ranked) - 20} more" if len(ranked) > 20 else ""
+    return f"There are: {', '.join(ranked[:20])}{more}." if ranked else "There are none."
+
+
+# --- Finding roles ---------------------------------------------------------------------------
+
+
+def sites(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Sites:
+    """What `fn(params, *args, **kwargs)` does with each parameter.
+
+    Args:
+      fn: Any JAX function of a parameter tree.
+      params: Arrays or `jax.ShapeDtypeStruct`s, in any pytree.
+      args, kwargs: As `fn` takes them. Arrays may be shapes too; anything else (flags,
+        strings) reaches `fn` as it is.
+
+    Returns:
+      The parameters by path, with roles for their axes. Printing it shows the table.
+    """
+    flat, treedef = flatten(params)
+    rest, rest_tree = jax.tree.flatten((args, kwargs))
+    at = [i for i, x in enumerate(rest) if hasattr(x, "shape") and hasattr(x, "dtype")]
+
+    def flat_fn(arrays: list, data: list) -> Any:
+        values = list(rest)
+        for i, x in zip(at, data, strict=True):
+            values[i] = x
+        args, kwargs = jax.tree.unflatten(rest_tree, values)
+        return fn(jax.tree.unflatten(treedef, arrays), *args, **kwargs)
+
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat.values()]
+    data = [jax.ShapeDtypeStruct(rest[i].shape, rest[i].dtype) for i in at]
+    uses = tracing.trace(flat_fn, list(flat), shapes, data)
+    found = {path: _site(path, x, uses[path], uses) for path, x in zip(flat, shapes, strict=True)}
+    _announce(flat_fn, found, shapes, data)
+    return Sites(found)
+
+
+def _site(path: str, x: Any, uses: list[Use], every: Mapping[str, list[Use]]) -> Site:
+    axes = _axes(x.shape, uses, every)
+    biases = {
+        other
+        for other, theirs in every.items()
+        for use in theirs
+        if use.kind == "bias" and path in use.of
+    }
+    of = tuple(dict.fromkeys(p for use in uses if use.kind in ("bias", "scale") for p in use.of))
+    bias = biases.pop() if len(biases) == 1 else None
+    return Site(path, tuple(x.shape), x.dtype, axes, tuple(uses), bias, of)
+
+
+def _axes(
+    shape: Sequence[int], uses: list[Use], every: Mapping[str, list[Use]]
+) -> tuple[Axis, ...]:
+    """The axes of a parameter with their roles, cut where a program uses parts differently."""
+    linear = [use for use in uses if use.kind in ("linear", "embedding", "conv")]
+    # A table is read by its rows, whatever else is done with it.
+    linear.sort(key=lambda use: use.kind != "embedding")
+    stack = {d for use in uses for d in use.stack}
+    out: list[Axis] = []
+    for axis, size in enumerate(shape):
+        claims = {d: STACK for d in stack if d.axis == axis}
+        if linear:
+            sides = [(IN, linear[0].rows), (OUT, linear[0].cols)]
+        else:
+            sides = [(OUT, frozenset(d for use in uses for d in use.cols))]
+        for role, side in sides:
+            for digit in side:
+                if digit.axis == axis and not _overlaps(digit, claims):
+                    claims[digit] = role
+        out.extend(_cut(axis, size, claims))
+    return tuple(out)
+
+
+def _overlaps(digit: Digit, claims: Iterable[Digit]) -> bool:
+    return any(
+        digit.stride < c.stride * c.size and c.stride < digit.stride * digit.size
+        for c in claims
+        if c.size > 1 or digit.size > 1
+    )
+
+
+def _cut(axis: int, size: int, claims: Mapping[Digit, str]) -> list[Axis]:
+    """One axis, or as many as have different roles, most significant first."""
+    roles = set(claims.values())
+    covered = 1
+    for digit in claims:
+        covered *= digit.size
+    if len(roles) <= 1:
+        # An axis of length 1, or one that nothing speaks of, belongs to the outputs.
+        return [Axis(size, roles.pop() if roles else OUT)]
+    ordered = sorted(claims, key=lambda d: -d.stride)
+    if covered != size:
+        return [Axis(size, claims[ordered[0]])]
+    return [Axis(d.size, claims[d]) for d in ordered]
+
+
+@weight
+class _Probe(Weight):
+    """Does nothing, everywhere a matrix can: shows where `lift` would materialize."""
+
+    w: Any = base()
+    local_in = local_out = True
+
+    def materialize(self) -> jax.Array:
+        return dense(self.w)
+
+    def forward(self, x: Any) -> Any:
+        return x @ self.w
+
+    def transposed(self, y: Any) -> Any:
+        return y @ self.w.T
+
+    def lookup(self, ids: Any) -> Any:
+        return self.w[ids]
+
+
+def _announce(fn: Callable, found: dict[str, Site], shapes: list, data: list) -> None:
+    """Notes at each site where `lift` would materialize, by lifting `fn` abstractly."""
+    events: dict[str, list[Materialized]] = {}
+
+    def note(event: Materialized) -> None:
+        seen = events.setdefault(event.path, [])
+        if event not in seen:
+            seen.append(event)
+
+    def lifted(arrays: list, data: list) -> Any:
+        views = [
+            dataclasses.replace(site.view(x), weight=_Probe(x)) if site.is_matrix else x
+            for x, site in zip(arrays, found.values(), strict=True)
+        ]
+        return lift(fn, materialize=note)(views, data)
+
+    jax.eval_shape(lifted, shapes, data)
+    for path, seen in events.items():
+        found[path] = dataclasses.replace(found[path], materialized=tuple(seen))

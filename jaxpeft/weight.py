@@ -1,0 +1,603 @@
+"""Weight and View: what stands in the tree at the place of an array. Start reading here.
+
+A *weight* says what happens at the place of a matrix, in canonical form: inputs have shape
+(..., in), outputs (..., out), and the maths is one line, `x @ self.w + x @ self.a @ self.b`.
+It knows nothing of layouts, stacks of layers, experts, convolutions or devices.
+
+A *view* is what sits in the tree: a weight, the axes of the array it replaces with their
+roles, and where each dimension of the current value came from. The rules for transpose,
+reshape, slice and scan touch views only.
+
+Where a view meets a product, `lift` *binds* the weight: its fields become `Operand`s, and
+`x @ self.a` is then whatever that site makes of a product, dense, batched over experts,
+ragged, or a convolution.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpeft import axes as digits
+from jaxpeft.axes import Dim
+
+T = TypeVar("T")
+
+#: Roles of axes.
+STACK, IN, OUT = "stack", "in", "out"
+
+
+# --- Fields of a weight ------------------------------------------------------------------
+
+
+def base() -> Any:
+    """Declares the field that holds what the weight acts on: an array or another weight."""
+    return dataclasses.field(metadata={"base": True})
+
+
+def axes(*names: str, shared: bool = False, optional: bool = False) -> Any:
+    """Declares an array field and what its axes are.
+
+    Args:
+      names: "in" and "out" for the two sides of the matrix, any other name for axes of the
+        method's own ("rank"). Axes of the stack come before these and are not declared.
+      shared: One array for the whole stack, without stack axes.
+      optional: May be `None`.
+    """
+    metadata = {"axes": names, "shared": shared}
+    if optional:
+        return dataclasses.field(default=None, metadata=metadata)
+    return dataclasses.field(metadata=metadata)
+
+
+def static(default: Any = dataclasses.MISSING) -> Any:
+    """Declares a field that is part of the program, not of the data."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+def weight(cls: type[T]) -> type[T]:
+    """Registers a `Weight` class: a frozen dataclass that is a JAX pytree."""
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    meta = [f.name for f in fields if f.metadata.get("static")]
+    return jax.tree_util.register_dataclass(
+        cls, data_fields=[f.name for f in fields if f.name not in meta], meta_fields=meta
+    )
+
+
+class Weight:
+    """What happens at the place of a matrix `W` of shape (in, out).
+
+    The laws, for a weight that is a matrix:
+
+        forward(x)     == x @ materialize()           x (..., in)
+        transposed(y)  == y @ materialize().T         y (..., out)
+        lookup(ids)    == materialize()[ids]          ids (...)
+
+    In these three, `self.w` and the other fields are bound to the site, so that `x @ self.w`,
+    `y @ self.w.T` and `self.w[ids]` work whether the base is an array or a weight; in
+    `materialize`, fields are plain arrays without stack axes, and `dense(self.w)` is the base.
+
+    A class may hold anything in its fields, since JAX rebuilds trees with shapes, shardings
+    and masks in the place of arrays; checks belong in the functions that make weights.
+    """
+
+    #: Whether the weight is a matrix. If not, it cannot be materialized or merged.
+    is_matrix: ClassVar[bool] = True
+    #: Whether it is right on a shard of `in` whose partial results are summed afterwards.
+    local_in: ClassVar[bool] = False
+    #: Whether it is right on a shard of `out`.
+    local_out: ClassVar[bool] = False
+
+    __array_ufunc__ = None  # numpy arrays leave `x @ weight` to us
+
+    @property
+    def extra_rows(self) -> int:
+        """Rows that `lookup` serves beyond those of the table."""
+        inner = base_of(self)
+        return inner.extra_rows if isinstance(inner, Weight) else 0
+
+    def materialize(self) -> jax.Array:
+        """The matrix (in, out)."""
+        raise NotImplementedError(f"{type(self).__name__} is no matrix")
+
+    def forward(self, x: Any) -> Any:
+        """x (..., in) to (..., out)."""
+        raise Unsupported("a product with its input")
+
+    def transposed(self, y: Any) -> Any:
+        """y (..., out) to (..., in), the use of a tied head."""
+        raise Unsupported("a product with its output")
+
+    def lookup(self, ids: Any) -> Any:
+        """ids (...) to rows (..., out), the use of an embedding."""
+        raise Unsupported("a lookup of rows")
+
+    def __rmatmul__(self, x: Any) -> Any:
+        return self.forward(x)
+
+    def __getitem__(self, ids: Any) -> Any:
+        return self.lookup(ids)
+
+    @property
+    def T(self) -> "_Transposed":
+        """`y @ self.T` is `self.transposed(y)`."""
+        return _Transposed(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transposed:
+    weight: Weight
+    __array_ufunc__ = None
+
+    def __rmatmul__(self, y: Any) -> Any:
+        return self.weight.transposed(y)
+
+
+class Unsupported(Exception):
+    """Raised by a weight or an operand where a site asks for what it cannot do."""
+
+
+def dense(w: Any) -> jax.Array:
+    """The matrix of an array or a weight, for use in `Weight.materialize`."""
+    return w.materialize() if isinstance(w, Weight) else w
+
+
+def base_of(w: Weight) -> Any:
+    """What the weight acts on, or `None` where it acts on nothing (codes of a quantized array)."""
+    return next((getattr(w, f.name) for f in _fields(w) if f.metadata.get("base")), None)
+
+
+def chain_of(w: Any) -> Iterator[Weight]:
+    """The weight, its base, the base of that, as long as they are weights."""
+    while isinstance(w, Weight):
+        yield w
+        w = base_of(w)
+
+
+def innermost(w: Any) -> Any:
+    """The array at the bottom, or the weight there that acts on nothing."""
+    while isinstance(w, Weight) and (inner := base_of(w)) is not None:
+        w = inner
+    return w
+
+
+def with_innermost(w: Any, f: Callable[[Any], Any]) -> Any:
+    """The same weight over `f(innermost)`."""
+    if not isinstance(w, Weight) or base_of(w) is None:
+        return f(w)
+    name = next(f.name for f in _fields(w) if f.metadata.get("base"))
+    return dataclasses.replace(w, **{name: with_innermost(getattr(w, name), f)})  # type: ignore
+
+
+def _fields(w: Weight) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(w)  # type: ignore[arg-type]
+
+
+# --- Operands: the fields of a weight at a site --------------------------------------------
+
+
+class Site:
+    """How one place in the program multiplies: the ordinary product. Subclasses do others.
+
+    Args:
+      dtype: Floating dtype the program has given the weight at this place.
+      precision: As in `jax.lax.dot_general`.
+      preferred: `preferred_element_type` of the program's own product, for the base only.
+      salt: Number of this place, so that two uses of a weight draw different dropout masks.
+      taps: Where weights of one program meet each other, by name; `None` where they cannot.
+    """
+
+    def __init__(
+        self,
+        dtype: Any,
+        *,
+        precision: Any = None,
+        preferred: Any = None,
+        salt: int = 0,
+        taps: dict[str, Any] | None = None,
+    ):
+        self.dtype, self.precision, self.preferred = dtype, precision, preferred
+        self.salt, self.taps = salt, taps
+
+    def product(self, x: jax.Array, op: "Operand") -> jax.Array:
+        """x (..., rows) times op (rows, cols)."""
+        rows = [i for i, role in enumerate(op.roles) if role == op.rows]
+        cols = [n for n, role in zip(op.array.shape, op.roles, strict=True) if role != op.rows]
+        x = refold(x, (*x.shape[:-1], *(op.array.shape[i] for i in rows)))
+        lead = x.ndim - len(rows)
+        same = x.dtype == op.array.dtype == self.dtype
+        y = lax.dot_general(
+            x,
+            op.array,
+            ((tuple(range(lead, x.ndim)), tuple(rows)), ((), ())),
+            precision=self.precision,
+            preferred_element_type=self.preferred if same else None,
+        )
+        return refold(y, (*y.shape[:lead], math.prod(cols)))
+
+    def spread(self, op: "Operand") -> jax.Array:
+        """A field without rows, ready to meet an activation (..., cols) elementwise."""
+        return op.matrix
+
+    def pick(self, op: "Operand", ids: jax.Array) -> jax.Array:
+        """Rows of op (rows, cols)."""
+        return jnp.take(op.matrix, ids, axis=0, mode="clip")
+
+    def matrix(self, op: "Operand") -> jax.Array:
+        """The operand in canonical form (rows, cols), as a plain array."""
+        order = [i for role in (op.rows, op.cols) for i, r in enumerate(op.roles) if r == role]
+        shape = [
+            math.prod(n for n, r in zip(op.array.shape, op.roles, strict=True) if r == role)
+            for role in dict.fromkeys((op.rows, op.cols))
+            if role in op.roles
+        ]
+        return refold(permute(op.array, order), tuple(shape))
+
+
+class Operand:
+    """A field of a weight, bound to a site: `x @ op`, `op[ids]`, `y * op`, `op.T`."""
+
+    __array_ufunc__ = None
+
+    def __init__(self, array: jax.Array, roles: Sequence[str], rows: str, cols: str, site: Site):
+        self.array, self.roles, self.rows, self.cols = array, tuple(roles), rows, cols
+        self.site = site
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array as it lies, not of the canonical form."""
+        return self.array.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    @property
+    def matrix(self) -> jax.Array:
+        """The canonical array, for maths that no operator here covers."""
+        return self.site.matrix(self)
+
+    @property
+    def T(self) -> "Operand":
+        return Operand(self.array, self.roles, self.cols, self.rows, self.site)
+
+    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        array = self.array
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            array = array.astype(x.dtype)
+        dtype = jnp.promote_types(x.dtype, array.dtype)
+        op = Operand(array.astype(dtype), self.roles, self.rows, self.cols, self.site)
+        return self.site.product(x.astype(dtype), op)
+
+    def __getitem__(self, ids: jax.Array) -> jax.Array:
+        return self.site.pick(self, ids)
+
+    def __rmul__(self, y: jax.Array) -> jax.Array:
+        return y * self.site.spread(self)
+
+    def __radd__(self, y: jax.Array) -> jax.Array:
+        return y + self.site.spread(self)
+
+    __mul__, __add__ = __rmul__, __radd__
+
+
+class BaseOperand(Operand):
+    """The program's own array. Its product keeps the dtype that the program gave it."""
+
+    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        return self.site.product(x.astype(self.array.dtype), self)
+
+
+def bind(w: Any, site: Site, base_roles: Sequence[str], cast: Any = None) -> Any:
+    """The weight with its fields as operands of a site; stack axes are gone already."""
+    if not isinstance(w, Weight):
+        return BaseOperand(w if cast is None else w.astype(cast), base_roles, IN, OUT, site)
+    bound: dict[str, Any] = {}
+    for field in _fields(w):
+        value = getattr(w, field.name)
+        if field.metadata.get("base"):
+            bound[field.name] = bind(value, site, base_roles, cast)
+        elif "axes" in field.metadata and value is not None:
+            names = field.metadata["axes"]
+            rows, cols = (names[0], names[-1]) if names else ("", "")
+            # A field with a stack of its own (a ragged site) leads with it.
+            roles = (STACK,) * (value.ndim - len(names)) + names
+            bound[field.name] = Operand(value, roles, rows, cols, site)
+    return dataclasses.replace(w, **bound)  # type: ignore[type-var]
+
+
+def permute(x: jax.Array, order: Sequence[int]) -> jax.Array:
+    """Transpose, or nothing where nothing moves."""
+    return x if list(order) == list(range(x.ndim)) else lax.transpose(x, tuple(order))
+
+
+def refold(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Reshape, or nothing where nothing changes."""
+    return x if x.shape == tuple(shape) else lax.reshape(x, tuple(shape))
+
+
+# --- Views ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One axis of the array that a view replaces."""
+
+    size: int
+    role: str
+
+
+_KEY = jax.tree_util.GetAttrKey("weight")
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class View:
+    """A weight at the place of an array.
+
+    Attributes:
+      weight: The weight, or a plain array (on its way to becoming one, or to being trained).
+        Fields lie as (*stack, *declared axes), the base as the program laid it out if
+        `natural`, else as (*stack, in, out).
+      axes: The axes of the replaced array, in its order.
+      dims: What each dimension of the current value is made of, as digits of `axes`.
+      dtype: Of the current value, as the program sees it.
+      path: Name of the parameter, for messages.
+      natural: Whether the base lies in the program's own layout.
+    """
+
+    weight: Any
+    axes: tuple[Axis, ...]
+    dims: tuple[Dim, ...]
+    dtype: Any
+    path: str = ""
+    natural: bool = True
+
+    def tree_flatten_with_keys(self) -> tuple:
+        meta = (self.axes, self.dims, self.dtype, self.path, self.natural)
+        return ((_KEY, self.weight),), meta
+
+    @classmethod
+    def tree_unflatten(cls, meta: tuple, children: tuple) -> "View":
+        return cls(children[0], *meta)
+
+    @classmethod
+    def of(cls, array: Any, axes: Sequence[Axis], path: str = "") -> "View":
+        """An array seen as a weight with these axes, which may be finer than the array's."""
+        fine = tuple(axis.size for axis in axes)
+        dims = digits.whole(0, fine)
+        if fine != tuple(array.shape):
+            dims = digits.reshape(dims, fine, array.shape)  # type: ignore[assignment]
+        return cls(array, tuple(axes), dims, jnp.dtype(array.dtype), path)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(d.size for d in dim) for dim in self.dims)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.dims)
+
+    def indices(self, role: str) -> list[int]:
+        """Which axes have this role."""
+        return [i for i, axis in enumerate(self.axes) if axis.role == role]
+
+    def sizes(self, role: str) -> tuple[int, ...]:
+        return tuple(axis.size for axis in self.axes if axis.role == role)
+
+    def size(self, role: str) -> int:
+        return math.prod(self.sizes(role))
+
+    @property
+    def is_matrix(self) -> bool:
+        return all(w.is_matrix for w in chain_of(self.weight))
+
+    @property
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        """What the program sees: an array of this shape and dtype."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
+    def canonical(self) -> Any:
+        """The weight with its base as (*stack, in, out)."""
+        if not self.natural:
+            return self.weight
+        order = [i for role in (STACK, IN, OUT) for i in self.indices(role)]
+        shape = (*self.sizes(STACK), self.size(IN), self.size(OUT))
+        sizes = [axis.size for axis in self.axes]
+        return with_innermost(
+            self.weight, lambda w: jnp.transpose(w.reshape(sizes), order).reshape(shape)
+        )
+
+    def in_canonical_layout(self) -> "View":
+        """The same view over a base that lies as (*stack, in, out)."""
+        return dataclasses.replace(self, weight=self.canonical(), natural=False)
+
+    def materialize(self) -> jax.Array:
+        """The array this stands for, in the shape and dtype that the program sees."""
+        view = self.unfolded().refined()
+        plain = dataclasses.replace(view, weight=view.canonical(), natural=False)
+        matrix = plain.over_stack(lambda w, _: dense(w), None)
+        order = [i for role in (STACK, IN, OUT) for i in view.indices(role)]
+        array = matrix.reshape([view.axes[i].size for i in order])
+        where = {axis: position for position, axis in enumerate(order)}
+        wanted = [d.axis for dim in view.dims for d in dim]
+        # Axes of size 1 that a reshape has dropped from the dims.
+        dropped = [axis for axis in where if axis not in wanted]
+        array = jnp.transpose(array, [where[axis] for axis in wanted + dropped])
+        return array.reshape(view.shape).astype(view.dtype)
+
+    # Layout ------------------------------------------------------------------------------
+
+    def unfolded(self) -> "View":
+        """The same view with its base cut into axes, as every rule expects it."""
+        base = innermost(self.weight)
+        sizes = tuple(axis.size for axis in self.axes)
+        if not self.natural or isinstance(base, Weight) or base.shape == sizes:
+            return self
+        return dataclasses.replace(
+            self, weight=with_innermost(self.weight, lambda w: w.reshape(sizes))
+        )
+
+    def refined(self) -> "View":
+        """The same view with axes cut so finely that every digit is a whole axis."""
+        pieces = [digits.cuts(self.dims, i, a.size) for i, a in enumerate(self.axes)]
+        if all(len(p) == 1 for p in pieces):
+            return self
+        new_index: dict[digits.Digit, int] = {}
+        axes: list[Axis] = []
+        for axis, piece in zip(self.axes, pieces, strict=True):
+            for digit in piece:
+                new_index[digit] = len(axes)
+                axes.append(Axis(digit.size, axis.role))
+        dims = tuple(
+            tuple(digits.Digit(0, new_index[d], 1, d.size) for d in dim if d in new_index)
+            for dim in self.dims
+        )
+        natural = [axis.size for axis in axes]
+        stack = [axis.size for axis in axes if axis.role == STACK]
+        old_stack = len(self.sizes(STACK))
+
+        def split(leaf: Any, position: Any) -> Any:
+            if position is None:
+                return leaf
+            if position == "base" and self.natural:
+                return leaf.reshape(natural)
+            return leaf.reshape(*stack, *leaf.shape[old_stack:])
+
+        where = self._stack_marks()
+        leaves, treedef = jax.tree.flatten(self.weight)
+        weight = treedef.unflatten([split(x, m) for x, m in zip(leaves, where, strict=True)])
+        return View(weight, tuple(axes), dims, self.dtype, self.path, self.natural)
+
+    def _stack_marks(self) -> list[str | None]:
+        """Per leaf of the weight: "base", "field" (has the stack axes), or None (shared)."""
+        marks: list[str | None] = []
+
+        def visit(w: Any) -> None:
+            if not isinstance(w, Weight):
+                marks.extend(["base"] * len(jax.tree.leaves(w)))
+                return
+            for field in _fields(w):
+                value = getattr(w, field.name)
+                if field.metadata.get("static"):
+                    continue
+                if field.metadata.get("base"):
+                    visit(value)
+                else:
+                    mark = None if field.metadata.get("shared") else "field"
+                    marks.extend([mark] * len(jax.tree.leaves(value)))
+
+        visit(self.weight)
+        return marks
+
+    def stack_positions(self, axis: int) -> list[int | None]:
+        """Per leaf of the weight: the position of a stack axis, `None` where it is shared."""
+        among = self.indices(STACK).index(axis)
+        place = {"base": axis if self.natural else among, "field": among, None: None}
+        return [place[mark] for mark in self._stack_marks()]
+
+    def without(self, axis: int, weight: Any, dims: Sequence[Dim] = ()) -> "View":
+        """The view of one slice along an axis; `dims` are those of the slice."""
+        kept = tuple(
+            tuple(d._replace(axis=d.axis - (d.axis > axis)) for d in dim if d.axis != axis)
+            for dim in dims
+        )
+        axes = tuple(a for i, a in enumerate(self.axes) if i != axis)
+        return View(weight, axes, kept, self.dtype, self.path, self.natural)
+
+    def over_stack(self, f: Callable[[Any, Any], Any], x: Any) -> Any:
+        """f(weight, x), mapped over the stack axes of the weight and the leading axes of x."""
+        stack = self.indices(STACK)
+        if not stack:
+            return f(self.weight, x)
+        leaves, treedef = jax.tree.flatten(self.weight)
+        rest = self.without(stack[0], self.weight)
+
+        def slice_of(leaves: list, x: Any) -> Any:
+            one = dataclasses.replace(rest, weight=treedef.unflatten(leaves))
+            return one.over_stack(f, x)
+
+        in_axes = (self.stack_positions(stack[0]), None if x is None else 0)
+        return jax.vmap(slice_of, in_axes=in_axes)(leaves, x)
+
+    def field_axes(self) -> list[list[tuple[int, ...]]]:
+        """Per leaf of the weight, per dimension: the axes of the replaced array it runs over."""
+        stack = [(i,) for i in self.indices(STACK)]
+        roles = {IN: tuple(self.indices(IN)), OUT: tuple(self.indices(OUT))}
+        natural = [(i,) for i in range(len(self.axes))]
+        out: list[list[tuple[int, ...]]] = []
+
+        def visit(w: Any) -> None:
+            if not isinstance(w, Weight):
+                canonical = [*stack, roles[IN], roles[OUT]]
+                out.extend([natural if self.natural else canonical] * len(jax.tree.leaves(w)))
+                return
+            for field in _fields(w):
+                value = getattr(w, field.name)
+                if field.metadata.get("base"):
+                    visit(value)
+                elif not field.metadata.get("static"):
+                    own = [roles.get(name, ()) for name in field.metadata.get("axes", ())]
+                    lead = [] if field.metadata.get("shared") else stack
+                    out.extend([[*lead, *own]] * len(jax.tree.leaves(value)))
+
+        visit(self.weight)
+        return out
+
+    def along(self, axis: int, f: Callable[[Any, int], Any]) -> "View":
+        """Applies `f(array, position)` to every leaf that runs over an axis, to shorten it.
+
+        Where several axes of one role lie merged in a field, they are told apart for `f`.
+        """
+        out, new_size = [], self.axes[axis].size
+        leaves, treedef = jax.tree.flatten(self.weight)
+        for leaf, runs in zip(leaves, self.field_axes(), strict=True):
+            position = next((p for p, run in enumerate(runs) if axis in run), None)
+            if position is None:
+                out.append(leaf)
+                continue
+            run = runs[position]
+            split = leaf.reshape(
+                *leaf.shape[:position],
+                *(self.axes[i].size for i in run),
+                *leaf.shape[position + 1 :],
+            )
+            at = position + run.index(axis)
+            cut = f(split, at)
+            new_size = cut.shape[at]
+            out.append(cut.reshape(*leaf.shape[:position], -1, *leaf.shape[position + 1 :]))
+        axes = tuple(
+            dataclasses.replace(a, size=new_size) if i == axis else a
+            for i, a in enumerate(self.axes)
+        )
+        dims = tuple(
+            tuple(d._replace(size=new_size) if d.axis == axis else d for d in dim)
+            for dim in self.dims
+        )
+        return View(treedef.unflatten(out), axes, dims, self.dtype, self.path, self.natural)
+
+    def redim(self, dims: Sequence[Dim | None]) -> "View | None":
+        """The same weight with other dimensions, or `None` where one of them is unknown."""
+        if any(dim is None for dim in dims):
+            return None
+        return dataclasses.replace(self, dims=tuple(dims))  # type: ignore[arg-type]
+
+
+def is_view(x: Any) -> bool:
+    """Whether a node of a tree is a structured weight."""
+    return isinstance(x, View)
+
+
+def roles_of(*roles: str) -> Callable[[Sequence[int]], tuple[Axis, ...]]:
+    """Axes of a shape by role: `roles_of("in", "out")(w.shape)`."""
+    return lambda shape: tuple(Axis(n, r) for n, r in zip(shape, roles, strict=True))
+
+
+def map_views(f: Callable[[View], Any], tree: Any) -> Any:
+    """The tree with `f(view)` at the place of each structured weight."""
+    return jax.tree.map(lambda x: f(x) if is_view(x) else x, tree, is_leaf=is_view)
