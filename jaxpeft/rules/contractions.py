@@ -25,15 +25,15 @@ from jaxpeft.weight import (
 )
 
 
-def site_of(run: Any, at: View, eqn: Any, kind: type[Site] = Site, **more: Any) -> Site:
+def site_of(run: Any, view: View, eqn: Any, kind: type[Site] = Site, **more: Any) -> Site:
     """The site at which a view meets this equation."""
     return kind(
-        at.dtype,
+        view.dtype,
         precision=eqn.params.get("precision"),
         preferred=eqn.params.get("preferred_element_type"),
         salt=run.number(),
         # Under vmap over a stack, what one weight leaves could not be met by another.
-        taps=None if at.indices(STACK) else run.taps,
+        taps=None if view.indices(STACK) else run.taps,
         **more,
     )
 
@@ -201,26 +201,26 @@ class ConvSite(Site):
     has it is a smaller kernel, any other field is a product over channels.
     """
 
-    def __init__(self, dtype: Any, *, view: View, eqn: Any, **kwargs: Any):
+    def __init__(self, dtype: Any, *, kernels: View, params: Any, **kwargs: Any):
         super().__init__(dtype, **kwargs)
-        self.view, self.eqn = view, eqn
+        self.kernels, self.params = kernels, params
 
     def product(self, x: jax.Array, op: Operand) -> jax.Array:
         if op.cols == IN:
             raise Unsupported("a transposed convolution")
         if op.rows != IN:
             return super().product(x, op)
-        numbers = self.eqn.params["dimension_numbers"]
+        numbers = self.params["dimension_numbers"]
         same = x.dtype == op.array.dtype == self.dtype
         spatial = tuple(range(1, x.ndim - 1))
         last = (0, x.ndim - 1, *spatial)
         return lax.conv_general_dilated(
             x,
             self.kernel(op, numbers.rhs_spec[0]),
-            window_strides=self.eqn.params["window_strides"],
-            padding=self.eqn.params["padding"],
-            lhs_dilation=self.eqn.params["lhs_dilation"],
-            rhs_dilation=self.eqn.params["rhs_dilation"],
+            window_strides=self.params["window_strides"],
+            padding=self.params["padding"],
+            lhs_dilation=self.params["lhs_dilation"],
+            rhs_dilation=self.params["rhs_dilation"],
             dimension_numbers=lax.ConvDimensionNumbers(last, numbers.rhs_spec, last),
             precision=self.precision,
             preferred_element_type=self.preferred if same else None,
@@ -228,7 +228,7 @@ class ConvSite(Site):
 
     def kernel(self, op: Operand, out_dim: int) -> jax.Array:
         """A kernel in the program's layout, with the columns of `op` as output channels."""
-        view = self.view
+        view = self.kernels
         array = op.array
         if len(op.roles) == 2:  # canonical: cut `in` into the window and the channels
             rows = op.roles.index(IN)
@@ -261,7 +261,7 @@ def convolution(run: Any, eqn: Any, x: Any, view: Any) -> list | None:
     out = view.dims[numbers.rhs_spec[0]][0].axis
     if view.indices(OUT) != [out] or view.indices(STACK):
         return None
-    site = site_of(run, view, eqn, ConvSite, view=view, eqn=eqn)
+    site = site_of(run, view, eqn, ConvSite, kernels=view, params=eqn.params)
     x = permute(x, [numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]])
     y = x @ bound(view, view.weight, site)
     # (batch, *space, channels) back into the program's layout
