@@ -7,15 +7,28 @@ for batch in batches:
     state, metrics = step(state, frozen, batch, key)
 """
 
+from jaxpeft.train.checkpoint import Checkpoints
+from jaxpeft.train.errors import UserError, one_line_errors
+from jaxpeft.train.loop import Evaluation, Run, evaluate, fit
 from jaxpeft.train.loss import cross_entropy, next_token
+from jaxpeft.train.report import loss_figure, read_metrics
 from jaxpeft.train.step import LossFn, Metrics, State, init, train_step
 
 __all__ = [
+    "Checkpoints",
+    "Evaluation",
     "LossFn",
     "Metrics",
+    "Run",
     "State",
+    "UserError",
     "cross_entropy",
+    "evaluate",
+    "fit",
     "init",
+    "loss_figure",
     "next_token",
+    "one_line_errors",
+    "read_metrics",
     "train_step",
 ]

@@ -132,6 +132,17 @@ def train_step(
     return step
 
 
+def in_dtype(loss_fn: LossFn, compute_dtype: Any) -> LossFn:
+    """The loss of the adapter cast to `compute_dtype`, or as it is for `None`."""
+    if compute_dtype is None:
+        return loss_fn
+
+    def loss(adapter, frozen, batch, key):
+        return loss_fn(jax.tree.map(lambda x: x.astype(compute_dtype), adapter), frozen, batch, key)
+
+    return loss
+
+
 class _Sums(NamedTuple):
     gradient: Any
     loss: jax.Array
@@ -141,10 +152,10 @@ class _Sums(NamedTuple):
 def _summed_gradient(loss_fn, compute_dtype):
     """`(adapter, frozen, batch, key) -> _Sums`, each at least in float32."""
 
+    cast_loss_fn = in_dtype(loss_fn, compute_dtype)
+
     def loss(adapter, frozen, batch, key):
-        if compute_dtype is not None:
-            adapter = jax.tree.map(lambda x: x.astype(compute_dtype), adapter)
-        out = loss_fn(adapter, frozen, batch, key)
+        out = cast_loss_fn(adapter, frozen, batch, key)
         shapes = jax.tree.map(jnp.shape, out)
         if not isinstance(out, tuple) or shapes != ((), ()):
             raise ValueError(

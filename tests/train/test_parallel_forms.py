@@ -37,11 +37,8 @@ def run(form, dtype):
         step = jax.pmap(
             step, "data", in_axes=(None, None, 0, None), out_axes=None, donate_argnums=0
         )
-        place = (
-            lambda batch: jax.tree.map(  # noqa: E731
-                lambda x: x.reshape(SHARDS, ACCUMULATE, *x.shape[1:]), batch
-            )
-        )
+        cut = lambda x: x.reshape(SHARDS, ACCUMULATE, *x.shape[1:])  # noqa: E731
+        place = lambda batch: jax.tree.map(cut, batch)  # noqa: E731
     else:
         kind = AxisType.Explicit if "explicit" in form else AxisType.Auto
         mesh = jax.make_mesh((SHARDS,), ("data",), axis_types=(kind,))

@@ -1,0 +1,285 @@
+import json
+import math
+import os
+import signal
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import resumable
+import toy
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxpeft import train
+
+
+def run(data=None, **options):
+    adapter, frozen = toy.model()
+    data = [toy.batch(seed=seed) for seed in range(6)] if data is None else data
+    options = {"progress": False} | options
+    return train.fit(toy.loss_fn, optax.adamw(1e-2), adapter, frozen, data, **options)
+
+
+def by_hand(batches):
+    adapter, frozen = toy.model()
+    tx = optax.adamw(1e-2)
+    step = jax.jit(train.train_step(toy.loss_fn, tx))
+    state, losses = train.init(adapter, tx), []
+    for batch in batches:
+        state, metrics = step(state, frozen, batch, None)
+        losses.append(float(metrics.loss))
+    return state, losses
+
+
+def assert_same(got, want):
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_it_takes_the_steps_of_a_loop_written_by_hand():
+    batches = [toy.batch(seed=seed) for seed in range(6)]
+    result = run(batches)
+    assert_same(result.state, by_hand(batches)[0])
+    assert result.finished
+    assert_same(run(batches, steps=4).state, by_hand(batches[:4])[0])
+
+
+def test_the_callers_adapter_stays_as_it_is():
+    adapter, frozen = toy.model()
+    train.fit(toy.loss_fn, optax.sgd(0.1), adapter, frozen, [toy.batch()], progress=False)
+    assert_same((adapter, frozen), toy.model())
+
+
+def test_held_out_loss_is_weighted_by_tokens_over_the_whole_set():
+    adapter, frozen = toy.model()
+    batches = [toy.batch(seed=seed) for seed in range(3)]
+    batches[1]["weights"] = batches[1]["weights"] * 0
+    batches[2]["weights"][2:] = 0
+    got = train.evaluate(toy.loss_fn, adapter, frozen, batches)
+    whole = jax.tree.map(lambda *xs: np.concatenate(xs), *batches)
+    total, weight = toy.loss_fn(adapter, frozen, whole, None)
+    np.testing.assert_allclose(got, (total / weight, np.exp(total / weight), weight), rtol=1e-12)
+
+
+def test_held_out_set_without_tokens_is_an_error():
+    adapter, frozen = toy.model()
+    with pytest.raises(train.UserError, match="no target tokens"):
+        train.evaluate(toy.loss_fn, adapter, frozen, [])
+
+
+def test_a_huge_loss_has_infinite_perplexity():
+    def huge(*_):
+        return jnp.asarray(1e4), jnp.asarray(1.0)
+
+    assert train.evaluate(huge, None, None, [None]).perplexity == math.inf
+
+
+def test_evaluation_has_no_key_and_the_dtype_of_training():
+    seen = []
+
+    def loss_fn(adapter, frozen, batch, key):
+        seen.append((key is None, adapter["w/a"].dtype == jnp.bfloat16))
+        return toy.loss_fn(adapter, frozen, batch, key)
+
+    adapter, frozen = toy.model(jnp.float32)
+    train.fit(
+        loss_fn,
+        optax.sgd(0.1),
+        adapter,
+        frozen,
+        [toy.batch()],
+        key=jax.random.key(0),
+        held_out=[toy.batch()],
+        compute_dtype=jnp.bfloat16,
+        progress=False,
+    )
+    assert sorted(set(seen)) == [(False, True), (True, True)]
+
+
+def test_metrics_hold_every_step_and_evaluation_in_order_and_no_times(tmp_path):
+    result = resumable.main(tmp_path, 7, log_every=2, progress=False)
+    records = train.read_metrics(tmp_path / "metrics.jsonl")
+    steps = [(r["step"], "held_out_loss" in r) for r in records]
+    assert steps == [(0, True), (2, False), (4, False), (5, True), (6, False), (7, True)]
+    assert set(records[1]) == {"step", "loss", "grad_norm", "tokens"}
+    assert set(records[0]) == {"step", "held_out_loss", "perplexity"}
+    assert records[-1]["held_out_loss"] == result.held_out.loss
+    assert records[-1]["perplexity"] == pytest.approx(math.exp(result.held_out.loss))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path):
+    batches = [toy.batch(seed=seed) for seed in range(4)]
+    batches[2]["weights"][0, 0] = np.nan
+    with pytest.raises(
+        train.UserError, match=r"not finite at step 3 \(loss nan, gradient norm nan"
+    ):
+        run(batches)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_on_request(tmp_path):
+    class Poisoned(resumable.Stream):
+        def __next__(self):
+            batch = super().__next__()
+            if self.position == 3:
+                batch["weights"][0, 0] = np.inf
+            return batch
+
+    result = run(Poisoned(), steps=5, on_nan="skip", folder=tmp_path, log_every=2)
+    records = train.read_metrics(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r["loss"] is None, r.get("skipped", False)) for r in records] == [
+        (2, False, False),
+        (3, True, True),
+        (4, False, False),
+    ]
+    stream = resumable.Stream()
+    batches = [next(stream) for _ in range(5)]
+    expected, _ = by_hand([*batches[:2], *batches[3:]])
+    assert_same(result.state.adapter, expected.adapter)
+    assert result.state.step == 5
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, resumable.main(folder, 7, progress=False)
+
+
+@pytest.mark.parametrize("at", [1, 5, 6, 7])
+def test_sigterm_saves_and_the_next_process_ends_with_the_same_bytes(
+    tmp_path, straight, at, monkeypatch
+):
+    """At a step that is evaluated, at one that is saved, at the first and at the last."""
+    folder, unstopped = straight
+
+    class Preempted(resumable.Stream):
+        def __next__(self):
+            if self.position + 1 == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__next__()
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(resumable, "Stream", Preempted)
+        first = resumable.main(tmp_path, 7, progress=False)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert not first.finished
+    assert first.state.step == at
+    second = resumable.main(tmp_path, 7, progress=False)
+    assert second.finished
+    assert_same(second.state, unstopped.state)
+    assert second.held_out == unstopped.held_out
+    name = "metrics.jsonl"
+    assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_finished_run_started_again_changes_nothing_and_tells_its_end(tmp_path):
+    first = resumable.main(tmp_path, 4, progress=False)
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    again = resumable.main(tmp_path, 4, progress=False)
+    assert_same(again.state, first.state)
+    assert again.held_out == first.held_out
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_records_after_the_checkpoint_and_a_torn_line_are_cut(tmp_path):
+    resumable.main(tmp_path, 4, progress=False)
+    file = tmp_path / "metrics.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + json.dumps({"step": 5, "loss": 1.0}).encode() + b"\n" + b'{"ste')
+    resumable.main(tmp_path, 4, progress=False)
+    assert file.read_bytes() == whole
+    file.write_bytes(whole[:-3])  # torn itself: what is lost is lost, the rest stands
+    resumable.main(tmp_path, 4, progress=False)
+    assert whole.startswith(file.read_bytes())
+
+
+def test_place_puts_batches_on_a_mesh(tmp_path):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spread = NamedSharding(mesh, P("data"))
+    batches = [toy.batch(seed=seed) for seed in range(3)]
+    seen = []
+
+    def place(batch):
+        batch = jax.device_put(batch, spread)
+        seen.append(batch["tokens"].sharding)
+        return batch
+
+    got = run(batches, place=place, held_out=batches[:1])
+    assert seen == [spread] * 5
+    want, _ = by_hand(batches)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, 1e-12), got.state, want)
+
+
+def test_progress_is_quiet_where_there_is_no_terminal(capfd):
+    run(progress=None)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_shows_step_loss_rate_and_time_left(capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    run(progress=True, steps=6, held_out=[toy.batch()])
+    shown = capfd.readouterr().err
+    for part in ("6/6", "loss 3.", "held out 3.", "tokens/s", "left"):
+        assert part in shown
+
+
+def test_progress_without_rich_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    run(progress=None)
+    with pytest.raises(train.UserError, match=r"rich: pip install 'jaxpeft\[train\]'"):
+        run(progress=True)
+
+
+def test_the_rate_counts_target_tokens():
+    assert run().tokens_per_second > 0
+    assert run([toy.batch()]).tokens_per_second is None  # compilation only
+
+
+def test_a_loss_figure_on_request(tmp_path):
+    pytest.importorskip("matplotlib")
+    resumable.main(tmp_path, 4, progress=False, figure=tmp_path / "loss.svg")
+    assert "loss per target token" in (tmp_path / "loss.svg").read_text() or (
+        (tmp_path / "loss.svg").stat().st_size > 5000
+    )
+
+
+def test_a_figure_needs_matplotlib_and_records(tmp_path, monkeypatch):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(train.UserError, match=r"pip install 'jaxpeft\[figure\]'"):
+            train.loss_figure(file, tmp_path / "loss.png")
+    pytest.importorskip("matplotlib")
+    with pytest.raises(train.UserError, match=rf"{file} holds no records"):
+        train.loss_figure(file, tmp_path / "loss.png")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_every": 0, "held_out": []}, r"`eval_every` .* at least 1; got 0"),
+        ({"save_every": -1}, r"`save_every` .* at least 1; got -1"),
+        ({"log_every": 0}, r"`log_every` .* at least 1; got 0"),
+        ({"eval_every": 5}, r"`eval_every=5` needs `held_out`"),
+        ({"save_every": 5}, r"`save_every=5` needs `folder`"),
+        ({"figure": "loss.png"}, r"`figure='loss.png'` needs `folder`"),
+        ({"folder": "run"}, r"get_state and set_state, .* got list_iterator"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+
+
+def test_a_user_error_is_one_line_and_exit_code_2_and_a_defect_keeps_its_traceback(capsys):
+    with pytest.raises(SystemExit) as end, train.one_line_errors():
+        raise train.UserError("line 3 of x.jsonl is\nno JSON")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: line 3 of x.jsonl is no JSON\n"
+    with pytest.raises(KeyError), train.one_line_errors():
+        raise KeyError("defect")
