@@ -1,8 +1,7 @@
 """Hugging Face model folders: `config.json` beside one or several safetensors files.
 
 A folder is opened by its headers alone. Tensors are then read one by one with plain reads, never
-through a memory map: mapped pages count as memory of the process, and a stack of layers would be
-there twice while it is built.
+through a memory map, whose pages count as memory of the process. `stacked.py` makes arrays of them.
 
 The format: 8 bytes with the length of a JSON header (little endian), the header, the data.
 https://huggingface.co/docs/safetensors, "Format".
@@ -15,25 +14,14 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from functools import reduce
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = [
-    "Lazy",
-    "Stack",
-    "Tensor",
-    "assemble",
-    "open_file",
-    "open_folder",
-    "read",
-    "write_folder",
-]
+__all__ = ["Lazy", "Tensor", "open_file", "open_folder", "read", "write_folder"]
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -78,15 +66,6 @@ class Lazy(NamedTuple):
     value: Callable[[], np.ndarray]
 
 
-class Stack(NamedTuple):
-    """How one array of `shape` is made of tensors: one per index of its first axis, or just one."""
-
-    shape: tuple[int, ...]
-    names: tuple[str, ...]
-    stacked: bool  # False: `names` has one entry, which is the whole array
-    transposed: bool  # tensors are (out, in) in the file, (in, out) here
-
-
 # Reading -----------------------------------------------------------------------------------------
 
 
@@ -110,9 +89,7 @@ def open_file(file: str | Path) -> dict[str, Tensor]:
             header.pop("__metadata__", None)
             tensors = {name: _entry(file, 8 + length, row) for name, row in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{file} is no safetensors file, or a damaged one: {error!r}."
-            ) from error
+            raise ValueError(f"{file} has a header that cannot be read: {error!r}.") from error
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, _nbytes(item[1]))):
         if tensor.start != end:
@@ -180,51 +157,6 @@ def read(tensor: Tensor, rows: slice | None = None) -> np.ndarray:
     return out
 
 
-def assemble(
-    tensors: Mapping[str, Tensor],
-    plan: Mapping[str, Stack],
-    *,
-    dtype: Any = None,
-    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
-    ignore: Callable[[str], bool] = lambda name: False,
-) -> dict[str, jax.Array]:
-    """Builds arrays from the tensors of a folder, each in its final place from the start.
-
-    Every shard of every array is one buffer, which tensors are read into one by one (a
-    temporary of one tensor) and which JAX takes over: on CPU without a copy. So the peak is the
-    model plus one tensor. A process reads only what its own devices hold.
-
-    Args:
-      tensors: What the folder has.
-      plan: What is wanted, by path.
-      dtype: Of all arrays. `None` keeps what the file has (the wider, where layers differ).
-      shardings: By path. `None` puts all arrays on the default device.
-      ignore: Says which tensors may be left over.
-    Returns:
-      The arrays by path.
-    Raises:
-      ValueError: Names every tensor that is missing, left over, of another shape, or no float.
-    """
-    faults = _faults(tensors, plan, ignore)
-    if faults:
-        files = sorted({str(tensor.file.parent) for tensor in tensors.values()})
-        more = f"\n  and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""
-        raise ValueError(
-            f"{', '.join(files)} does not hold the tensors that its {CONFIG} describes:\n  "
-            + "\n  ".join(faults[:MAX_FAULTS])
-            + more
-            + "\nFetch the folder again, or correct its config.json."
-        )
-    arrays: dict[str, jax.Array] = {}
-    for path, stack in plan.items():
-        kept = reduce(jnp.promote_types, (tensors[name].dtype for name in stack.names))
-        sharding = shardings[path] if shardings else _default_sharding()
-        arrays[path] = jax.make_array_from_callback(
-            stack.shape, sharding, _reader(tensors, stack, np.dtype(dtype or kept))
-        )
-    return arrays
-
-
 def _open_shards(folder: Path) -> dict[str, Tensor]:
     weight_map = _json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -260,66 +192,9 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _faults(
-    tensors: Mapping[str, Tensor], plan: Mapping[str, Stack], ignore: Callable[[str], bool]
-) -> list[str]:
-    faults, wanted = [], set()
-    for stack in plan.values():
-        shape = stack.shape[1:] if stack.stacked else stack.shape
-        shape = shape[::-1] if stack.transposed else shape
-        for name in stack.names:
-            wanted.add(name)
-            if name not in tensors:
-                faults.append(f"missing: {name} of shape {shape}")
-            elif tensors[name].shape != shape:
-                faults.append(f"wrong shape: {name} is {tensors[name].shape}, should be {shape}")
-            elif not jnp.issubdtype(tensors[name].dtype, jnp.floating):
-                faults.append(f"no float: {name} is {NAMES[tensors[name].dtype]}")
-    faults += [f"left over: {name}" for name in tensors if name not in wanted and not ignore(name)]
-    return faults
-
-
-def _reader(
-    tensors: Mapping[str, Tensor], stack: Stack, dtype: np.dtype
-) -> Callable[[Any], np.ndarray]:
-    """The callback that reads one shard of an array, given the shard's index."""
-
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
-        bounds = [part.indices(n)[:2] for part, n in zip(index, stack.shape, strict=True)]
-        out = _aligned(tuple(stop - start for start, stop in bounds), dtype)
-        if stack.stacked:
-            (first, last), bounds = bounds[0], bounds[1:]
-            targets: Iterator[tuple[str, np.ndarray]] = zip(
-                stack.names[first:last], out, strict=True
-            )
-        else:
-            targets = iter([(stack.names[0], out)])
-        inner = [slice(*bound) for bound in bounds]
-        for name, target in targets:
-            if stack.transposed:
-                columns, rows = inner
-                np.copyto(target, read(tensors[name], rows)[:, columns].T, casting="unsafe")
-            else:
-                part = read(tensors[name], inner[0])[(slice(None), *inner[1:])]
-                np.copyto(target, part, casting="unsafe")
-        return out
-
-    return shard
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array at a multiple of 64 bytes, which the CPU backend takes over as it is."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    offset = -raw.ctypes.data % 64
-    return raw[offset : offset + size].view(dtype).reshape(shape)
-
-
-def _default_sharding() -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-
 def _entry(file: Path, data: int, row: Mapping[str, Any]) -> Tensor:
+    if row["dtype"] not in DTYPES:
+        raise ValueError(f"{row['dtype']} is none of the types {', '.join(DTYPES)}")
     start, end = row["data_offsets"]
     shape = tuple(int(n) for n in row["shape"])
     tensor = Tensor(file, data + int(start), DTYPES[row["dtype"]], shape)
@@ -432,7 +307,7 @@ def _write_file(file: Path, tensors: Mapping[str, Lazy]) -> None:
     with open(file, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():
-            value = np.ascontiguousarray(tensor.value())
+            value = np.asarray(tensor.value(), order="C")
             assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype), name
             f.write(value.reshape(-1).view(np.uint8).data)
 

@@ -32,13 +32,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jax import Array
 
 from jaxpeft.io import safetensors
+from jaxpeft.io.stacked import Stack, assemble, disassemble
 
 __all__ = ["Cache", "Config", "Decoder", "Place", "Rope", "attention", "init", "init_cache", "load"]
-__all__ += ["pure", "save", "shapes"]
+__all__ += ["plan", "pure", "save", "shapes"]
 
 Params = dict[str, Any]
 
@@ -72,31 +73,39 @@ class Rope:
         return (1 - share) * plain / np.float32(self.factor) + share * plain
 
 
+def _hf(name: str, default: Any = dataclasses.MISSING) -> Any:
+    """A field whose value config.json holds under `name`."""
+    return dataclasses.field(default=default, metadata={"hf": name})
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Shape of a decoder; `from_hf` and `to_hf` translate `config.json`."""
 
-    vocab: int
-    width: int
-    mlp_width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int  # Its own field: Qwen3 and Mistral Nemo have heads * head_dim != width.
-    family: str = "llama"  # `model_type`, which decides what config.json can express.
+    vocab: int = _hf("vocab_size")
+    width: int = _hf("hidden_size")
+    mlp_width: int = _hf("intermediate_size")
+    layers: int = _hf("num_hidden_layers")
+    heads: int = _hf("num_attention_heads")
+    kv_heads: int = _hf("num_key_value_heads")
+    # Its own field: in Qwen3 and Mistral Nemo heads * head_dim is not the width.
+    head_dim: int = _hf("head_dim")
+    # Decides which of the options below config.json can express.
+    family: str = _hf("model_type", "llama")
     rope: Rope = Rope()
-    eps: float = 1e-6
-    tied: bool = False  # The head is the transposed embedding.
+    eps: float = _hf("rms_norm_eps", 1e-6)
+    tied: bool = _hf("tie_word_embeddings", False)  # The head is the transposed embedding.
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm of each query and key head (Qwen3).
     window: int | None = None  # A token sees itself and the window - 1 tokens before it.
     full_layers: tuple[int, ...] = ()  # Layers without the window (Qwen's max_window_layers).
-    context: int = 2048  # Longest sequence of pretraining; nothing here depends on it.
-    bos: int | None = None
+    # Longest sequence of pretraining. Nothing here depends on it.
+    context: int = _hf("max_position_embeddings", 2048)
+    bos: int | None = _hf("bos_token_id", None)
     eos: tuple[int, ...] = ()
-    pad: int | None = None
+    pad: int | None = _hf("pad_token_id", None)
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads or self.head_dim % 2:
@@ -181,22 +190,7 @@ class Config:
         return hf
 
 
-# Our fields and those of config.json that hold the same value.
-_NAMES = {
-    "family": "model_type",
-    "vocab": "vocab_size",
-    "width": "hidden_size",
-    "mlp_width": "intermediate_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "eps": "rms_norm_eps",
-    "tied": "tie_word_embeddings",
-    "context": "max_position_embeddings",
-    "bos": "bos_token_id",
-    "pad": "pad_token_id",
-}
+_NAMES = {f.name: f.metadata["hf"] for f in dataclasses.fields(Config) if f.metadata}
 _ROPE_NAMES = {
     "factor": "factor",
     "low": "low_freq_factor",
@@ -503,12 +497,8 @@ class Decoder(nnx.Module):
     ):
         if not (remat in (None, "full") or callable(remat)):
             raise ValueError(f"`remat` must be None, 'full' or a checkpoint policy, got {remat!r}.")
-        self.config, self.remat, self.unroll, self.logits_dtype = (
-            config,
-            remat,
-            unroll,
-            logits_dtype,
-        )
+        self.config, self.remat, self.unroll = config, remat, unroll
+        self.logits_dtype = logits_dtype
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.embed = Embed(config.vocab, config.width, rngs=rngs, **dtypes)
         keys = jax.random.split(rngs.params(), config.layers)
@@ -559,7 +549,8 @@ class Decoder(nnx.Module):
             same segment, so padding on the left and packing need nothing more.
           segment_ids: (B, T). Tokens see only their own segment. 0 is padding.
           mask: (B, T), true for tokens, false for padding, on whichever side.
-          cache: From `init_cache`, or from the call before. It must have T free slots.
+          cache: From `init_cache`, or from the call before. It must have T free slots,
+            else there is an error, or under jit NaNs.
         Returns:
           (B, T, D) after the last norm; with a cache `(hidden, cache)`.
         """
@@ -596,6 +587,8 @@ class Decoder(nnx.Module):
         x = self.norm(x)
         if cache is None or kv is None:
             return x
+        # Under jit nothing can raise; slots of other tokens must not be overwritten in silence.
+        x = jnp.where(cache.used + tokens.shape[1] <= cache.k.shape[2], x, jnp.nan)
         return x, cache._replace(k=kv[0], v=kv[1], used=cache.used + tokens.shape[1])
 
 
@@ -695,21 +688,10 @@ def load(folder: str | Path, dtype: Any = None, sharding: Any = None) -> tuple[C
     """
     hf, tensors = safetensors.open_folder(folder)
     config = Config.from_hf(hf)
-    plan = _plan(config)
-    shardings = None
-    if isinstance(sharding, jax.sharding.Sharding):
-        shardings = dict.fromkeys(plan, sharding)
-    elif sharding is not None:
-        shardings = flatten_dict(sharding, sep="/")
-        if shardings.keys() != plan.keys():
-            paths = ", ".join(sorted(shardings.keys() ^ plan.keys()))
-            raise ValueError(f"`sharding` must have one entry per parameter, but not so: {paths}.")
     if config.tied and "lm_head.weight" in tensors:
         _check_tied(tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight"))
-    arrays = safetensors.assemble(
-        tensors, plan, dtype=dtype, shardings=shardings, ignore=_ignorable
-    )
-    return config, unflatten_dict(arrays, sep="/")
+    wanted = plan(config)
+    return config, assemble(tensors, wanted, dtype=dtype, sharding=sharding, ignore=_ignorable)
 
 
 def save(
@@ -726,21 +708,8 @@ def save(
       ValueError: The arrays are not those that `config` asks for (all are named).
       OSError: The disk is full.
     """
-    plan, flat = _plan(config), flatten_dict(params, sep="/")
-    faults = [f"missing: {path}" for path in plan if path not in flat]
-    faults += [f"left over: {path}" for path in flat if path not in plan]
-    for path in plan.keys() & flat.keys():
-        got = getattr(flat[path], "shape", type(flat[path]).__name__)
-        if got != plan[path].shape:
-            faults.append(f"wrong shape: {path} is {got}, should be {plan[path].shape}")
-    if faults:
-        raise ValueError("`params` does not fit `config`:\n  " + "\n  ".join(sorted(faults)))
-    tensors = {}
-    for path, stack in plan.items():
-        for i, name in enumerate(stack.names):
-            tensors[name] = _to_write(flat[path], i if stack.stacked else None, stack.transposed)
-    dtype = np.dtype(flat["embed/embedding"].dtype).name
-    hf = config.to_hf() | {"torch_dtype": dtype}
+    tensors = disassemble(params, plan(config))
+    hf = config.to_hf() | {"torch_dtype": np.dtype(params["embed"]["embedding"].dtype).name}
     safetensors.write_folder(folder, hf, tensors, shard_bytes=shard_bytes)
 
 
@@ -748,15 +717,16 @@ def _abstract(config: Config, **options: Any) -> Decoder:
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0), **options))
 
 
-def _plan(config: Config) -> dict[str, safetensors.Stack]:
-    plan = {}
+def plan(config: Config) -> dict[str, Stack]:
+    """What each array is made of, by path, in terms of the tensors of a Hugging Face folder."""
+    stacks = {}
     for path, array in flatten_dict(shapes(config), sep="/").items():
         pattern, name, transposed = next(row for row in _TABLE if re.fullmatch(row[0], path))
         name = re.sub(pattern, name, path)
         stacked = path.startswith("layers/")
         names = tuple(name.format(i) for i in range(config.layers)) if stacked else (name,)
-        plan[path] = safetensors.Stack(array.shape, names, stacked, transposed)
-    return plan
+        stacks[path] = Stack(array.shape, names, stacked, transposed)
+    return stacks
 
 
 def _ignorable(name: str) -> bool:
@@ -771,13 +741,3 @@ def _check_tied(head: safetensors.Tensor, table: safetensors.Tensor | None) -> N
             f"{head.file} has a lm_head.weight unlike its model.embed_tokens.weight, though "
             "config.json says tie_word_embeddings=True. Set it to false there to use the head."
         )
-
-
-def _to_write(array: Array, layer: int | None, transposed: bool) -> safetensors.Lazy:
-    shape = array.shape if layer is None else array.shape[1:]
-
-    def value() -> np.ndarray:
-        tensor = np.asarray(array if layer is None else array[layer])
-        return tensor.T if transposed else tensor
-
-    return safetensors.Lazy(shape[::-1] if transposed else shape, np.dtype(array.dtype), value)
