@@ -1,7 +1,26 @@
 """jaxpeft: parameter-efficient fine-tuning for any JAX function, unmodified."""
 
 from jaxpeft.lift import Materialized, MaterializedWarning, NotAMatrixError, lift, merge
-from jaxpeft.methods import lora
+from jaxpeft.methods import (
+    bitfit,
+    bottleneck,
+    check_ids,
+    check_prompt,
+    full,
+    ia3,
+    last_layers,
+    linear_probe,
+    lora,
+    norm_tuning,
+    parallel,
+    prefix,
+    prompt,
+    train,
+    virtual_ids,
+    with_virtual,
+    without_virtual,
+)
+from jaxpeft.quant import quantize
 from jaxpeft.sites import Part, Site, Sites, sites
 from jaxpeft.tree import Hole, Train, base, chain, combine, count, labels, mask, split
 from jaxpeft.weight import View, Weight
@@ -20,14 +39,31 @@ __all__ = [
     "View",
     "Weight",
     "base",
+    "bitfit",
+    "bottleneck",
     "chain",
+    "check_ids",
+    "check_prompt",
     "combine",
     "count",
+    "full",
+    "ia3",
     "labels",
+    "last_layers",
     "lift",
+    "linear_probe",
     "lora",
     "mask",
     "merge",
+    "norm_tuning",
+    "parallel",
+    "prefix",
+    "prompt",
+    "quantize",
     "sites",
     "split",
+    "train",
+    "virtual_ids",
+    "with_virtual",
+    "without_virtual",
 ]

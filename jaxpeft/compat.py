@@ -91,6 +91,13 @@ def source(eqn: jex.JaxprEqn) -> str:
     return summarize(eqn.source_info)
 
 
+def typed_sharding(aval: Any) -> Any:
+    """The sharding of a type on a mesh with Explicit axes, else `None`."""
+    sharding = getattr(aval, "sharding", None)
+    kinds = getattr(getattr(sharding, "mesh", None), "axis_types", ())
+    return sharding if AxisType.Explicit in kinds else None
+
+
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
     """The type of an array as a tracing argument, with its sharding where that is typed.
 
@@ -98,7 +105,4 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
     casts where the trace needs them, and `lift` skips those that the real value has already.
     """
     aval = jax.typeof(x)
-    sharding = getattr(aval, "sharding", None)
-    if sharding is None or AxisType.Explicit not in getattr(sharding.mesh, "axis_types", ()):
-        sharding = None
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=typed_sharding(aval))

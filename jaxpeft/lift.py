@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
 from jaxpeft import compat
-from jaxpeft.rules import RULES
+from jaxpeft.rules import COMPUTING, RULES
+from jaxpeft.rules.registry import Rule
 from jaxpeft.weight import Unsupported, View, Weight, chain_of, innermost, is_view, map_views
 
 F = TypeVar("F", bound=Callable)
@@ -76,7 +78,17 @@ class Evaluation:
                     "Leave this weight out of the method's targets."
                 )
         self.report(Materialized(x.path, primitive, where))
-        return x.materialize()
+        return self.materialized(x, eqn)
+
+    def materialized(self, view: View, eqn: jex.JaxprEqn | None) -> jax.Array:
+        """The array of a view, sharded as the program's types say."""
+        target = None
+        for v in eqn.invars if eqn is not None else ():
+            if v.aval.shape == view.shape:
+                target = target or compat.typed_sharding(v.aval)
+        if target is None:
+            return view.materialize()
+        return jax.sharding.auto_axes(View.materialize, out_sharding=target)(view)
 
     def inner(self) -> "Evaluation":
         """For a jaxpr whose values must not leave it, such as the body of a loop."""
@@ -118,12 +130,29 @@ class Evaluation:
         promote = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
         with eqn.ctx.manager, scope, promote[0], promote[1]:
             try:
-                outs = rule(self, eqn, *values) if rule is not None else None
+                outs = self._run_rule(rule, eqn, values) if rule is not None else None
             except Unsupported:
                 outs = None
         if outs is None:
             outs = compat.bind(eqn, [self.dense(v, eqn) for v in values])
         return outs
+
+    def _run_rule(self, rule: Rule, eqn: jex.JaxprEqn, values: list) -> list | None:
+        """A rule, under the compiler's choice of shardings where these are part of the types."""
+        shardings = [compat.typed_sharding(v.aval) for v in eqn.outvars]
+        if eqn.primitive not in COMPUTING or None in shardings:
+            return rule(self, eqn, *values)
+        declined = []
+
+        def compute(values: list) -> list:
+            outs = rule(self, eqn, *values)
+            if outs is None:
+                declined.append(True)
+                outs = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
+            return outs
+
+        outs = jax.sharding.auto_axes(compute, out_sharding=shardings)(values)
+        return None if declined else outs
 
 
 _warned: set[tuple[str, str]] = set()
@@ -189,9 +218,8 @@ def lift(
         flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_view)
         at = [i for i, x in enumerate(flat) if is_view(x)]
         for i in at:
-            if not isinstance(flat[i].weight, jax.Array) or not flat[i].natural:
-                continue
-            flat[i] = flat[i].weight  # an array that no method has touched
+            if flat[i].is_vector:  # costs no more than the sum or product it is used in
+                flat[i] = flat[i].materialize()
         at = [i for i in at if is_view(flat[i])]
         result: dict[str, Any] = {}
 

@@ -77,6 +77,11 @@ class Site:
         roles = {axis.role for axis in self.axes}
         return bool(self.kinds & {"linear", "embedding", "conv"}) and {IN, OUT} <= roles
 
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is a vector, or a stack of them."""
+        return sum(axis.role != STACK and axis.size > 1 for axis in self.axes) <= 1
+
     def size(self, role: str) -> int:
         """Length of a side: the product of the axes with this role."""
         size = 1
@@ -168,8 +173,8 @@ class Sites(Mapping[str, Site]):
 
     @property
     def bias(self) -> "Sites":
-        """Vectors added to a product or to a normalized activation."""
-        return self._of_kind("bias")
+        """Vectors added to an activation, those of normalizations included."""
+        return self._keep(lambda s: "bias" in s.kinds or s.is_vector and "added" in s.kinds)
 
     @property
     def norm(self) -> "Sites":
@@ -277,37 +282,41 @@ class Sites(Mapping[str, Site]):
 
     __repr__ = __str__
 
-    def to_json(self) -> list[dict]:
-        """What a method needs to know of the selected parameters, as JSON."""
-        return [
-            {
-                "path": site.path,
-                "shape": list(site.shape),
-                "axes": [[axis.size, axis.role] for axis in site.axes],
-                "kinds": sorted(site.kinds),
-                "bias": site.bias,
-                "part": dataclasses.astuple(site.part) if site.part else None,
-            }
-            for site in self.values()
-        ]
+    def to_json(self) -> dict:
+        """What a method needs to know of the selected parameters and their biases, as JSON."""
+        biases = {site.bias for site in self.values()} - {None}
+        known = [s for path, s in self._every.items() if path in self or path in biases]
+        return {
+            "selected": list(self),
+            "parameters": [
+                {
+                    "path": site.path,
+                    "shape": list(site.shape),
+                    "axes": [[axis.size, axis.role] for axis in site.axes],
+                    "kinds": sorted(site.kinds),
+                    "bias": site.bias,
+                    "part": dataclasses.astuple(site.part) if site.part else None,
+                }
+                for site in (self.get(s.path, s) for s in known)
+            ],
+        }
 
     @classmethod
-    def from_json(cls, rows: list[dict]) -> "Sites":
+    def from_json(cls, stored: Mapping) -> "Sites":
         """The selection that `to_json` wrote."""
-        return cls(
-            {
-                row["path"]: Site(
-                    row["path"],
-                    tuple(row["shape"]),
-                    None,
-                    tuple(Axis(size, role) for size, role in row["axes"]),
-                    tuple(Use(kind) for kind in row["kinds"]),
-                    row["bias"],
-                    part=Part(*row["part"]) if row["part"] else None,
-                )
-                for row in rows
-            }
-        )
+        every = {
+            row["path"]: Site(
+                row["path"],
+                tuple(row["shape"]),
+                None,
+                tuple(Axis(size, role) for size, role in row["axes"]),
+                tuple(Use(kind) for kind in row["kinds"]),
+                row["bias"],
+                part=Part(*row["part"]) if row["part"] else None,
+            )
+            for row in stored["parameters"]
+        }
+        return cls({path: every[path] for path in stored["selected"]}, every)
 
 
 def matches(pattern: Pattern, site: Site) -> bool:
@@ -400,7 +409,7 @@ def _site(path: str, x: Any, uses: list[Use], every: Mapping[str, list[Use]]) ->
         other
         for other, theirs in every.items()
         for use in theirs
-        if use.kind == "bias" and path in use.of
+        if use.kind == "bias" and use.of == (path,)
     }
     of = tuple(dict.fromkeys(p for use in uses if use.kind in ("bias", "scale") for p in use.of))
     bias = biases.pop() if len(biases) == 1 else None

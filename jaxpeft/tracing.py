@@ -46,7 +46,8 @@ class Value:
     Attributes:
       dims: Per dimension the digits it is made of, or `None`.
       param: The parameter that this is a rearrangement of.
-      after: The weights whose product this is, a bias added or not.
+      after: The weights whose product this is, to which no bias has been added yet.
+      summed: Something else was added to that product.
       normed: Was divided by a standard deviation since the last product.
       one_hot: Comes from a comparison.
     """
@@ -54,6 +55,7 @@ class Value:
     dims: tuple[Dim | None, ...]
     param: str | None = None
     after: tuple[str, ...] = ()
+    summed: bool = False
     normed: bool = False
     one_hot: bool = False
 
@@ -157,7 +159,15 @@ class _Walk:
             for i in range(len(shape))
         )
         normed = primitive in (p.rsqrt_p, p.sqrt_p) or any(v.normed for v in values)
-        return [Value(dims, normed=normed, one_hot=primitive is p.eq_p)]
+        # A residual is often added before the bias: (x + h @ w) + b is x + (h @ w + b).
+        after: tuple[str, ...] = ()
+        if primitive in _SUMS:
+            # Of a residual stream and a new product, the bias belongs to the product.
+            products = [v for v in values if v.after]
+            products = [v for v in products if not v.summed] or products
+            after = tuple(dict.fromkeys(w for v in products for w in v.after))
+        one_hot = primitive is p.eq_p
+        return [Value(dims, after=after, summed=bool(after), normed=normed, one_hot=one_hot)]
 
     def meet(self, eqn: Any, param: Value, other: Value) -> Value:
         """A parameter is added to an activation, or multiplied with it."""
@@ -167,7 +177,7 @@ class _Walk:
         if eqn.primitive in _SUMS:
             if other.after and not other.normed and all(aligned):
                 self.note(param, "bias", eqn, cols=cols - stack, stack=stack, of=other.after)
-                return other
+                return other.data(after=())
             kinds = ["norm", "bias"] if other.normed else ["added"]
             for kind in kinds:
                 self.note(param, kind, eqn, cols=cols - stack, stack=stack)

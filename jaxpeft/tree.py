@@ -76,6 +76,36 @@ class Hole:
         return jax.random.split(key, self.stack) if self.stack else key
 
 
+_PARTS = tuple(jax.tree_util.GetAttrKey(name) for name in ("frozen", "trained_part"))
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Joined:
+    """An array of which only the end of one axis is trained; `combine` joins the parts."""
+
+    frozen: Any
+    trained: Any
+    axis: int
+
+    def tree_flatten_with_keys(self) -> tuple:
+        return tuple(zip(_PARTS, (self.frozen, self.trained), strict=True)), self.axis
+
+    @classmethod
+    def tree_unflatten(cls, axis: int, children: tuple) -> "Joined":
+        return cls(*children, axis)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.frozen.shape)
+        shape[self.axis] += self.trained.shape[self.axis]
+        return tuple(shape)
+
+    def array(self) -> jax.Array:
+        """The whole array."""
+        return jnp.concatenate([self.frozen, self.trained], self.axis)
+
+
 def _is_mark(x: Any) -> bool:
     return isinstance(x, (Train, Hole))
 
@@ -150,6 +180,10 @@ def split(tree: Any) -> tuple[Any, dict[str, jax.Array]]:
     return jax.tree.unflatten(treedef, frozen), adapter
 
 
+def _is_joined(x: Any) -> bool:
+    return isinstance(x, Joined)
+
+
 def _own(x: Train) -> Any:
     copy = not x.fresh and isinstance(x.value, jax.Array)
     return jnp.array(x.value, copy=True) if copy else x.value
@@ -193,8 +227,11 @@ def combine(frozen: Any, adapter: Mapping[str, Any], **call: Any) -> Any:
             f"`combine(frozen, adapter, {hole.name}=...)`."
         )
 
-    return jax.tree.unflatten(
-        treedef, [value(x) if isinstance(x, Hole) else x for x in flat.values()]
+    filled = [value(x) if isinstance(x, Hole) else x for x in flat.values()]
+    return jax.tree.map(
+        lambda x: x.array() if isinstance(x, Joined) else x,
+        jax.tree.unflatten(treedef, filled),
+        is_leaf=_is_joined,
     )
 
 
@@ -238,6 +275,11 @@ def labels(tree: Any, train: Any = "train", freeze: Any = "freeze") -> Any:
       ...     {"train": optax.adamw(1e-4), "freeze": optax.set_to_zero()}, labels(tree))
     """
     frozen, adapter = split(tree)
+    if any(isinstance(x, Joined) for x in jax.tree.leaves(frozen, is_leaf=_is_joined)):
+        raise ValueError(
+            "An array of this tree is trained in part, which a mask over arrays cannot say. Use "
+            "`split` and `combine`."
+        )
     holes = [x.name for x in jax.tree.leaves(frozen, is_leaf=_is_mark) if isinstance(x, Hole)]
     if twice := sorted({name for name in holes if name in adapter and holes.count(name) > 1}):
         raise ValueError(

@@ -16,7 +16,7 @@ ragged, or a convolution.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,7 @@ def static(default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(base, axes, static))
 def weight(cls: type[T]) -> type[T]:
     """Registers a `Weight` class: a frozen dataclass that is a JAX pytree."""
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
@@ -203,6 +204,7 @@ class Site:
     ):
         self.dtype, self.precision, self.preferred = dtype, precision, preferred
         self.salt, self.taps = salt, taps
+        self.rows = 0  # of the table, at a lookup
 
     def product(self, x: jax.Array, op: "Operand") -> jax.Array:
         """x (..., rows) times op (rows, cols)."""
@@ -230,11 +232,13 @@ class Site:
 
     def matrix(self, op: "Operand") -> jax.Array:
         """The operand in canonical form (rows, cols), as a plain array."""
-        order = [i for role in (op.rows, op.cols) for i, r in enumerate(op.roles) if r == role]
+        sides = [role for role in dict.fromkeys((op.rows, op.cols)) if role in op.roles]
+        order = [i for role in sides for i, r in enumerate(op.roles) if r == role]
+        if len(order) != op.array.ndim:
+            raise Unsupported("a field with axes beside its two sides")
         shape = [
             math.prod(n for n, r in zip(op.array.shape, op.roles, strict=True) if r == role)
-            for role in dict.fromkeys((op.rows, op.cols))
-            if role in op.roles
+            for role in sides
         ]
         return refold(permute(op.array, order), tuple(shape))
 
@@ -267,12 +271,21 @@ class Operand:
         return Operand(self.array, self.roles, self.cols, self.rows, self.site)
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        if jnp.issubdtype(self.array.dtype, jnp.integer):
+            return self._decoded_product(x)
         array = self.array
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            array = array.astype(x.dtype)
         dtype = jnp.promote_types(x.dtype, array.dtype)
         op = Operand(array.astype(dtype), self.roles, self.rows, self.cols, self.site)
         return self.site.product(x.astype(dtype), op)
+
+    def _decoded_product(self, x: jax.Array) -> jax.Array:
+        """x @ codes, where the backward pass decodes again instead of keeping a dense copy."""
+
+        def product(x: jax.Array, codes: jax.Array) -> jax.Array:
+            decoded = Operand(codes.astype(x.dtype), self.roles, self.rows, self.cols, self.site)
+            return self.site.product(x, decoded)
+
+        return jax.checkpoint(product)(x, self.array)
 
     def __getitem__(self, ids: jax.Array) -> jax.Array:
         return self.site.pick(self, ids)
@@ -396,6 +409,11 @@ class View:
     @property
     def is_matrix(self) -> bool:
         return all(w.is_matrix for w in chain_of(self.weight))
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it stands for a vector (or a stack of them), which is cheap to compute."""
+        return not self.indices(IN)
 
     @property
     def abstract(self) -> jax.ShapeDtypeStruct:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jaxpeft.sites import Site, Sites
-from jaxpeft.tree import Train, flatten, fold
+from jaxpeft.tree import Joined, Train, flatten, fold
 from jaxpeft.weight import View, is_view
 
 
@@ -17,6 +17,7 @@ def place(
     make: Callable[[jax.Array, Site, View], View],
     *,
     who: str,
+    vectors: bool = False,
 ) -> Any:
     """The tree with `make(key, site, view)` at the place of every selected matrix.
 
@@ -25,6 +26,7 @@ def place(
       sites: The selected parameters.
       make: The new view from the old one, which may hold another method's weight.
       who: The call as the user wrote it, for messages.
+      vectors: Whether biases and scales may be among them.
 
     Raises:
       ValueError: Nothing is selected, a selected parameter is no matrix, or the tree has no
@@ -32,7 +34,7 @@ def place(
     """
     if not sites:
         raise ValueError(f"`{who}` selects no parameter. The sites given are empty.")
-    flat, treedef = flatten(tree, is_leaf=lambda x: is_view(x) or isinstance(x, Train))
+    flat, treedef = flatten(tree, is_leaf=lambda x: is_view(x) or isinstance(x, (Train, Joined)))
     for path, site in sites.items():
         if path not in flat:
             raise ValueError(
@@ -44,11 +46,13 @@ def place(
                 f"`{who}`: '{path}' has shape {tuple(flat[path].shape)}, but had "
                 f"{site.shape} when the sites were found."
             )
-        if not site.is_matrix:
+        if not vectors and not site.is_matrix:
             raise ValueError(
                 f"`{who}` selects '{path}' of shape {site.shape}, which the model uses as "
                 f"{', '.join(sorted(site.kinds)) or 'nothing'}, not as a matrix. Select from "
                 "`sites.matrices`."
             )
+        if isinstance(flat[path], Joined):
+            raise ValueError(f"`{who}`: '{path}' is trained in part by another method already.")
         flat[path] = make(fold(key, path), site, site.view(flat[path]))
     return jax.tree.unflatten(treedef, list(flat.values()))

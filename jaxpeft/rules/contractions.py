@@ -119,7 +119,7 @@ def _contract(
     return refold(y, (*y.shape[: len(lead)], *(view.shape[i] for i in view_free)))
 
 
-@rule(p.dot_general_p)
+@rule(p.dot_general_p, computes=True)
 def dot_general(run: Any, eqn: Any, lhs: Any, rhs: Any) -> list | None:
     (lc, rc), (lb, rb) = (tuple(map(list, pair)) for pair in eqn.params["dimension_numbers"])
     if is_view(lhs) and is_view(rhs):
@@ -172,7 +172,7 @@ class RaggedSite(Site):
     tokens: int = 0
 
 
-@rule(compat.ragged_dot_p)
+@rule(compat.ragged_dot_p, computes=True)
 def ragged_dot(run: Any, eqn: Any, x: Any, view: Any, groups: Any) -> list | None:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     if is_view(x) or is_view(groups) or not is_view(view):
@@ -248,7 +248,7 @@ class ConvSite(Site):
         return super().matrix(op)
 
 
-@rule(p.conv_general_dilated_p)
+@rule(p.conv_general_dilated_p, computes=True)
 def convolution(run: Any, eqn: Any, x: Any, view: Any) -> list | None:
     if is_view(x) or eqn.params["feature_group_count"] != 1:
         return None

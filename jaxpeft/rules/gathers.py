@@ -25,12 +25,15 @@ def _rows_dim(view: View, dim: int) -> bool:
 def _rows(run: Any, eqn: Any, view: View, ids: jax.Array, mode: str, fill: Any) -> jax.Array:
     """Rows (*stack, *ids, out) of the table, where ids beyond it meet the gather's own mode."""
     site = site_of(run, view, eqn)
+    site.rows = view.size(IN)
     extra = view.weight.extra_rows if isinstance(view.weight, Weight) else 0
     count = view.size(IN) + extra
 
     def lookup(w: Any, ids: jax.Array) -> jax.Array:
         y = bound(view, w, site)[jnp.clip(ids, 0, count - 1)]
-        if mode == "FILL_OR_DROP":
+        # Where the model promises ids within its table, an id without a prompt must not pass
+        # for the last one.
+        if mode == "FILL_OR_DROP" or (extra and mode == "PROMISE_IN_BOUNDS"):
             valid = (ids >= 0) & (ids < count)
             y = jnp.where(valid[..., None], y, jnp.nan if fill is None else fill)
         return y
@@ -47,7 +50,7 @@ def _as_dims(view: View, y: jax.Array, lead: int, keep: list[int]) -> jax.Array:
     return refold(y, (*y.shape[:lead], *(view.shape[i] for i in keep)))
 
 
-@rule(p.gather_p)
+@rule(p.gather_p, computes=True)
 def gather(run: Any, eqn: Any, view: Any, indices: Any) -> list | None:
     numbers = eqn.params["dimension_numbers"]
     if is_view(indices) or len(numbers.start_index_map) != 1:

@@ -16,14 +16,20 @@ Rule = Callable[..., list | None]
 
 RULES: dict[jex.Primitive, Rule] = {}
 
+#: Primitives whose rules compute arrays. Where shardings are part of the types, their maths
+#: runs with the compiler's choice inside and the equation's own sharding outside.
+COMPUTING: set[jex.Primitive] = set()
 
-def rule(*primitives: jex.Primitive | None) -> Callable[[Rule], Rule]:
+
+def rule(*primitives: jex.Primitive | None, computes: bool = False) -> Callable[[Rule], Rule]:
     """Registers what these primitives do with views. `None` is one this JAX does not have."""
 
     def register(f: Rule) -> Rule:
         for primitive in primitives:
             if primitive is not None:
                 RULES[primitive] = f
+                if computes:
+                    COMPUTING.add(primitive)
         return f
 
     return register
