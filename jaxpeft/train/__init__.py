@@ -8,19 +8,28 @@ for batch in batches:
 """
 
 from jaxpeft.train.checkpoint import Checkpoints
+from jaxpeft.train.data import Batches, Chat, Completion, Examples, Text, read_examples
 from jaxpeft.train.errors import UserError, one_line_errors
 from jaxpeft.train.loop import Evaluation, Run, evaluate, fit
 from jaxpeft.train.loss import cross_entropy, next_token
 from jaxpeft.train.report import loss_figure, read_metrics
 from jaxpeft.train.step import LossFn, Metrics, State, init, train_step
+from jaxpeft.train.text import TextTokenizer, Tokens
 
 __all__ = [
+    "Batches",
+    "Chat",
     "Checkpoints",
+    "Completion",
     "Evaluation",
+    "Examples",
     "LossFn",
     "Metrics",
     "Run",
     "State",
+    "Text",
+    "TextTokenizer",
+    "Tokens",
     "UserError",
     "cross_entropy",
     "evaluate",
@@ -29,6 +38,7 @@ __all__ = [
     "loss_figure",
     "next_token",
     "one_line_errors",
+    "read_examples",
     "read_metrics",
     "train_step",
 ]

@@ -1,0 +1,160 @@
+"""Conversations through a model folder's chat template, and which characters the model said.
+
+The template is a Jinja program that came with the model. It runs in a sandbox, with the
+names and the dialect that such templates are written for.
+"""
+
+import datetime
+import json
+from typing import Any
+
+from jaxpeft.train.errors import UserError
+
+Spans = list[tuple[int, int]]
+
+# Around what `{% generation %}` encloses. Taken out again after rendering.
+_BEGIN, _END = "\x00<generation\x00", "\x00generation>\x00"
+
+
+class TemplateError(UserError):
+    """A conversation that the chat template cannot render or the loss cannot be placed in."""
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Args:
+      source: Jinja text.
+      special: What templates may call by name: `bos_token`, `eos_token`, ...
+    """
+
+    def __init__(self, source: str, special: dict[str, str]):
+        jinja2 = _jinja()
+        try:
+            self._template = _environment(jinja2).from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"the chat template is not valid: {error.message}, at its line {error.lineno}."
+            ) from error
+        self._special = special
+        self._marks = "generation" in source and any(
+            words[:1] == ["generation"] for words in _statements(jinja2, source)
+        )
+
+    def render(self, messages: list[dict[str, Any]], tools: Any = None) -> tuple[str, Spans]:
+        """The conversation as text, and the characters that the assistant is to learn.
+
+        These are what `{% generation %}` encloses, where the template has it. Else each
+        assistant turn is found by rendering the conversation up to it: from after the
+        generation prompt to the end of the turn, the token that ends it included.
+        """
+        if self._marks:
+            return _unmark(self._text(messages, tools))
+        text = self._text(messages, tools)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        return text, [self._turn(messages, tools, text, turn) for turn in turns]
+
+    def _turn(self, messages, tools, text, turn):
+        before = self._text(messages[:turn], tools, add_generation_prompt=True)
+        through = self._text(messages[: turn + 1], tools)
+        if text.startswith(before):
+            if text.startswith(through):
+                return len(before), len(through)
+            if turn + 1 < len(messages):
+                # The turn is written otherwise when it is the last (Qwen 3 shows the thoughts
+                # of the last one only). Then it ends where the message after it begins.
+                without = self._text(messages[:turn], tools)
+                follow = self._text([*messages[:turn], messages[turn + 1]], tools)
+                onward = self._text(messages[: turn + 2], tools)
+                added = follow.removeprefix(without)
+                if follow.startswith(without) and onward.endswith(added):
+                    if text.startswith(onward):
+                        return len(before), len(onward) - len(added)
+        raise TemplateError(
+            f"the chat template writes messages[{turn}] differently when more follows, so its "
+            f"place in the text is not known. Mark the assistant's turns in the template with "
+            f"{{% generation %}} ... {{% endgeneration %}}."
+        )
+
+    def _text(self, messages, tools, add_generation_prompt=False):
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                **self._special,
+            )
+        except Exception as error:  # a template may fail in any way
+            reason = str(error) or type(error).__name__
+            raise TemplateError(f"the chat template refuses the conversation: {reason}.") from error
+
+
+def _unmark(marked):
+    """Text without the marks, and where they stood."""
+    text, *parts = marked.split(_BEGIN)
+    spans = []
+    for part in parts:
+        said, _, rest = part.partition(_END)
+        spans.append((len(text), len(text) + len(said)))
+        text += said + rest
+    return text, spans
+
+
+def _statements(jinja2, source):
+    """The words of each `{% statement %}`."""
+    words: list[str] = []
+    for _, kind, value in _environment(jinja2).lex(source):
+        if kind == "block_begin":
+            words = []
+        elif kind == "block_end":
+            yield words
+        elif kind == "name":
+            words.append(value)
+
+
+def _environment(jinja2):
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %} ... {% endgeneration %}` around what the assistant says."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            call = self.call_method("_marked")
+            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _marked(self, caller):
+            return f"{_BEGIN}{caller()}{_END}"
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    # Templates put the day into their system prompt. A fixed one, the default of Llama 3, so
+    # that a run resumed tomorrow reads the same data as today.
+    environment.globals["strftime_now"] = datetime.datetime(2024, 7, 26).strftime
+    return environment
+
+
+def _tojson(value, ensure_ascii=False, **options):
+    # Jinja's own escapes characters of HTML, which a language model should see as they are.
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise(message):
+    raise ValueError(message)
+
+
+def _jinja():
+    try:
+        import jinja2
+        import jinja2.ext
+        import jinja2.nodes
+    except ImportError:
+        raise UserError("chat templates need jinja2: pip install 'jaxpeft[train]'.") from None
+    return jinja2
