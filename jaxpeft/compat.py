@@ -22,6 +22,8 @@ def _primitive(fn: Callable, *args: Any) -> jex.Primitive:
 
 _f = jax.ShapeDtypeStruct((2, 2), jnp.float32)
 
+_debug_info = jex.DebugInfo("jaxpeft", "lift", None, None)
+
 ragged_dot_p = _primitive(
     lax.ragged_dot,
     _f,
@@ -64,7 +66,7 @@ def bind(eqn: jex.JaxprEqn, values: Sequence[Any]) -> list:
     operands: dict[Any, Any] = {
         v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, jex.Literal)
     }
-    one = jex.Jaxpr((), list(operands), eqn.outvars, [eqn], eqn.effects)
+    one = jex.Jaxpr((), list(operands), eqn.outvars, [eqn], eqn.effects, _debug_info)
     return jax.core.eval_jaxpr(one, (), *operands.values())
 
 
