@@ -13,7 +13,7 @@ from jaxpeft.train.errors import UserError, one_line_errors
 from jaxpeft.train.loop import Evaluation, Run, evaluate, fit
 from jaxpeft.train.loss import cross_entropy, next_token
 from jaxpeft.train.report import loss_figure, read_metrics
-from jaxpeft.train.step import LossFn, Metrics, State, init, train_step
+from jaxpeft.train.step import LossFn, Metrics, State, fill_float0, init, train_step
 from jaxpeft.train.text import TextTokenizer, Tokens
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "UserError",
     "cross_entropy",
     "evaluate",
+    "fill_float0",
     "fit",
     "init",
     "loss_figure",

@@ -143,6 +143,26 @@ def in_dtype(loss_fn: LossFn, compute_dtype: Any) -> LossFn:
     return loss
 
 
+def fill_float0(grads: Any, tree: Any) -> Any:
+    """Gradients that optax can take, for loops that keep one tree and mask the optimizer.
+
+    `jax.grad(loss, allow_int=True)` gives integer arrays (the codes of a quantized base)
+    gradients of dtype float0, which cannot be added to anything. They become zeros of the
+    array's own dtype; the others stay.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> tree = {"codes": jnp.array([1, 2], jnp.uint8), "scale": jnp.array(0.5)}
+      >>> loss = lambda tree: jnp.sum(tree["codes"] * tree["scale"])
+      >>> grads = fill_float0(jax.grad(loss, allow_int=True)(tree), tree)
+      >>> grads["codes"].dtype.name, float(grads["scale"])
+      ('uint8', 3.0)
+    """
+    return jax.tree.map(
+        lambda g, x: jnp.zeros_like(x) if g.dtype == jax.dtypes.float0 else g, grads, tree
+    )
+
+
 class _Sums(NamedTuple):
     gradient: Any
     loss: jax.Array

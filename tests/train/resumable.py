@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import toy
 
-from jaxpeft import train
+import jaxpeft.train as train
 
 
 class Stream:

@@ -13,7 +13,7 @@ import toy
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpeft import train
+import jaxpeft.train as train
 
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2), optax.add_noise(0.1, 0.5, 3))
 
@@ -173,7 +173,7 @@ def test_a_full_disk_is_one_line_and_the_last_whole_checkpoint_stands(tmp_path):
     program = """
         import resource, sys
         import jax.numpy as jnp, optax
-        from jaxpeft import train
+        import jaxpeft.train as train
         state = train.init({"a": jnp.ones((1000, 1000))}, optax.sgd(0.1))
         with train.one_line_errors(), train.Checkpoints(sys.argv[1]) as checkpoints:
             checkpoints.save(state, {})

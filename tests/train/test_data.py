@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpeft import train
+import jaxpeft.train as train
 from jaxpeft.train import Batches, Chat, Completion, Examples, Text, Tokens, UserError
 from jaxpeft.train.data import pack
 

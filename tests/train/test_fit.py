@@ -14,7 +14,7 @@ import toy
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpeft import train
+import jaxpeft.train as train
 
 
 def run(data=None, **options):

@@ -9,7 +9,8 @@ import toy
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpeft import train
+import jaxpeft as jp
+import jaxpeft.train as train
 
 SHARDS, ACCUMULATE, STEPS, CLIP = 8, 3, 20, 0.05
 
@@ -25,11 +26,34 @@ def batches(dtype):
         yield batch
 
 
-def run(form, dtype):
-    adapter, frozen = toy.model(dtype)
+def lifted(dtype):
+    """The toy model without its hand-written LoRA, which comes from the library instead."""
+
+    def forward(params, tokens):
+        x = jax.nn.one_hot(tokens, len(params["embed"]), dtype=dtype) @ params["embed"]
+        return jnp.tanh(x @ params["w"]) @ params["head"]
+
+    def loss_fn(adapter, frozen, batch, key):
+        logits = jp.lift(forward)(jp.combine(frozen, adapter), batch["tokens"])
+        return train.cross_entropy(logits, batch["targets"], batch["weights"])
+
+    by_hand, params = toy.model(dtype)
+    sites = jp.sites(forward, params, jnp.zeros((1, 2), jnp.int32))
+    frozen, adapter = jp.split(
+        jp.lora(toy.RANK, sites.match("w"), dtype=dtype)(jax.random.key(0), params)
+    )
+    assert jax.tree.map(jnp.shape, adapter) == jax.tree.map(jnp.shape, by_hand)
+    return loss_fn, by_hand, frozen
+
+
+def run(form, dtype, model="by hand"):
+    if model == "by hand":
+        loss_fn, (adapter, frozen) = toy.loss_fn, toy.model(dtype)
+    else:
+        loss_fn, adapter, frozen = lifted(dtype)
     tx = optax.adamw(optax.cosine_decay_schedule(1e-2, STEPS), weight_decay=0.1)
     axis = "data" if form in ("pmap", "shard_map", "shard_map unchecked") else None
-    step = train.train_step(toy.loss_fn, tx, accumulate=ACCUMULATE, clip=CLIP, axis_name=axis)
+    step = train.train_step(loss_fn, tx, accumulate=ACCUMULATE, clip=CLIP, axis_name=axis)
     place = lambda batch: batch  # noqa: E731
     if form == "one device":
         step = jax.jit(step, donate_argnums=0)
@@ -92,6 +116,15 @@ def test_all_forms_agree_after_twenty_steps(alone, form):
     jax.tree.map(
         lambda g, w: np.testing.assert_allclose(g, w, atol=tolerance, rtol=tolerance), got, want
     )
+
+
+@pytest.mark.parametrize(
+    "form", ["one device", "mesh", "explicit mesh", "pmap", "shard_map", "shard_map unchecked"]
+)
+def test_a_lifted_model_takes_the_steps_of_the_one_written_by_hand(form):
+    want = run("one device", "float64")
+    got = run(form, "float64", "lifted")
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-10, rtol=1e-10), got, want)
 
 
 def test_the_mean_over_shards_of_means_would_not_agree():

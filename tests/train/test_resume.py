@@ -15,7 +15,7 @@ import optax
 import pytest
 import toy
 
-from jaxpeft import train
+import jaxpeft.train as train
 
 STEPS = 40
 

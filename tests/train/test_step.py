@@ -7,7 +7,7 @@ import optax
 import pytest
 import toy
 
-from jaxpeft import train
+import jaxpeft.train as train
 
 
 def copy(tree):
