@@ -408,6 +408,7 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(c.head_dim, c.eps, param_dtype=dtypes["param_dtype"])
 
     def __call__(self, x, kv, layer, turn, window, **places):
+        """Attends from x (B, T, D); `kv` is the cache of all layers, of which `layer` is this."""
         rows, length, _ = x.shape
         q = self.q(x).reshape(rows, length, -1, self.config.head_dim)
         k = self.k(x).reshape(rows, length, -1, self.config.head_dim)
@@ -620,7 +621,7 @@ def pure(config: Config, **options: Any) -> Callable[..., Any]:
       **options: Those of `Decoder`.
     Returns:
       A function of the nested dict of arrays that `init` and `load` give, and of what
-      `Decoder.__call__` takes.
+      `Decoder.__call__` takes. On a mesh with Explicit axes, wrap it in `jax.sharding.auto_axes`.
     """
     graphdef = nnx.graphdef(_abstract(config, **options))
 

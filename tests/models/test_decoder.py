@@ -323,14 +323,48 @@ def test_the_parameters_are_these():
     assert all(leaf.dtype == jnp.bfloat16 for _, leaf in flat)
 
 
-@pytest.mark.parametrize(
-    "sizes, billions",
-    [((32000, 4096, 11008, 32, 32, 32), 6.738), ((128256, 8192, 28672, 80, 64, 8), 70.554)],
-)
-def test_shapes_of_large_models_take_no_memory(sizes, billions):
-    config = decoder.Config(*sizes, head_dim=128)
-    count = sum(leaf.size for leaf in jax.tree.leaves(decoder.shapes(config)))
-    assert round(count / 1e9, 3) == billions
+def hf(family, vocab, width, mlp_width, layers, heads, kv_heads, **options):
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    names += ("num_attention_heads", "num_key_value_heads")
+    sizes = zip(names, (vocab, width, mlp_width, layers, heads, kv_heads), strict=True)
+    return {"model_type": family, "hidden_act": "silu", **dict(sizes), **options}
+
+
+# What the config.json of published models holds, and how many parameters they have.
+TIED = {"tie_word_embeddings": True}
+LLAMA31 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA31 |= {"original_max_position_embeddings": 8192}
+QWEN25 = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 21}
+QWEN3 = {"head_dim": 128, "attention_bias": False, "sliding_window": None, "max_window_layers": 28}
+PUBLISHED = {
+    "Llama-2-7B": (hf("llama", 32000, 4096, 11008, 32, 32, 32, pretraining_tp=1), 6_738_415_616),
+    "Llama-3.1-70B": (
+        hf("llama", 128256, 8192, 28672, 80, 64, 8, rope_scaling=LLAMA31 | {"factor": 8.0}),
+        70_553_706_496,
+    ),
+    "Llama-3.2-1B": (
+        hf("llama", 128256, 2048, 8192, 16, 32, 8, head_dim=64, rope_scaling=LLAMA31, **TIED),
+        1_235_814_400,
+    ),
+    "SmolLM2-135M": (
+        hf("llama", 49152, 576, 1536, 30, 9, 3, is_llama_config=True, rope_scaling=None, **TIED),
+        134_515_008,
+    ),
+    "Mistral-7B": (
+        hf("mistral", 32000, 4096, 14336, 32, 32, 8, sliding_window=4096),
+        7_241_732_096,
+    ),
+    "Qwen2.5-0.5B": (hf("qwen2", 151936, 896, 4864, 24, 14, 2, **QWEN25, **TIED), 494_032_768),
+    "Qwen3-0.6B": (hf("qwen3", 151936, 1024, 3072, 28, 16, 8, **QWEN3, **TIED), 596_049_920),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_counted_without_memory(name):
+    config_json, count = PUBLISHED[name]
+    config = decoder.Config.from_hf(config_json)
+    assert sum(leaf.size for leaf in jax.tree.leaves(decoder.shapes(config))) == count
+    assert (config.window is None) == (name != "Mistral-7B")
 
 
 def test_init_is_normal_with_norms_at_one():
@@ -381,6 +415,22 @@ def test_loading_converts_and_shards(tmp_path):
 
 
 HF = BASE.to_hf()
+
+
+def test_what_config_json_leaves_out_is_what_transformers_assumes():
+    def read(family, **options):
+        return decoder.Config.from_hf(hf(family, 9, 8192, 4, 2, 32, None) | options)
+
+    assert read("llama").kv_heads == 32 and read("llama").head_dim == 256
+    mistral = hf("mistral", 9, 64, 4, 2, 32, None)
+    del mistral["num_key_value_heads"]
+    assert decoder.Config.from_hf(mistral).kv_heads == 8
+    assert decoder.Config.from_hf(mistral).window == 4096
+    assert read("qwen3").head_dim == 128 and read("qwen2").head_dim == 256
+    assert read("qwen2", use_sliding_window=True, max_window_layers=1).window == 4096
+    assert read("qwen2").qkv_bias and not read("qwen2").o_bias and not read("qwen3").qkv_bias
+    assert read("llama").rope == decoder.Rope(10000.0)
+    assert (read("llama").eps, read("llama").tied, read("llama").eos) == (1e-6, False, ())
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Every tensor of the fixtures is random (norms 1 +- 0.3, biases +- 0.3), heads * 
 width, and the sequences are longer than the window and than the context before RoPE scaling.
 """
 
+import functools
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxpeft.models import decoder
+from jaxpeft.serve import generate
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch: make parity installs it")
 transformers = pytest.importorskip("transformers", reason="make parity installs the oracle")
@@ -165,6 +167,27 @@ def test_transformers_loads_what_we_save(pair, tmp_path):
     assert again.dtype == torch.float32
     tokens = ids(2)
     np.testing.assert_array_equal(theirs(again.eval(), tokens), theirs(model, tokens))
+
+
+@pytest.mark.parametrize("pair", ["llama 3", "mistral"], indirect=True)
+def test_greedy_generation_from_left_padded_prompts_agrees(pair):
+    model, config, params = pair
+    tokens = ids(3, 20)
+    mask = np.arange(20) >= np.array([[0], [5], [19]])
+    write = generate.generator(
+        decoder.pure(config), functools.partial(decoder.init_cache, config), max_new=12
+    )
+    got = np.asarray(write(params, tokens, mask).tokens)
+    want = model.generate(
+        input_ids=torch.as_tensor(tokens),
+        attention_mask=torch.as_tensor(mask.astype(int)),
+        min_new_tokens=12,
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    np.testing.assert_array_equal(got, want[:, 20:].numpy())
+    assert len(np.unique(got)) > 5
 
 
 def test_real_weights_agree():
