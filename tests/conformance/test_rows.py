@@ -5,15 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from conformance.rows import ROWS
-from conformance.rows.row import paths
+from conformance.rows.row import all_rows, matrices, paths
 from conformance.walk import parameter_footprint
-
-
-def all_rows():
-    return [
-        pytest.param(r, id=r.name, marks=[] if r.everyday else [pytest.mark.conformance])
-        for r in ROWS
-    ]
 
 
 def test_row_names_are_unique():
@@ -60,12 +53,6 @@ def test_every_matrix_of_a_row_is_named(row):
     named = set(matrices(row, case))
     wide = {n for n, w in paths(case.params).items() if w.ndim >= 2 and is_matrix(n)}
     assert wide == named
-
-
-def matrices(row, case):
-    """The paths of the row's matrices as the tree spells them (NNX adds `/value`)."""
-    have = paths(case.params)
-    return [n if n in have else n + "/value" for n in row.matrices]
 
 
 def is_matrix(name):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 # Sizes are chosen so that no activation has as many elements as a weight: that is how a
 # materialized weight is told from an activation. test_rows.py holds them to it.
@@ -20,12 +21,18 @@ L = 3  # layers of a stack
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model: `fn(params, *args)`. `also` holds more functions of the same parameters."""
+    """A model: `fn(params, *args)`.
+
+    Attributes:
+      also: More functions of the same parameters, with their arguments.
+      mesh: The mesh that the model runs on, if any.
+    """
 
     fn: Callable
     params: Any
     args: tuple
     also: tuple[tuple[Callable, tuple], ...] = ()
+    mesh: jax.sharding.Mesh | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +55,7 @@ class Row:
     bf16: bool = True  # False: the dense program does not run in bf16
     # A custom rule makes the dense gradient of these weights in the hand-written step too.
     rule: tuple[str, ...] = ()
+    stopped: tuple[str, ...] = ()  # weights that the model takes no gradient through
     # Rows that stand for their kind in the everyday suite.
     everyday: bool = False
 
@@ -73,6 +81,18 @@ def paths(tree) -> dict[str, Any]:
     """The leaves of a tree by path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(k, simple=True, separator="/"): x for k, x in leaves}
+
+
+def matrices(row: Row, case: Case) -> list[str]:
+    """The paths of the row's matrices as the tree spells them (NNX adds `/value`)."""
+    have = paths(case.params)
+    return [n if n in have else n + "/value" for n in row.matrices]
+
+
+def all_rows() -> list:
+    """Every row as a test's parameter; those outside the everyday suite carry the mark."""
+    slow = [pytest.mark.conformance]
+    return [pytest.param(r, id=r.name, marks=[] if r.everyday else slow) for r in ROWS]
 
 
 def random(*shape, seed: int = 0, scale: float = 0.4, dtype=jnp.float64):

@@ -36,7 +36,7 @@ def _shard_map(check):
     def fn(p, x):
         return inner(x, p["up"], p["bias"], p["down"])
 
-    return Case(fn, params(**_SIZES), (_x(),))
+    return Case(fn, params(**_SIZES), (_x(),), mesh=mesh)
 
 
 @row("shard_map, column- then row-parallel", **_MESH, everyday=True)
@@ -59,7 +59,7 @@ def shard_map_gather():
     inner = jax.shard_map(
         body, mesh=mesh, in_specs=(P(), P(None, "t")), out_specs=P(), check_vma=False
     )
-    return Case(lambda p, x: inner(x, p["up"]), params(up=(_D, _F)), (_x(),))
+    return Case(lambda p, x: inner(x, p["up"]), params(up=(_D, _F)), (_x(),), mesh=mesh)
 
 
 @row("shard_map over the batch, weights replicated", **_MESH)
@@ -70,7 +70,7 @@ def shard_map_batch():
         return jnp.tanh(x @ p["up"] + p["bias"]) @ p["down"]
 
     fn = jax.shard_map(body, mesh=mesh, in_specs=(P(), P("t")), out_specs=P("t"))
-    return Case(fn, params(**_SIZES), (_x(),))
+    return Case(fn, params(**_SIZES), (_x(),), mesh=mesh)
 
 
 @row(
@@ -94,7 +94,7 @@ def shard_map_fsdp():
 def _on_mesh(mesh, fn):
     specs = dict(up=P(None, "t"), bias=P("t"), down=P("t", None))
     p = {k: jax.device_put(w, NamedSharding(mesh, specs[k])) for k, w in params(**_SIZES).items()}
-    return Case(fn, p, (jax.device_put(_x(), NamedSharding(mesh, P())),))
+    return Case(fn, p, (jax.device_put(_x(), NamedSharding(mesh, P())),), mesh=mesh)
 
 
 @row("a mesh with Automatic axes", **_MESH, everyday=True)
@@ -136,4 +136,4 @@ def explicit_scan():
     specs = dict(up=P(None, None, "t"), bias=P(None, "t"), down=P(None, "t", None))
     p = params(**{k: (3, *s) for k, s in _SIZES.items()})
     p = {k: jax.device_put(w, NamedSharding(mesh, specs[k])) for k, w in p.items()}
-    return Case(fn, p, (jax.device_put(_x(), NamedSharding(mesh, P())),))
+    return Case(fn, p, (jax.device_put(_x(), NamedSharding(mesh, P())),), mesh=mesh)

@@ -1,0 +1,232 @@
+"""The columns of the conformance table: what holds for every method on every row.
+
+The everyday suite runs LoRA on the rows that stand for their kind, and each other method on a
+few; `pytest -m conformance` runs the full product.
+"""
+
+import functools
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpeft as jp
+from conformance.methods import METHODS
+from conformance.rows import ROWS
+from conformance.rows.row import all_rows
+from conformance.subject import (
+    differentiated,
+    far,
+    is_real,
+    lifted_call,
+    merged_call,
+    real,
+    score,
+    scores,
+    subject,
+    weight_sized_results,
+    worst,
+)
+from conformance.walk import more_than, weight_sized
+
+pytestmark = pytest.mark.filterwarnings("ignore::jaxpeft.MaterializedWarning")
+
+
+def table(wanted=lambda row, method: True, everyday=lambda row, method: True):
+    """Rows crossed with methods; pairs outside the everyday suite carry the mark."""
+    pairs = []
+    for method in METHODS:
+        for row in ROWS:
+            takes = any(getattr(row, role) for role in method.roles)
+            if not takes or not wanted(row, method):
+                continue
+            first = row.everyday if method is METHODS[0] else row.name in method.rows
+            marks = [] if first and everyday(row, method) else [pytest.mark.conformance]
+            pairs.append(pytest.param(row, method, id=f"{method.name}: {row.name}", marks=marks))
+    return pytest.mark.parametrize(("row", "method"), pairs)
+
+
+# The rows on which the everyday suite runs the columns that cost the most.
+FEW = {
+    "x @ w.T",
+    "(d, heads, head_dim) kernels",
+    "experts by ragged_dot",
+    "tied head",
+    "convolution, NHWC",
+    "linen nn.scan over axis 1",
+    "a stacked weight that nnx.scan returns",
+    "lax.scan of remat with a policy",
+    "shard_map, column- then row-parallel",
+    "a mesh with Explicit axes",
+}
+
+
+def case_sharding(mesh):
+    if mesh is None:
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def few(row, method):
+    return row.name in FEW
+
+
+def expected(s, fn, args, adapter=None):
+    """The outputs that the law asks for."""
+    if s.method.by_hand:
+        return s.method.by_hand(s, fn, args, adapter)
+    return fn(s.merged(adapter), *args)
+
+
+@table(everyday=few)
+def test_lifted_is_merged(row, method):
+    s = subject(row, method)
+    for fn, args in s.programs:
+        assert worst(jp.lift(fn)(s.tree(), *args), expected(s, fn, args)) <= row.tolerance
+
+
+@table()
+def test_outputs_and_gradients_are_those_of_the_merged_model_under_jit(row, method):
+    s = subject(row, method)
+    for fn, args in s.programs:
+        results = []
+        for call in (lifted_call(s), merged_call(s)):
+            f, variables = scores(s, fn, args, call, keep=True)
+            results.append(jax.jit(differentiated(s, f, keep=True))(variables))
+        (value, slope), (wanted_value, wanted_slope) = results
+        assert worst(value, wanted_value) <= row.tolerance
+        # A gradient sums over more terms than the outputs it comes from.
+        assert worst(slope, wanted_slope) <= row.tolerance * 10
+        if row.reverse:
+            for path, g in slope["adapter"].items():
+                assert bool(jnp.any(g != 0)) != path.startswith(row.stopped or ("\n",)), path
+
+
+@table(lambda row, method: row.vmap, few)
+def test_a_stack_of_adapters_shares_one_base(row, method):
+    """vmap over adapters: each gives its own outputs, and no array holds a weight per adapter."""
+    s = subject(row, method)
+    many = [s.adapter, jax.tree.map(lambda v: -0.5 * v, s.adapter), *[s.adapter] * 5]
+    stacked = jax.tree.map(lambda *vs: jnp.stack(vs), *many)
+    for fn, args in s.programs:
+        outputs = lambda a, fn=fn, args=args: real(jp.lift(fn)(s.tree(a), *args))  # noqa: E731
+        each = jax.jit(jax.vmap(outputs))(stacked)
+        for i in (0, 1):
+            wanted = real(expected(s, fn, args, many[i]))
+            assert worst([y[i] for y in each], wanted) <= row.tolerance
+        if method.factored and not row.materializes:
+            sizes = {len(many) * n for n in s.sizes}
+            copies = weight_sized(jax.make_jaxpr(jax.vmap(outputs))(stacked), sizes)
+            assert not copies, "\n".join(map(str, copies))
+
+
+@table(lambda row, method: row.bf16, few)
+def test_in_bf16_it_is_as_exact_as_the_dense_model(row, method):
+    """Against the same numbers in float64; the adapter stays in float32, dtypes are the model's."""
+    s = subject(row, method)
+    narrow = lambda x: x.astype(jnp.bfloat16) if is_real(x) else x  # noqa: E731
+    wide = lambda x: narrow(x).astype(jnp.float64) if is_real(x) else x  # noqa: E731
+    results = {}
+    make = method.make(s.sites, jnp.float32)
+    for name, cast in (("bf16", narrow), ("float64", wide)):
+        frozen, start = jp.split(make(jax.random.key(1), jax.tree.map(cast, s.case.params)))
+        adapter = {k: v.astype(start[k].dtype) for k, v in s.adapter.items()}
+        results[name] = jp.combine(frozen, adapter)
+        assert all(v.dtype == jnp.float32 for v in adapter.values())
+    for fn, args in s.programs:
+        args = {name: jax.tree.map(cast, args) for name, cast in (("bf16", narrow), ("wide", wide))}
+        exact = real(fn(jp.merge(results["float64"]), *args["wide"]))
+        dense = fn(jp.merge(results["bf16"]), *args["bf16"])
+        lifted = jp.lift(fn)(results["bf16"], *args["bf16"])
+        assert [y.dtype for y in real(lifted)] == [y.dtype for y in real(dense)]
+        assert far(real(lifted), exact) <= 2 * far(real(dense), exact) + 2**-8
+
+
+@table(lambda row, method: row.reverse, few)
+def test_three_steps_two_adapters_and_a_reload_trace_once(row, method):
+    s = subject(row, method)
+
+    def loss(adapter, frozen, args):
+        return score(jp.lift(s.case.fn)(jp.combine(frozen, adapter), *args))
+
+    # On a mesh the adapter lies where the steps leave it, as a training loop would pin it.
+    everywhere = case_sharding(s.case.mesh)
+    place = lambda a: jax.device_put(a, everywhere)  # noqa: E731
+
+    @functools.partial(jax.jit, out_shardings=everywhere)
+    @chex.assert_max_traces(1)
+    def step(adapter, frozen, args):
+        value, slope = jax.value_and_grad(loss)(adapter, frozen, args)
+        return jax.tree.map(lambda v, g: v - 1e-3 * g, adapter, slope), value
+
+    make = method.make(s.sites, jnp.float64)
+    chex.clear_trace_counter()
+    for key in (1, 2):
+        frozen, adapter = jp.split(make(jax.random.key(key), s.case.params))
+        adapter = place(adapter)
+        values = []
+        for _ in range(3):
+            adapter, value = step(adapter, frozen, s.case.args)
+            values.append(float(value))
+        assert len(set(values)) == 3, "the steps did nothing"
+    stored = {k: np.asarray(v) for k, v in adapter.items()}
+    again, fresh = jp.split(make(jax.random.key(3), s.case.params))
+    assert stored.keys() == fresh.keys()
+    step(place(stored), again, s.case.args)
+
+
+@table(lambda row, method: method.factored and not row.materializes)
+def test_nothing_of_a_weights_size_is_formed(row, method):
+    s = subject(row, method)
+    lifted, dense = weight_sized_results(s)
+    extra = more_than(lifted, dense)
+    assert not extra, "\n".join(map(str, extra))
+
+
+@pytest.mark.parametrize("row", all_rows())
+def test_sites_finds_what_each_weight_does(row):
+    case = row.build()
+    sites = jp.sites(case.fn, case.params, *case.args)
+    found = {
+        role: {n.removesuffix("/value") for n in getattr(sites, role)}
+        for role in ("linear", "embedding", "conv", "matrices")
+    }
+    assert found == {
+        "linear": set(row.linear),
+        "embedding": set(row.embedding),
+        "conv": set(row.conv),
+        "matrices": set(row.matrices),
+    }
+
+
+@table()
+def test_sites_announces_what_lift_materializes(row, method):
+    s = subject(row, method)
+    events = []
+    call = jp.lift(s.case.fn, materialize=events.append)
+    jax.make_jaxpr(lambda a: real(call(s.tree(a), *s.case.args)))(s.adapter)
+    made = {(e.path, e.primitive, e.source) for e in events}
+    announced = {
+        (e.path, e.primitive, e.source) for n in s.covered for e in s.sites[n].materialized
+    }
+    assert made == announced
+    paths = {e.path.removesuffix("/value") for e in events}
+    assert paths <= set(row.materializes)
+    assert bool(paths) == bool(
+        set(row.materializes) & {n.removesuffix("/value") for n in s.covered}
+    )
+
+
+def test_lift_warns_once_for_each_weight_it_materializes():
+    row = next(r for r in ROWS if r.name == "a weight under a non-linear operation")
+    s = subject(row, METHODS[0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            jp.lift(s.case.fn)(s.tree(), *s.case.args)
+    told = [str(w.message) for w in caught if w.category is jp.MaterializedWarning]
+    assert len(told) <= 1  # none, if another test of this process was told already
+    assert all("'w'" in t and "tanh" in t for t in told)
