@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpeft as jp
-from conformance.methods import Method
-from conformance.rows import Case, Row
-from conformance.rows.row import matrices, paths, random
-from conformance.walk import Result, parameter_footprint, weight_sized
+
+from .methods import Method
+from .rows import Case, Row
+from .rows.row import matrices, paths, random
+from .walk import Result, parameter_footprint, weight_sized
 
 # By how much of its norm the output has to move before a law means anything.
 MOVED = 0.1

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from conformance.methods import METHODS
-from conformance.rows import ROWS
-from conformance.rows.row import all_rows
-from conformance.subject import (
+
+from .methods import METHODS
+from .rows import ROWS
+from .rows.row import all_rows
+from .subject import (
     differentiated,
     far,
     is_real,
@@ -30,7 +31,7 @@ from conformance.subject import (
     weight_sized_results,
     worst,
 )
-from conformance.walk import more_than, weight_sized
+from .walk import more_than, weight_sized
 
 pytestmark = pytest.mark.filterwarnings("ignore::jaxpeft.MaterializedWarning")
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from conformance.rows import ROWS
-from conformance.rows.row import all_rows, matrices, paths
-from conformance.walk import parameter_footprint
+from .rows import ROWS
+from .rows.row import all_rows, matrices, paths
+from .walk import parameter_footprint
 
 
 def test_row_names_are_unique():

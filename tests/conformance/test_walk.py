@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from conformance.rows.row import params, random
-from conformance.walk import footprint, more_than, parameter_footprint, weight_sized
+from .rows.row import params, random
+from .walk import footprint, more_than, parameter_footprint, weight_sized
 
 L, D, F, R = 3, 13, 17, 2
 X = random(2, 5, D, seed=9)

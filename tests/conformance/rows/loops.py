@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from conformance.rows.row import B, Case, D, F, L, T, activations, norm, params, row
+from .row import B, Case, D, F, L, T, activations, norm, params, row
 
 
 def _block(x, p):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from conformance.rows.row import B, Case, D, F, H, L, N, T, V, activations, randomized, row, tokens
+from .row import B, Case, D, F, H, L, N, T, V, activations, randomized, row, tokens
 
 X = jnp.float64
 

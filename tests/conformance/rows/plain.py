@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from conformance.rows.row import (
+from .row import (
     B,
     C,
     Case,

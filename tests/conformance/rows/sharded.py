@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from conformance.rows.row import Case, activations, params, row
+from .row import Case, activations, params, row
 
 # All dimensions that a mesh axis splits are multiples of 4, unlike the sizes of the other rows.
 _B, _T, _D, _F = 4, 3, 20, 28
