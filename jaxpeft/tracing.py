@@ -141,6 +141,10 @@ class _Walk:
     def elementwise(self, eqn: Any, values: list[Value]) -> list[Value]:
         """Sums and products with a parameter have a meaning; everything else is `other`."""
         primitive = eqn.primitive
+        if len(eqn.outvars) != 1:
+            for value in values:
+                self.note(value, "other", eqn)
+            return [unknown(v.aval) for v in eqn.outvars]
         shape = getattr(eqn.outvars[0].aval, "shape", ())
         if primitive in _SUMS | _PRODUCTS and len(values) == 2:
             scalar = [not v.dims for v in values]
@@ -152,7 +156,7 @@ class _Walk:
                 return [self.meet(eqn, found[0], other)]
         for value in values:
             self.note(value, "other", eqn, cols=value.digits(range(len(value.dims))))
-        if len(eqn.outvars) != 1 or any(len(v.dims) not in (0, len(shape)) for v in values):
+        if any(len(v.dims) not in (0, len(shape)) for v in values):
             return [unknown(v.aval) for v in eqn.outvars]
         dims = tuple(
             next((v.dims[i] for v in values if v.dims and v.dims[i]), None)
