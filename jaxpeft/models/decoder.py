@@ -22,6 +22,7 @@ and, where the family has them, `bias` beside a `kernel` and `layers/attn/{q,k}_
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -631,16 +632,11 @@ def pure(config: Config, **options: Any) -> Callable[..., Any]:
     return forward
 
 
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def init(config: Config, key: Array, dtype: Any = jnp.float32) -> Params:
     """Random parameters, Normal(0, 0.02) with norms at one and biases at zero."""
-
-    @jax.jit
-    def make(key):
-        return nnx.to_pure_dict(
-            nnx.state(Decoder(config, rngs=nnx.Rngs(params=key), param_dtype=dtype))
-        )
-
-    return make(key)
+    model = Decoder(config, rngs=nnx.Rngs(params=key), param_dtype=dtype)
+    return nnx.to_pure_dict(nnx.state(model))
 
 
 def shapes(config: Config, dtype: Any = jnp.float32) -> Params:
