@@ -15,8 +15,8 @@ import numpy as np
 import optax
 
 import jaxpeft as jp
-from jaxpeft import train
 from jaxpeft.models import decoder
+from jaxpeft.train import cross_entropy, init, train_step
 
 CONFIG = decoder.Config(
     vocab=64, width=64, mlp_width=128, layers=2, heads=4, kv_heads=2, head_dim=16, tied=True
@@ -33,7 +33,7 @@ def batch(rng, devices, rows=8, length=32):
     return {"tokens": tokens[..., :-1], "targets": tokens[..., 1:], "weights": weights}
 
 
-def main(steps=200):
+def main(steps=60):
     devices = jax.local_device_count()
     key = jax.random.key(0)
 
@@ -43,30 +43,30 @@ def main(steps=200):
 
     # The adapter.
     sites = jp.sites(forward, params, jax.ShapeDtypeStruct((1, 8), jnp.int32))
-    method = jp.lora(8, sites.linear, alpha=16)
+    method = jp.lora(8, sites.matrices, alpha=16)  # the table too, which is the head as well
     frozen, adapter = jp.split(method(key, params))
     model = jp.lift(forward, materialize="error")
 
     def loss_fn(adapter, frozen, batch, key):
         logits = model(jp.combine(frozen, adapter), batch["tokens"])
-        return train.cross_entropy(logits, batch["targets"], batch["weights"])
+        return cross_entropy(logits, batch["targets"], batch["weights"])
 
     # The step. State and base are given once and held by every device.
     tx = optax.adamw(1e-2)
     step = jax.pmap(
-        train.train_step(loss_fn, tx, clip=1.0, axis_name="data"),
+        train_step(loss_fn, tx, clip=1.0, axis_name="data"),
         axis_name="data",
         in_axes=(None, None, 0, None),
         out_axes=None,
     )
-    state, rng, losses = train.init(adapter, tx), np.random.default_rng(0), []
+    state, rng, losses = init(adapter, tx), np.random.default_rng(0), []
     for _ in range(steps):
         state, metrics = step(state, frozen, batch(rng, devices), key)
         losses.append(float(metrics.loss))
-        if len(losses) % 20 == 1:
+        if len(losses) % 10 == 1:
             print(f"step {int(state.step):4d}  loss {metrics.loss:.3f}  on {devices} devices")
     return losses, state.adapter
 
 
 if __name__ == "__main__":
-    main(steps=5 if "--tiny" in sys.argv else 200)
+    main(steps=5 if "--tiny" in sys.argv else 60)
