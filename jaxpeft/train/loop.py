@@ -111,7 +111,8 @@ def fit(
       keep: Checkpoints to keep, the newest; `None` for all.
       log_every: Steps between records of the training loss.
       place: Puts a batch of numpy arrays on its devices, on a mesh for example
-        `lambda batch: jax.device_put(batch, NamedSharding(mesh, P("data")))`.
+        `lambda batch: jax.device_put(batch, NamedSharding(mesh, P("data")))`. Put the
+        adapter and `frozen` on that mesh, too.
       progress: `None` shows it on a terminal, `True` always, `False` never.
       figure: Where to draw the loss at the end; needs a folder.
     Raises:

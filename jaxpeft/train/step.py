@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 LossFn = Callable[[Any, Any, Any, Any], tuple[jax.Array, jax.Array]]
 """`loss_fn(adapter, frozen, batch, key) -> (loss_sum, weight)`, two scalars."""
@@ -38,11 +39,23 @@ def init(adapter: Any, tx: optax.GradientTransformation) -> State:
     """The state before the first step.
 
     The arrays are copies, so that donating the state deletes nothing of the caller's, and no
-    buffer twice where an optimizer keeps the adapter itself in its state.
+    buffer twice where an optimizer keeps the adapter itself in its state. What has no place
+    of its own (counters) goes where the adapter is: on a mesh, put the adapter there first
+    (`jax.device_put(adapter, NamedSharding(mesh, P()))`), or the step compiles twice.
     """
     adapter = jax.tree.map(jnp.copy, adapter)
     opt_state = jax.tree.map(jnp.copy, tx.init(adapter))
-    return State(jnp.zeros((), jnp.int32), adapter, opt_state)
+    state = State(jnp.zeros((), jnp.int32), adapter, opt_state)
+    meshes = {x.sharding.mesh for x in jax.tree.leaves(adapter) if _on_mesh(x)}
+    if len(meshes) != 1:
+        return state
+    everywhere = NamedSharding(meshes.pop(), PartitionSpec())
+    return jax.tree.map(lambda x: x if _on_mesh(x) else jax.device_put(x, everywhere), state)
+
+
+def _on_mesh(x):
+    concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    return concrete and isinstance(x.sharding, NamedSharding)
 
 
 def train_step(

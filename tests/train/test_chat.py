@@ -117,6 +117,16 @@ def test_the_dialect_of_chat_templates():
     assert text == '2 {"a": "<é>"} 26 Jul 2024 look_up'
 
 
+def test_lines_of_statements_leave_no_blanks():
+    source = """\
+{% for m in messages %}
+    {% if m.role %}
+{{ m.content }}
+    {% endif %}
+{% endfor %}"""
+    assert ChatTemplate(source, {}).render(TALK[:1])[0] == "Hi\n"
+
+
 def test_a_template_runs_in_a_sandbox():
     with pytest.raises(UserError, match="refuses the conversation: .*unsafe"):
         said("{{ messages.__class__.__mro__ }}")

@@ -72,8 +72,8 @@ def test_large_logits_do_not_overflow():
     assert cross_entropy(logits, jnp.array([0]))[0] == 0
 
 
-def test_a_step_holds_the_logits_and_their_gradient_and_no_float32_copy():
-    """In bf16 with a vocabulary far wider than the model, temporaries are those two arrays."""
+def test_the_backward_pass_keeps_the_logits_in_their_dtype_and_no_float32_copy():
+    """In bf16, what the backward pass keeps is the logits, and small arrays."""
     tokens, width, vocabulary = 64, 8, 8192
     x = jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16)
     head = jax.ShapeDtypeStruct((width, vocabulary), jnp.bfloat16)
@@ -107,10 +107,10 @@ def test_shapes_that_do_not_belong_together_are_named():
 
 
 def test_each_place_predicts_the_next_token_of_its_own_segment():
-    tokens = jnp.array([[1, 2, 3, 4, 5, 0]])
-    weights = jnp.array([[0.0, 0.5, 1.0, 1.0, 1.0, 1.0]])
-    segments = jnp.array([[1, 1, 1, 2, 2, 0]])
+    tokens = jnp.array([[1, 2, 3, 4, 5, 0, 0]])
+    weights = jnp.array([[0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]])
+    segments = jnp.array([[1, 1, 1, 2, 2, 0, 0]])
     targets, got = next_token(tokens, weights, segments)
-    assert targets.tolist() == [[2, 3, 4, 5, 0, 0]]
-    assert got.tolist() == [[0.5, 1.0, 0.0, 1.0, 0.0, 0.0]]
-    assert next_token(tokens)[1].tolist() == [[1.0, 1.0, 1.0, 1.0, 1.0, 0.0]]
+    assert targets.tolist() == [[2, 3, 4, 5, 0, 0, 0]]
+    assert got.tolist() == [[0.5, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0]]
+    assert next_token(tokens)[1].tolist() == [[1.0] * 6 + [0.0]]

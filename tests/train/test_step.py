@@ -162,6 +162,14 @@ def test_steps_are_traced_once():
     assert len(traces) == 1
 
 
+def test_the_state_can_be_had_from_shapes_alone():
+    adapter, _ = toy.model()
+    tx = optax.adamw(1e-2)
+    shapes = jax.eval_shape(lambda a: train.init(a, tx), adapter)
+    want = jax.tree.map(jnp.shape, train.init(adapter, tx))
+    assert jax.tree.map(lambda x: x.shape, shapes) == want
+
+
 def test_only_the_adapter_has_gradients_and_optimizer_state():
     adapter, frozen = toy.model()
     tx = optax.adam(1e-2)
