@@ -33,8 +33,8 @@ def generator(
     """A compiled function that continues prompts.
 
     Args:
-      forward: `forward(params, tokens, mask=, cache=) -> (logits, cache)` with tokens and mask
-        (B, T) and logits (B, T, V), as `decoder.pure` gives, or `jaxpeft.lift` of it.
+      forward: `forward(params, tokens, mask=None, cache=) -> (logits, cache)` with tokens and
+        mask (B, T) and logits (B, T, V), as `decoder.pure` gives, or `jaxpeft.lift` of it.
       init_cache: `init_cache(rows, length)` gives an empty cache, as
         `functools.partial(decoder.init_cache, config)` does.
       max_new: Most tokens to write per row.
@@ -97,8 +97,8 @@ def generator(
 
         def write(state: Any) -> Any:
             step, token, done, lengths, written, cache = state
-            # A row that has ended feeds padding, which nothing sees.
-            logits, cache = forward(params, token[:, None], mask=~done[:, None], cache=cache)
+            # Rows that have ended run on, unseen: the others do not depend on them.
+            logits, cache = forward(params, token[:, None], cache=cache)
             token = pick(logits[:, 0], key, step).astype(tokens.dtype)
             token = jnp.where(done, pad, token)
             written = written.at[:, step].set(token)

@@ -88,7 +88,7 @@ def test_a_row_ends_with_its_end_token_and_the_others_go_on(params, greedy):
 def test_the_loop_stops_when_all_rows_have_ended(params, greedy):
     steps = []
 
-    def forward(params, tokens, *, mask, cache):
+    def forward(params, tokens, *, cache, mask=None):
         jax.debug.callback(lambda: steps.append(1))
         return decoder.pure(CONFIG)(params, tokens, mask=mask, cache=cache)
 
@@ -104,6 +104,18 @@ def test_any_function_of_the_signature_is_taken(params, greedy):
     halves = jax.tree.map(lambda w: w / 2, params)
     got = generator(forward)(halves, prompts())
     np.testing.assert_array_equal(got.tokens, greedy)
+
+
+def test_every_step_and_row_draws_anew():
+    # A function without a model, and a cache that is no more than a count.
+    def forward(params, tokens, *, cache, mask=None):
+        return jnp.zeros((*tokens.shape, 1000)), cache + tokens.shape[1]
+
+    cache = lambda rows, length: jnp.int32(0)  # noqa: E731
+    write = generate.generator(forward, cache, max_new=20, temperature=1.0)
+    got = write({}, jnp.zeros((4, 3), jnp.int32), key=jax.random.key(0)).tokens
+    # 80 draws of 1000 fall on 77 tokens on average.
+    assert len(np.unique(got)) > 65
 
 
 def test_a_second_call_is_not_traced_again(params):
