@@ -50,7 +50,7 @@ def _under_shard_map() -> tuple[jex.Primitive, jex.Primitive | None]:
     return eqn.primitive, inner.eqns[-1].primitive if inner.eqns else None
 
 
-def open_jaxpr(jaxpr: Any) -> tuple[jex.Jaxpr, list]:
+def open_jaxpr(jaxpr: Any) -> tuple[Any, list]:
     """A jaxpr and its constants; closed jaxprs and open ones look alike afterwards."""
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
 
@@ -70,7 +70,7 @@ def bind(eqn: jex.JaxprEqn, values: Sequence[Any]) -> list:
     return jax.core.eval_jaxpr(one, (), *operands.values())
 
 
-def scan_counts(eqn: jex.JaxprEqn) -> tuple[int, int, int]:
+def scan_counts(eqn: Any) -> tuple[int, int, int]:
     """How many operands of a scan are constants, carried, and scanned over.
 
     Told apart by rank, since the parameters that say so differ between versions.

@@ -64,7 +64,7 @@ class Evaluation:
         self.sites[0] += 1
         return self.sites[0]
 
-    def dense(self, x: Any, eqn: jex.JaxprEqn | None, why: str = "") -> Any:
+    def dense(self, x: Any, eqn: Any, why: str = "") -> Any:
         """x itself, or the array that a view stands for."""
         if not is_view(x):
             return x
@@ -80,7 +80,7 @@ class Evaluation:
         self.report(Materialized(x.path, primitive, where))
         return self.materialized(x, eqn)
 
-    def materialized(self, view: View, eqn: jex.JaxprEqn | None) -> jax.Array:
+    def materialized(self, view: View, eqn: Any) -> jax.Array:
         """The array of a view, sharded as the program's types say."""
         target = None
         for v in eqn.invars if eqn is not None else ():
@@ -137,7 +137,7 @@ class Evaluation:
             outs = compat.bind(eqn, [self.dense(v, eqn) for v in values])
         return outs
 
-    def _run_rule(self, rule: Rule, eqn: jex.JaxprEqn, values: list) -> list | None:
+    def _run_rule(self, rule: Rule, eqn: Any, values: list) -> list | None:
         """A rule, under the compiler's choice of shardings where these are part of the types."""
         shardings = [compat.typed_sharding(v.aval) for v in eqn.outvars]
         if eqn.primitive not in COMPUTING or None in shardings:
@@ -204,10 +204,8 @@ def lift(
       NotAMatrixError: A bottleneck adapter, a prompt or the like stands where the model does
         something with the weight that it cannot follow; names path, primitive and line.
     """
-    report = {"warn": _warn, "error": _raise, "allow": lambda event: None}.get(
-        materialize,  # type: ignore[arg-type]
-        materialize,
-    )
+    named: dict[Any, Any] = {"warn": _warn, "error": _raise, "allow": lambda event: None}
+    report = named.get(materialize, materialize)
     if not callable(report):
         raise ValueError(
             f"`lift(materialize={materialize!r})`: give 'warn', 'error', 'allow' or a function."

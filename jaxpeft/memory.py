@@ -90,4 +90,4 @@ def _saved(loss: Callable, adapter: Any, frozen: Any, args: Any) -> int:
     jaxpr, _ = compat.open_jaxpr(jax.make_jaxpr(residuals)(adapter, frozen, args))
     known = set(jaxpr.invars) | set(jaxpr.constvars)
     kept = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)} - known
-    return sum(math.prod(v.aval.shape) * jnp.dtype(v.aval.dtype).itemsize for v in kept)
+    return _bytes([v.aval for v in kept])

@@ -192,7 +192,7 @@ class _Walk:
         return other.data(after=())
 
 
-def _stack_of(param: Value, other: Value, uses: dict[str, list[Use]]) -> set[Digit]:
+def _stack_of(param: Value, other: Value, uses: dict[Any, list[Use]]) -> set[Digit]:
     """Digits of a bias that line up with stack digits of the weight it follows."""
     out: set[Digit] = set()
     for mine, theirs in zip(param.dims, other.dims, strict=False):
@@ -228,7 +228,7 @@ def _product(
         rows, cols = value.digits(contracted[side]), value.digits(free[side])
         stack = value.digits(mine)
         shape = eqn.invars[1 - side].aval.shape
-        where = {"rows": rows, "cols": cols, "stack": stack}
+        where: dict[str, Any] = {"rows": rows, "cols": cols, "stack": stack}
         where["free"] = tuple(shape[i] for i in free[1 - side])
         walk.note(value, "other" if other.param else "linear", eqn, **where)
         if stack:
@@ -293,7 +293,7 @@ def _gather(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
         ]
     )
     index = iter(ids.dims)
-    dims = []
+    dims: list[Dim | None] = []
     for i in range(len(eqn.outvars[0].aval.shape)):
         if i in numbers.offset_dims:
             source = next(offsets)

@@ -93,7 +93,7 @@ class Joined:
 
     @classmethod
     def tree_unflatten(cls, axis: int, children: tuple) -> "Joined":
-        return cls(*children, axis)
+        return cls(children[0], children[1], axis)
 
     @property
     def shape(self) -> tuple[int, ...]:

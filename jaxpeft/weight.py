@@ -489,7 +489,9 @@ class View:
 
         where = self._stack_marks()
         leaves, treedef = jax.tree.flatten(self.weight)
-        weight = treedef.unflatten([split(x, m) for x, m in zip(leaves, where, strict=True)])
+        weight = jax.tree.unflatten(
+            treedef, [split(x, m) for x, m in zip(leaves, where, strict=True)]
+        )
         return View(weight, tuple(axes), dims, self.dtype, self.path, self.natural)
 
     def _stack_marks(self) -> list[str | None]:
@@ -537,7 +539,7 @@ class View:
         rest = self.without(stack[0], self.weight)
 
         def slice_of(leaves: list, x: Any) -> Any:
-            one = dataclasses.replace(rest, weight=treedef.unflatten(leaves))
+            one = dataclasses.replace(rest, weight=jax.tree.unflatten(treedef, leaves))
             return one.over_stack(f, x)
 
         in_axes = (self.stack_positions(stack[0]), None if x is None else 0)
@@ -545,9 +547,9 @@ class View:
 
     def field_axes(self) -> list[list[tuple[int, ...]]]:
         """Per leaf of the weight, per dimension: the axes of the replaced array it runs over."""
-        stack = [(i,) for i in self.indices(STACK)]
+        stack: list[tuple[int, ...]] = [(i,) for i in self.indices(STACK)]
         roles = {IN: tuple(self.indices(IN)), OUT: tuple(self.indices(OUT))}
-        natural = [(i,) for i in range(len(self.axes))]
+        natural: list[tuple[int, ...]] = [(i,) for i in range(len(self.axes))]
         out: list[list[tuple[int, ...]]] = []
 
         def visit(w: Any) -> None:
@@ -597,7 +599,9 @@ class View:
             tuple(d._replace(size=new_size) if d.axis == axis else d for d in dim)
             for dim in self.dims
         )
-        return View(treedef.unflatten(out), axes, dims, self.dtype, self.path, self.natural)
+        return View(
+            jax.tree.unflatten(treedef, out), axes, dims, self.dtype, self.path, self.natural
+        )
 
     def redim(self, dims: Sequence[Dim | None]) -> "View | None":
         """The same weight with other dimensions, or `None` where one of them is unknown."""

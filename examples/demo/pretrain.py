@@ -1,7 +1,7 @@
 """Pretrains the demo's base: python examples/demo/pretrain.py
 
 Builds the English corpus from the standard library of this Python (corpus.py), trains a byte-level
-BPE tokenizer on it and on code, and trains a Llama of 2 million parameters on the English with
+BPE tokenizer on it and on code, and trains a Llama of a million parameters on the English with
 the project's own decoder and step. Writes examples/demo/base/, a Hugging Face folder of at most
 6 MB, with what was measured in PRETRAINING.json beside it.
 
@@ -36,17 +36,19 @@ END = "<|endoftext|>"  # between documents; the end of a text in the demo, too
 CONTEXT = 256
 CONFIG = decoder.Config(
     vocab=2048,
-    width=192,
-    mlp_width=512,
+    width=128,
+    mlp_width=384,
     layers=4,
-    heads=3,
-    kv_heads=1,
-    head_dim=64,
-    tied=True,  # a head of its own would be a fifth more parameters
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    tied=True,  # a head of its own would be a quarter more parameters
     context=CONTEXT,
     eos=(0,),
 )
-ROWS = 8  # per step, of CONTEXT tokens each
+# Of CONTEXT tokens each, per step. With so few tokens in all, many small steps learn more: after
+# 0.3 million tokens the held-out loss of a twice as large model was 5.18 with 4 rows, 5.68 with 8.
+ROWS = 4
 SEED = 0
 
 
@@ -140,7 +142,7 @@ def pretrain(documents: list[list[int]], steps: int, rate: float, seed: int) -> 
     for i, batch in zip(range(1, steps + 1), batches(documents, seed), strict=False):
         state, metrics = step(state, None, jnp.asarray(batch), None)
         losses.append(metrics.loss)
-        if i % 100 == 0 or i == steps:
+        if i % 200 == 0 or i == steps:
             seconds = time.perf_counter() - begin
             loss = float(np.mean(jax.device_get(losses)))
             losses = []
@@ -157,8 +159,8 @@ def pretrain(documents: list[list[int]], steps: int, rate: float, seed: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=BASE)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=SEED)
     options = parser.parse_args()
     begin = time.perf_counter()

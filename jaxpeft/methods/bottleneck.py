@@ -198,5 +198,5 @@ def _network(
 ) -> tuple[Train, Train, Train, Train]:
     """down (n, m), its bias, up (m, d) and its bias; zero at its end."""
     down = jax.random.normal(key, (*stack, n, m), dtype) / n**0.5
-    zeros = [jnp.zeros((*stack, *shape), dtype) for shape in ((m,), (m, d), (d,))]
-    return Train(down), *map(Train, zeros)
+    c, up, e = (Train(jnp.zeros((*stack, *shape), dtype)) for shape in ((m,), (m, d), (d,)))
+    return Train(down), c, up, e

@@ -141,9 +141,9 @@ def dot_general(run: Any, eqn: Any, lhs: Any, rhs: Any) -> list | None:
 class RaggedSite(Site):
     """x (tokens, n), sorted by expert, against stacks of experts: `jax.lax.ragged_dot`."""
 
-    def __init__(self, dtype: Any, *, groups: jax.Array, **kwargs: Any):
+    def __init__(self, dtype: Any, *, groups: jax.Array, tokens: int, **kwargs: Any):
         super().__init__(dtype, **kwargs)
-        self.groups = groups
+        self.groups, self.tokens = groups, tokens
 
     def product(self, x: jax.Array, op: Operand) -> jax.Array:
         if STACK not in op.roles:
@@ -163,13 +163,10 @@ class RaggedSite(Site):
     def spread(self, op: Operand) -> jax.Array:
         if STACK not in op.roles:
             return super().spread(op)
-        tokens = self.tokens
-        return jnp.repeat(op.array, self.groups, axis=0, total_repeat_length=tokens)
+        return jnp.repeat(op.array, self.groups, axis=0, total_repeat_length=self.tokens)
 
     def matrix(self, op: Operand) -> jax.Array:
         raise Unsupported("the matrix of one expert")
-
-    tokens: int = 0
 
 
 @rule(compat.ragged_dot_p, computes=True)
@@ -188,8 +185,8 @@ def ragged_dot(run: Any, eqn: Any, x: Any, view: Any, groups: Any) -> list | Non
         return None
     # ragged_dot wants (experts, in, out), which is the canonical form.
     view = view.in_canonical_layout()
-    site = site_of(run, view, eqn, RaggedSite, groups=groups)
-    site.tokens, site.taps = x.shape[0], run.taps
+    site = site_of(run, view, eqn, RaggedSite, groups=groups, tokens=x.shape[0])
+    site.taps = run.taps  # tokens stay together, unlike under vmap over a stack
     y = x @ bind(view.weight, site, (STACK, IN, OUT), view.dtype)
     return [y.astype(eqn.outvars[0].aval.dtype)]
 

@@ -235,7 +235,7 @@ def _scanned(run: Any, eqn: Any, x: Any) -> tuple[Any, Callable[[Any], Any]]:
         parts = [
             leaf if at is None else next(rest) for leaf, at in zip(moved, positions, strict=True)
         ]
-        return view.without(lead, treedef.unflatten(parts), view.dims[1:])
+        return view.without(lead, jax.tree.unflatten(treedef, parts), view.dims[1:])
 
     return sliced, one
 

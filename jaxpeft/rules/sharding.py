@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jaxpeft.rules.registry import rule
 from jaxpeft.weight import IN, OUT, View, chain_of, is_view
 
 
-def _spec_by_axis(view: View, spec: Sequence[Any]) -> dict[int, Any] | None:
+def _spec_by_axis(view: View, spec: Any) -> dict[int, Any] | None:
     """Mesh axes per axis of a refined view, or `None` where a shard would not be contiguous."""
     by_axis: dict[int, Any] = {}
     for dim, names in zip(view.dims, spec, strict=False):
@@ -33,7 +33,7 @@ def _spec_by_axis(view: View, spec: Sequence[Any]) -> dict[int, Any] | None:
     return by_axis
 
 
-def field_specs(view: View, spec: Sequence[Any]) -> list[PartitionSpec] | None:
+def field_specs(view: View, spec: Any) -> list[PartitionSpec] | None:
     """Per leaf of a refined view's weight, its spec when the array it stands for has `spec`."""
     by_axis = _spec_by_axis(view, spec)
     if by_axis is None:
@@ -59,7 +59,7 @@ def constrain(x: Any, sharding: Any) -> Any:
         lax.with_sharding_constraint(leaf, NamedSharding(sharding.mesh, spec))
         for leaf, spec in zip(leaves, specs, strict=True)
     ]
-    return dataclasses.replace(view, weight=treedef.unflatten(placed))
+    return dataclasses.replace(view, weight=jax.tree.unflatten(treedef, placed))
 
 
 @rule(p.sharding_constraint_p)
@@ -97,7 +97,7 @@ def _entering(
     dims = tuple(tuple(Digit(d.of, d.axis, 1, size(d.axis)) for d in dim) for dim in view.dims)
 
     def local_view(leaves: list) -> View:
-        weight = treedef.unflatten(leaves)
+        weight = jax.tree.unflatten(treedef, leaves)
         return dataclasses.replace(view, weight=weight, axes=axes, dims=dims)
 
     return leaves, specs, local_view

@@ -101,7 +101,7 @@ def _pick(view: View, dim: int, index: Any) -> View | None:
         x if at is None else lax.dynamic_index_in_dim(x, index, at, keepdims=False)
         for x, at in zip(leaves, view.stack_positions(axis), strict=True)
     ]
-    return view.without(axis, treedef.unflatten(picked), view.dims)
+    return view.without(axis, jax.tree.unflatten(treedef, picked), view.dims)
 
 
 @rule(p.slice_p)

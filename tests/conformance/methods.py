@@ -30,6 +30,21 @@ class Method:
     rows: tuple[str, ...] = ("x @ w", "tied head", "lax.scan over layers", "experts by ragged_dot")
 
 
+def _lora(sites, dtype):
+    return jp.lora(2, sites.matrices, alpha=3.0, dtype=dtype)
+
+
+def _lora_on_int8(sites, dtype):
+    return jp.chain(
+        jp.quantize("int8", sites.linear),
+        jp.lora(2, sites.linear, alpha=3.0, scaling="alpha/sqrt(r)", dtype=dtype),
+    )
+
+
+_LINEAR = ("linear",)
+
 METHODS = [
-    Method("lora", lambda sites, dtype: jp.lora(2, sites.matrices, alpha=3.0, dtype=dtype)),
+    Method("lora", _lora),
+    Method("ia3", lambda sites, dtype: jp.ia3(sites.linear, dtype=dtype), roles=_LINEAR),
+    Method("lora on int8", _lora_on_int8, roles=_LINEAR, factored=False),
 ]

@@ -50,9 +50,10 @@ class Subject:
 
     @functools.cached_property
     def others(self) -> dict[str, Any]:
-        """What is differentiated besides the adapter: real parameters that are no matrices."""
-        fixed = set(matrices(self.row, self.case))
-        return {n: w for n, w in paths(self.case.params).items() if n not in fixed}
+        """What is differentiated besides the adapter: plain parameters that are no matrices."""
+        fixed, plain = set(matrices(self.row, self.case)), paths(self.frozen)
+        params = paths(self.case.params)
+        return {n: w for n, w in params.items() if n not in fixed and n in plain}
 
     @functools.cached_property
     def sizes(self) -> set[int]:

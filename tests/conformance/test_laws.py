@@ -203,7 +203,7 @@ def test_sites_finds_what_each_weight_does(row):
     }
 
 
-@table()
+@table(everyday=few)
 def test_sites_announces_what_lift_materializes(row, method):
     s = subject(row, method)
     events = []
