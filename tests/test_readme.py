@@ -1,0 +1,27 @@
+"""The README's example runs, and its table names what the package exports."""
+
+import re
+from pathlib import Path
+
+import jaxpeft as jp
+from jaxpeft import methods
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_example_runs_and_trains_as_many_numbers_as_it_says():
+    code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    names = {}
+    exec(code, names)
+    assert sum(x.size for x in names["adapter"].values()) == 152
+    assert set(names["dense"]) == set(names["params"])
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+
+
+def test_the_table_has_every_method_and_no_other():
+    table = README.split("## Methods")[1].split("##")[0]
+    first = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    named = {name.split("(")[0] for cell in first for name in re.findall(r"`([^`]+)`", cell)}
+    helpers = {"check_ids", "check_prompt", "virtual_ids", "with_virtual", "without_virtual"}
+    assert named == set(methods.__all__) - helpers | {"quantize"}
+    assert all(hasattr(jp, name) for name in named)
