@@ -13,7 +13,7 @@ from jaxpeft.lift import lift
 from jaxpeft.methods.placing import place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
-from jaxpeft.weight import IN, OUT, View, Weight, axes, base, weight
+from jaxpeft.weight import IN, OUT, View, Weight, axes, base, is_view, weight
 
 
 @weight
@@ -78,11 +78,11 @@ def prompt(length: int, sites: Sites, *, std: float = 0.02, dtype: Any = jnp.flo
         raise ValueError(f"`prompt(length={length})`: at least one virtual token is needed.")
 
     def make(key: jax.Array, site: Site, view: View) -> View:
-        if bad := sorted(site.kinds & {"one-hot", "other"}) or "embedding" not in site.kinds:
-            uses = ", ".join(sorted(site.kinds)) if bad else ""
+        if site.kinds & {"one-hot", "other"} or "embedding" not in site.kinds:
             raise ValueError(
-                f"`prompt`: the model uses '{site.path}' as {uses}. A virtual token exists only "
-                "for a table that is read by id; a one-hot product would see zeros."
+                f"`prompt`: the model uses '{site.path}' as {', '.join(sorted(site.kinds))}. A "
+                "virtual token exists only for a table that is read by id; a one-hot product "
+                "would see zeros."
             )
         if site.stack:
             raise ValueError(f"`prompt`: '{site.path}' is a stack of tables {site.stack}.")
@@ -107,8 +107,8 @@ def check_ids(tree: Any, site: Site, ids: Any) -> None:
     Raises:
       ValueError: An id is out of range; names it and what there is.
     """
-    views = [x for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, View))]
-    found = next(x for x in views if isinstance(x, View) and x.path == site.path)
+    views = (x for x in jax.tree.leaves(tree, is_leaf=is_view) if is_view(x))
+    found = next(view for view in views if view.path == site.path)
     count = site.size(IN) + found.weight.extra_rows
     ids = np.asarray(ids)
     if ids.size and not (0 <= ids.min() and ids.max() < count):
@@ -137,18 +137,13 @@ def check_prompt(fn: Callable, params: Any, site: Site, tokens: Any, *args: Any)
     """
     tokens = jnp.asarray(tokens)
     first = (0,) * tokens.ndim
-    view = prompt(1, Sites({site.path: site}))(jax.random.key(0), params)
-    flat, treedef = jax.tree.flatten(view, is_leaf=lambda x: isinstance(x, View))
-    row = params_row(params, site, tokens[first])
-    tree = jax.tree.unflatten(
-        treedef,
-        [
-            dataclasses.replace(x, weight=SoftPrompt(x.weight.w, row[None]))
-            if isinstance(x, View)
-            else x
-            for x in flat
-        ],
-    )
+
+    def copied(key: jax.Array, site: Site, view: View) -> View:
+        row = view.canonical()[tokens[first]][None]
+        return dataclasses.replace(view, weight=SoftPrompt(view.weight, row))
+
+    table = Sites({site.path: site})
+    tree = place(jax.random.key(0), params, table, copied, who="check_prompt")
     run = jax.jit(lift(fn))
     real = run(tree, tokens, *args)
     virtual = run(tree, tokens.at[first].set(site.size(IN)), *args)
@@ -160,22 +155,3 @@ def check_prompt(fn: Callable, params: Any, site: Site, tokens: Any, *args: Any)
                 f"'{site.path}' (it clamps or masks them, or reads a second table). Prompts "
                 "would go silently wrong in it."
             )
-
-
-def params_row(params: Any, site: Site, index: Any) -> jax.Array:
-    """Row `index` of an embedding table."""
-    view = next(
-        v
-        for v in jax.tree.leaves(
-            place(
-                jax.random.key(0),
-                params,
-                Sites({site.path: site}),
-                lambda key, site, view: view,
-                who="check_prompt",
-            ),
-            is_leaf=lambda x: isinstance(x, View),
-        )
-        if isinstance(v, View)
-    )
-    return view.canonical()[index]
