@@ -189,9 +189,8 @@ def cond():
     def fn(p, x):
         wide = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]  # noqa: E731
         back = lambda p, x: x @ p["down"].T @ p["up"].T  # noqa: E731
-        return jax.lax.cond(jnp.sum(x) > 0, wide, back, p, x) + jax.lax.cond(
-            jnp.sum(x) > 0, back, wide, p, x
-        )
+        h = jax.lax.cond(jnp.sum(x) > 0, wide, back, p, x)
+        return h + jax.lax.cond(jnp.sum(x) < 0, wide, back, p, 2 * h)
 
     return Case(fn, params(up=(D, F), down=(F, D)), _x())
 

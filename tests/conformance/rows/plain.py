@@ -50,6 +50,17 @@ def weight_first():
     return Case(fn, params(up=(D, F), down=(F, D)), (x3(),))
 
 
+@row("tensordot with the weight first", linear=("up", "down"))
+def tensordot_first():
+    """Unlike einsum, tensordot keeps its operands in the order in which they are written."""
+
+    def fn(p, x):
+        h = jnp.tanh(jnp.tensordot(p["up"], x, ((0,), (2,))))  # (F, B, T)
+        return jnp.tensordot(p["down"], h, ((1,), (0,))) + p["bias"][:, None, None]
+
+    return Case(fn, params(up=(D, F), down=(D, F), bias=(D,)), (x3(),))
+
+
 @row("w @ x, a single vector", linear=("up", "down"))
 def vector():
     def fn(p, x):
