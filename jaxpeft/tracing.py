@@ -156,13 +156,12 @@ class _Walk:
                 return [self.meet(eqn, found[0], other)]
         for value in values:
             self.note(value, "other", eqn, cols=value.digits(range(len(value.dims))))
-        if any(len(v.dims) not in (0, len(shape)) for v in values):
-            return [unknown(v.aval) for v in eqn.outvars]
-        dims = tuple(
-            next((v.dims[i] for v in values if v.dims and v.dims[i]), None)
-            for i in range(len(shape))
-        )
+        shapes = [getattr(x.aval, "shape", None) for x in eqn.invars]
+        same = [v for v, s in zip(values, shapes, strict=True) if s == shape]
         normed = primitive in (p.rsqrt_p, p.sqrt_p) or any(v.normed for v in values)
+        dims = tuple(
+            next((v.dims[i] for v in same if v.dims[i]), None) for i in range(len(shape))
+        )
         # A residual is often added before the bias: (x + h @ w) + b is x + (h @ w + b).
         after: tuple[str, ...] = ()
         if primitive in _SUMS:
