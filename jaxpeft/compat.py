@@ -100,6 +100,11 @@ def typed_sharding(aval: Any) -> Any:
     return sharding if AxisType.Explicit in kinds else None
 
 
+def varying(x: Any) -> frozenset[str]:
+    """The mesh axes that a value varies over inside `shard_map`."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
     """The type of an array as a tracing argument, with its sharding where that is typed.
 

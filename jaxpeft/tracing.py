@@ -159,9 +159,7 @@ class _Walk:
         shapes = [getattr(x.aval, "shape", None) for x in eqn.invars]
         same = [v for v, s in zip(values, shapes, strict=True) if s == shape]
         normed = primitive in (p.rsqrt_p, p.sqrt_p) or any(v.normed for v in values)
-        dims = tuple(
-            next((v.dims[i] for v in same if v.dims[i]), None) for i in range(len(shape))
-        )
+        dims = tuple(next((v.dims[i] for v in same if v.dims[i]), None) for i in range(len(shape)))
         # A residual is often added before the bias: (x + h @ w) + b is x + (h @ w + b).
         after: tuple[str, ...] = ()
         if primitive in _SUMS:

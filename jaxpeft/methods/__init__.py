@@ -5,7 +5,7 @@ from jaxpeft.methods.ia3 import ia3
 from jaxpeft.methods.lora import lora
 from jaxpeft.methods.prefix import prefix, with_virtual, without_virtual
 from jaxpeft.methods.prompt import check_ids, check_prompt, prompt, virtual_ids
-from jaxpeft.methods.selection import bitfit, full, last_layers, linear_probe, norm_tuning, train
+from jaxpeft.methods.selection import bitfit, full, last_layers, linear_probe, norm_tuning, unfreeze
 
 __all__ = [
     "bitfit",
@@ -21,7 +21,7 @@ __all__ = [
     "parallel",
     "prefix",
     "prompt",
-    "train",
+    "unfreeze",
     "virtual_ids",
     "with_virtual",
     "without_virtual",

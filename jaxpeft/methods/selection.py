@@ -12,7 +12,7 @@ from jaxpeft.tree import Joined, Train, flatten
 from jaxpeft.weight import View, Weight, innermost, is_view, with_innermost
 
 
-def train(sites: Sites) -> Described:
+def unfreeze(sites: Sites) -> Described:
     """Trains the selected arrays themselves.
 
     Where another method has put a weight, the array at the bottom of it is trained.
@@ -24,21 +24,21 @@ def train(sites: Sites) -> Described:
       >>> import jax, jax.numpy as jnp, jaxpeft as jp
       >>> f, params = lambda p, x: x @ p["w"] + p["b"], {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}
       >>> sites = jp.sites(f, params, jnp.ones((1, 8)))
-      >>> frozen, adapter = jp.split(jp.train(sites.match("b"))(jax.random.key(0), params))
+      >>> frozen, adapter = jp.split(jp.unfreeze(sites.match("b"))(jax.random.key(0), params))
       >>> list(adapter)
       ['b']
     """
 
     def apply(key: jax.Array, tree: Any) -> Any:
         del key  # nothing is drawn
-        return _mark(tree, sites, "train", _trained)
+        return _mark(tree, sites, "unfreeze", _trained)
 
-    return Described("train", {"sites": sites}, apply)
+    return Described("unfreeze", {"sites": sites}, apply)
 
 
 def full(sites: Sites) -> Described:
     """Full fine-tuning: every array of the program is trained."""
-    return train(sites.every)
+    return unfreeze(sites.every)
 
 
 def norm_tuning(sites: Sites) -> Described:
@@ -49,7 +49,7 @@ def norm_tuning(sites: Sites) -> Described:
       Models, 2022. https://arxiv.org/abs/2211.08682
       Zhao et al., Tuning LayerNorm in Attention, 2023. https://arxiv.org/abs/2312.11420
     """
-    return train(sites.norm)
+    return unfreeze(sites.norm)
 
 
 def linear_probe(sites: Sites, *head: str) -> Described:
@@ -59,7 +59,7 @@ def linear_probe(sites: Sites, *head: str) -> Described:
       sites: The parameters of the program.
       head: Path patterns of the head's arrays.
     """
-    return train(sites.every.match(*head))
+    return unfreeze(sites.every.match(*head))
 
 
 #: The names of the BitFit paper and the path patterns under which the field keeps these
@@ -85,7 +85,7 @@ def bitfit(sites: Sites, subset: Sequence[str] | None = None) -> Described:
       subset: Which biases, by the paper's names: "query", "key", "value", "intermediate",
         "output", "attention_layernorm", "output_layernorm". `("query", "intermediate")` is
         the paper's small variant. `None` means all. Models whose paths follow none of the
-        field's conventions are served by `train(sites.bias.match(...))`.
+        field's conventions are served by `unfreeze(sites.bias.match(...))`.
 
     Raises:
       ValueError: A name is none of the paper's, or no bias of the model goes by it.
@@ -105,10 +105,10 @@ def bitfit(sites: Sites, subset: Sequence[str] | None = None) -> Described:
             if name not in named.values():
                 raise ValueError(
                     f"`bitfit`: no bias of this model is recognized as '{name}'. Its biases are "
-                    f"{list(biases)}. Select them yourself: `train(sites.bias.match(...))`."
+                    f"{list(biases)}. Select them yourself: `unfreeze(sites.bias.match(...))`."
                 )
         chosen = biases.match(lambda site: named[site.path] in subset)
-    return train(chosen)
+    return unfreeze(chosen)
 
 
 def _bitfit_name(path: str) -> str | None:
@@ -146,7 +146,7 @@ def last_layers(sites: Sites, k: int, pattern: str = "*layer*") -> Described:
     else:
         raise ValueError(
             f"`last_layers`: neither a number in a path nor a stack tells the layers of "
-            f"{list(layers)[:10]} apart. Use `train(sites.match(...))`."
+            f"{list(layers)[:10]} apart. Use `unfreeze(sites.match(...))`."
         )
     if not 1 <= k <= depth:
         raise ValueError(f"`last_layers(k={k})`: the model has {depth} layers; 1 <= k <= {depth}.")
@@ -185,7 +185,7 @@ def _trained(leaf: Any, path: str) -> Any:
         return leaf
     if isinstance(inner, Weight):
         raise ValueError(
-            f"`train`: '{path}' is {type(inner).__name__}, which has no array of real numbers to "
+            f"`unfreeze`: '{path}' is {type(inner).__name__}, which has no array of real numbers to "
             "train. Leave it out, or train before quantizing."
         )
     weight = with_innermost(leaf.weight, lambda w: Train(w, fresh=False))

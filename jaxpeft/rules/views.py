@@ -142,7 +142,7 @@ def pcast(run: Any, eqn: Any, view: View) -> list:
     names = eqn.params["axes"]
 
     def cast(x: jax.Array) -> jax.Array:
-        missing = tuple(n for n in names if n not in jax.typeof(x).vma)
+        missing = tuple(n for n in names if n not in compat.varying(x))
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return [jax.tree.map(cast, view)]
