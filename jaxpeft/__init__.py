@@ -1,6 +1,7 @@
 """jaxpeft: parameter-efficient fine-tuning for any JAX function, unmodified."""
 
 from jaxpeft.lift import Materialized, MaterializedWarning, NotAMatrixError, lift, merge
+from jaxpeft.memory import Memory, memory
 from jaxpeft.methods import (
     bitfit,
     bottleneck,
@@ -31,6 +32,7 @@ __all__ = [
     "Hole",
     "Materialized",
     "MaterializedWarning",
+    "Memory",
     "NotAMatrixError",
     "Part",
     "Site",
@@ -54,6 +56,7 @@ __all__ = [
     "linear_probe",
     "lora",
     "mask",
+    "memory",
     "merge",
     "norm_tuning",
     "parallel",

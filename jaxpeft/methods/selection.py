@@ -185,8 +185,8 @@ def _trained(leaf: Any, path: str) -> Any:
         return leaf
     if isinstance(inner, Weight):
         raise ValueError(
-            f"`unfreeze`: '{path}' is {type(inner).__name__}, which has no array of real numbers to "
-            "train. Leave it out, or train before quantizing."
+            f"`unfreeze`: '{path}' is {type(inner).__name__}, which has no array of real numbers "
+            "to train. Leave it out, or train before quantizing."
         )
     weight = with_innermost(leaf.weight, lambda w: Train(w, fresh=False))
     return View(weight, leaf.axes, leaf.dims, leaf.dtype, leaf.path, leaf.natural)
