@@ -92,6 +92,13 @@ def perturbed(s: Subject) -> dict[str, Any]:
     raise AssertionError(f"no adapter of {s.method.name} moves the output of {s.row.name!r}")
 
 
+def on_mesh(adapter, mesh):
+    """The adapter on the model's devices, whole on each; without a mesh, on the first device."""
+    if mesh is None:
+        return jax.device_put(adapter, jax.devices()[0])
+    return jax.device_put(adapter, jax.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
 def reference_params(s: Subject, adapter):
     """Dense parameters that mean the same, where the method's weights are matrices."""
     return s.case.params if s.method.by_hand else jp.merge(jp.combine(s.frozen, adapter))
