@@ -1,0 +1,318 @@
+"""The demo: teach a small model that has read Python's documentation to read Python's source.
+
+    make demo                                                     # what ships here
+    python examples/demo/run.py --model FOLDER --data FILE.jsonl  # your own
+
+A Llama of a million parameters (base/, made by pretrain.py) is fine-tuned on source code (data/)
+by LoRA, in full, and by a probe (the final norm and an untied copy of the head), with equal tokens
+and each at the rate that sweep.py found best. All are evaluated on modules of the standard library
+that stand in no training text. The adapter is then written, read by a new process that has only
+the two folders, and merged; the last line printed is JSON.
+
+With a model of your own (a Hugging Face folder of the Llama family) only LoRA runs, unless
+--methods asks for more. Records are `messages`, `prompt` and `completion`, or `text`.
+"""
+
+import argparse
+import dataclasses
+import functools
+import io
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import reload
+from attention import blocked
+from rich.console import Console
+from rich.table import Table
+
+import jaxpeft as jp
+from jaxpeft.io.adapter import save_adapter
+from jaxpeft.models import decoder
+from jaxpeft.serve.generate import generator
+from jaxpeft.train import (
+    Batches,
+    Evaluation,
+    Examples,
+    TextTokenizer,
+    UserError,
+    cross_entropy,
+    evaluate,
+    fit,
+    one_line_errors,
+    read_examples,
+)
+
+HERE = Path(__file__).parent
+METHODS = ("lora", "full", "probe")
+RANK = 16
+ROWS = 4  # of a batch
+STEPS = 300  # a little more than one pass over data/train.jsonl
+KEY = jax.random.key(0)
+
+
+class Model(NamedTuple):
+    """A decoder that a method is put on."""
+
+    config: decoder.Config
+    params: dict[str, Any]
+    forward: Callable[..., Any]
+    sites: jp.Sites
+
+
+class Tuned(NamedTuple):
+    """What became of it."""
+
+    model: Model
+    method: Any
+    frozen: Any
+    adapter: dict[str, jax.Array]
+    held_out: Evaluation
+    seconds: float
+
+
+def model_of(config: decoder.Config, params: dict[str, Any]) -> Model:
+    few = config.layers <= 8  # a scan of a few layers is slower than the layers one by one
+    forward = decoder.pure(config, attention_fn=blocked, unroll=config.layers if few else 1)
+    sites = jp.sites(forward, params, jax.ShapeDtypeStruct((2, 8), jnp.int32))
+    return Model(config, params, forward, sites)
+
+
+def untied(model: Model) -> Model:
+    """The same model with a head of its own, which starts as a copy of the embedding."""
+    if not model.config.tied:
+        return model
+    head = {"kernel": model.params["embed"]["embedding"].T}
+    return model_of(dataclasses.replace(model.config, tied=False), {**model.params, "head": head})
+
+
+def method_for(name: str, model: Model, rank: int) -> tuple[Model, Any]:
+    """The method of a name, and the model that it goes on."""
+    if name == "lora":
+        return model, jp.lora(rank, model.sites.linear, alpha=2 * rank)
+    if name == "full":
+        return model, jp.full(model.sites)
+    model = untied(model)
+    return model, jp.linear_probe(model.sites, "norm/scale", "head/kernel")
+
+
+def loss_of(model: Model):
+    """Sum of the losses of a batch's target tokens, and their weight."""
+    lifted = jp.lift(model.forward, materialize="error")
+
+    def loss(adapter, frozen, batch, key):
+        del key  # no dropout
+        logits = lifted(
+            jp.combine(frozen, adapter), batch["tokens"], segment_ids=batch["segment_ids"]
+        )
+        return cross_entropy(logits, batch["targets"], batch["weights"])
+
+    return loss
+
+
+def measure(model: Model, adapter, frozen, examples: Examples) -> Evaluation:
+    batches = Batches(examples, batch_size=16, shuffle=False, epochs=1)
+    return evaluate(jax.jit(loss_of(model)), adapter, frozen, batches)
+
+
+def tune(name, base: Model, train: Examples, held_out: Examples, *, rate, steps, rank) -> Tuned:
+    """One method, `steps` steps of AdamW with warmup and cosine decay."""
+    begin = time.perf_counter()
+    model, method = method_for(name, base, rank)
+    frozen, adapter = jp.split(method(KEY, model.params))
+    schedule = optax.warmup_cosine_decay_schedule(0, rate, steps // 20, steps, rate / 10)
+    run = fit(
+        loss_of(model),
+        optax.adamw(schedule, b2=0.98, weight_decay=0.0),
+        adapter,
+        frozen,
+        Batches(train, batch_size=ROWS),  # the same batches for every method
+        steps=steps,
+        clip=1.0,
+    )
+    adapter = run.state.adapter
+    evaluation = measure(model, adapter, frozen, held_out)
+    return Tuned(model, method, frozen, adapter, evaluation, time.perf_counter() - begin)
+
+
+def writer(tokenizer: TextTokenizer, model: Model, prompt: np.ndarray) -> Callable[[Any], str]:
+    """What a tree of parameters writes behind the prompt."""
+    # One function object for all trees, or the base would be compiled as another program.
+    write = generator(
+        jp.lift(model.forward),
+        functools.partial(decoder.init_cache, model.config),
+        max_new=80,
+        temperature=0.6,
+        top_p=0.9,
+        eos=model.config.eos,
+    )
+
+    def text(tree: Any) -> str:
+        out = write(tree, jnp.asarray(prompt)[None], key=KEY)
+        ids = np.asarray(out.tokens[0, : int(out.lengths[0])])
+        return tokenizer.tokenizer.decode(ids.tolist())
+
+    return text
+
+
+def reload_difference(folder: Path, adapter_folder: Path, tuned: Tuned) -> float:
+    """The largest difference of a logit in a new process that is given only the two folders."""
+    command = [sys.executable, str(HERE / "reload.py"), str(folder), str(adapter_folder)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    here = reload.logits(tuned.model.config, jp.combine(tuned.frozen, tuned.adapter))
+    return float(np.max(np.abs(np.load(io.BytesIO(done.stdout)) - here)))
+
+
+def merge_difference(tuned: Tuned, examples: Examples) -> float:
+    """The largest difference of a logit between the merged and the lifted model."""
+    batch = Batches(examples, batch_size=4, shuffle=False)[0]
+    where = {"segment_ids": batch["segment_ids"]}
+    tree = jp.combine(tuned.frozen, tuned.adapter)
+    lifted = jax.jit(jp.lift(tuned.model.forward))(tree, batch["tokens"], **where)
+    merged = jax.jit(tuned.model.forward)(jp.merge(tree), batch["tokens"], **where)
+    # Places of padding see nothing and mean nothing.
+    return float(jnp.max(jnp.abs(lifted - merged)[batch["segment_ids"] > 0]))
+
+
+def read(options, tokenizer: TextTokenizer, context: int) -> tuple[Examples, Examples]:
+    """Training and held-out examples; without a held-out file every tenth record."""
+    train = read_examples(options.data, tokenizer, context=context)
+    if options.held_out:
+        return train, read_examples(options.held_out, tokenizer, context=context)
+    if len(train) < 2:
+        raise UserError(f"{options.data}: one record cannot be trained and evaluated on.")
+    records = [train[i] for i in range(len(train))]
+    held_out = records[9::10] or records[-1:]
+    records = [record for i, record in enumerate(records) if i % 10 != 9][: len(train) - 1]
+    return Examples(records, context=context), Examples(held_out, context=context)
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder of the Llama family")
+    parser.add_argument("--data", type=Path, help=".jsonl or .csv to train on")
+    parser.add_argument("--held-out", type=Path, help="as --data; default: every tenth record")
+    parser.add_argument("--methods", default=None, help=f"of {','.join(METHODS)}")
+    parser.add_argument("--rank", type=int, default=RANK)
+    parser.add_argument("--steps", type=int, help="default: ours 300, yours one pass")
+    parser.add_argument("--rate", type=float, help="of LoRA; default: ours as swept, yours 2e-4")
+    parser.add_argument("--context", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--out", type=Path, help="where the adapter folder is left")
+    options = parser.parse_args(argv)
+    own = options.model is not None or options.data is not None
+    if own and options.data is None:
+        raise UserError("--model needs --data, a .jsonl or .csv file to train on.")
+    if not own:
+        options.data = HERE / "data" / "train.jsonl"
+        options.held_out = options.held_out or HERE / "data" / "heldout.jsonl"
+        options.steps = options.steps or STEPS
+    options.methods = (options.methods or ("lora" if own else ",".join(METHODS))).split(",")
+    if unknown := [name for name in options.methods if name not in METHODS]:
+        raise UserError(f"--methods: {unknown} are none of {','.join(METHODS)}.")
+    if "lora" not in options.methods:
+        raise UserError("--methods needs lora, whose adapter is written and read back.")
+    swept = json.loads((HERE / "rates.json").read_text())
+    options.rates = {name: swept[name]["rate"] for name in METHODS}
+    if options.model is not None:
+        options.rates = {"lora": 2e-4, "full": 2e-5, "probe": 2e-4}
+    if options.rate is not None:
+        options.rates["lora"] = options.rate
+    options.model = options.model or HERE / "base"
+    return options
+
+
+def report(console: Console, base: Evaluation, tuned: dict[str, Tuned], options) -> None:
+    table = Table(title="Held-out loss in nats per token, after equal tokens")
+    for column in ("", "loss", "perplexity", "trained numbers", "rate", "seconds"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("base", f"{base.loss:.4f}", f"{base.perplexity:.2f}", "0", "", "")
+    for name, t in tuned.items():
+        size = sum(x.size for x in t.adapter.values())
+        table.add_row(
+            f"LoRA, rank {options.rank}" if name == "lora" else name,
+            f"{t.held_out.loss:.4f}",
+            f"{t.held_out.perplexity:.2f}",
+            f"{size:,}",
+            f"{options.rates[name]:.0e}",
+            f"{t.seconds:.0f}",
+        )
+    console.print(table)
+
+
+def main(argv=None) -> dict[str, Any]:
+    begin = time.perf_counter()
+    options = arguments(argv)
+    console = Console()
+    try:
+        model = model_of(*decoder.load(options.model, jnp.float32))
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
+    tokenizer = TextTokenizer(options.model)
+    context = min(options.context, model.config.context)
+    train, held_out = read(options, tokenizer, context)
+    steps = options.steps or len(Batches(train, batch_size=ROWS, epochs=1))
+    console.print(
+        f"{options.data}: {len(train):,} records, {train.targets:,} tokens; held out "
+        f"{len(held_out):,} and {held_out.targets:,}; {steps} steps of {ROWS} x {context} tokens"
+    )
+
+    base = measure(model, {}, model.params, held_out)
+    console.print(f"base: held-out loss {base.loss:.4f}")
+    tuned = {}
+    for name in options.methods:
+        tuned[name] = tune(
+            name, model, train, held_out, rate=options.rates[name], steps=steps, rank=options.rank
+        )
+        console.print(f"{name}: held-out loss {tuned[name].held_out.loss:.4f}")
+    lora = tuned["lora"]
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.out or Path(scratch) / "adapter"
+        save_adapter(folder, lora.adapter, lora.method, model.params, key=KEY)
+        adapter_bytes = (folder / "adapter.safetensors").stat().st_size
+        reload_diff = reload_difference(options.model, folder, lora)
+    merge_diff = merge_difference(lora, held_out)
+
+    prompt = held_out[0].ids[: min(24, len(held_out[0].ids) - 1)]
+    write = writer(tokenizer, model, prompt)
+    console.rule("what is held out begins")
+    console.print(tokenizer.tokenizer.decode(prompt.tolist()), markup=False, highlight=False)
+    trees = {"base": model.params, "LoRA": jp.combine(lora.frozen, lora.adapter)}
+    for name, tree in trees.items():
+        console.rule(f"{name} goes on")
+        console.print(write(tree), markup=False, highlight=False)
+    console.rule()
+    report(console, base, tuned, options)
+
+    loss = {"base": base.loss, **{name: t.held_out.loss for name, t in tuned.items()}}
+    recovered = None
+    if "full" in loss:
+        recovered = (loss["base"] - loss["lora"]) / (loss["base"] - loss["full"])
+        console.print(f"LoRA recovers {recovered:.0%} of what full fine-tuning gains.")
+    result = {
+        "loss": {name: loss.get(name, math.nan) for name in ("base", *METHODS)},
+        "recovered": recovered,
+        "trainable": sum(x.size for x in lora.adapter.values()),
+        "adapter_bytes": adapter_bytes,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "reload_diff": reload_diff,
+        "merge_max_diff": merge_diff,
+    }
+    result["loss"] = {k: None if math.isnan(v) else round(v, 4) for k, v in result["loss"].items()}
+    print(json.dumps(result))
+    return result
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
