@@ -2,6 +2,7 @@
 
 from jaxpeft.lift import Materialized, MaterializedWarning, NotAMatrixError, lift, merge
 from jaxpeft.memory import Memory, memory
+from jaxpeft.method import Method, chain
 from jaxpeft.methods import (
     bitfit,
     bottleneck,
@@ -23,7 +24,7 @@ from jaxpeft.methods import (
 )
 from jaxpeft.quant import quantize
 from jaxpeft.sites import Part, Site, Sites, sites
-from jaxpeft.tree import Hole, Train, base, chain, combine, count, labels, mask, split
+from jaxpeft.tree import Hole, Train, base, combine, count, labels, mask, split
 from jaxpeft.weight import View, Weight
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "Materialized",
     "MaterializedWarning",
     "Memory",
+    "Method",
     "NotAMatrixError",
     "Part",
     "Site",

@@ -14,10 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.weight import _KEY, View, Weight, innermost, is_view, map_views
-
-#: A pure function from a key and a tree of parameters to a tree with structured weights.
-Method = Callable[[jax.Array, Any], Any]
+from jaxpeft.weight import _KEY, View, Weight, innermost, map_views
 
 _VALUE = jax.tree_util.GetAttrKey("trained")
 
@@ -138,23 +135,6 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[di
 def fold(key: jax.Array, path: str) -> jax.Array:
     """A key for a path, whatever else the tree holds: selecting more changes no other init."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
-
-
-def chain(*methods: Method) -> Method:
-    """One method after the other, each with a key of its own.
-
-    Example:
-      >>> import jaxpeft as jp
-      >>> qlora = lambda sites: jp.chain(jp.quantize("int8", sites), jp.lora(8, sites))
-    """
-    from jaxpeft.describe import Described
-
-    def apply(key: jax.Array, tree: Any) -> Any:
-        for i, method in enumerate(methods):
-            tree = method(jax.random.fold_in(key, i), tree)
-        return tree
-
-    return Described("chain", {"methods": list(methods)}, apply)
 
 
 def split(tree: Any) -> tuple[Any, dict[str, jax.Array]]:
@@ -349,22 +329,3 @@ def count(frozen: Any, adapter: Mapping[str, Any]) -> Counts:
         sum(map(_bytes, trained)),
         sum(map(_bytes, arrays)),
     )
-
-
-__all__ = [
-    "Counts",
-    "Hole",
-    "Method",
-    "Train",
-    "base",
-    "chain",
-    "combine",
-    "count",
-    "flatten",
-    "fold",
-    "is_view",
-    "labels",
-    "mask",
-    "path_name",
-    "split",
-]

@@ -1,8 +1,8 @@
 """Adapter folders: the trained arrays, and everything needed to put them to use again.
 
-    adapter.safetensors   {path: array}
-    adapter.json          method with all options and targets, key, versions, and a
-                          fingerprint of the base that the adapter was trained on
+adapter.safetensors   {path: array}
+adapter.json          method with all options and targets, key, versions, and a
+                      fingerprint of the base that the adapter was trained on
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
 import jaxpeft as jp
-from jaxpeft.describe import from_json, to_json
-from jaxpeft.tree import Method, flatten
+from jaxpeft.method import Method, from_json, to_json
+from jaxpeft.tree import flatten
 
 _FORMAT = 1
 _SAMPLE = 64

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.describe import Described
+from jaxpeft.method import Method
 from jaxpeft.methods.placing import place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
@@ -91,7 +91,7 @@ class Add(Weight):
 
 def bottleneck(
     width: int, sites: Sites, *, activation: str = "relu", dtype: Any = jnp.float32
-) -> Described:
+) -> Method:
     """Sequential bottleneck adapter behind a sub-layer.
 
     h + act(h @ down + c) @ up + e for the output h = x @ w + b of each selected kernel and its
@@ -121,7 +121,7 @@ def bottleneck(
         )
 
     options = {"width": width, "sites": sites, "activation": activation, "dtype": dtype}
-    return Described(
+    return Method(
         "bottleneck", options, lambda key, tree: place(key, tree, sites, make, who="bottleneck")
     )
 
@@ -134,7 +134,7 @@ def parallel(
     scale: float = 1.0,
     activation: str = "relu",
     dtype: Any = jnp.float32,
-) -> Described:
+) -> Method:
     """Parallel adapter around a sub-layer f: f(x) + scale * (act(x @ down + c) @ up + e).
 
     One weight reads x where the sub-layer's first kernel does, another adds where its last
@@ -183,7 +183,7 @@ def parallel(
     options = dict(
         width=width, inputs=inputs, outputs=outputs, scale=scale, activation=activation, dtype=dtype
     )
-    return Described("parallel", options, apply)
+    return Method("parallel", options, apply)
 
 
 def _check(who: str, width: int, activation: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.describe import Described
+from jaxpeft.method import Method
 from jaxpeft.methods.placing import place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
@@ -59,7 +59,7 @@ class ScaledIn(Weight):
         return dense(self.w) * self.scale[:, None]
 
 
-def ia3(sites: Sites, feedforward: Sites | None = None, *, dtype: Any = jnp.float32) -> Described:
+def ia3(sites: Sites, feedforward: Sites | None = None, *, dtype: Any = jnp.float32) -> Method:
     """(IA)^3: scales keys, values and the inner activations of the feed-forward block.
 
     y = l * (x @ w + b) for the weights of `sites`, and y = (l * x) @ w + b for those of
@@ -105,4 +105,4 @@ def ia3(sites: Sites, feedforward: Sites | None = None, *, dtype: Any = jnp.floa
             tree = place(key, tree, feedforward, scaled_in, who="ia3")
         return tree
 
-    return Described("ia3", {"sites": sites, "feedforward": feedforward, "dtype": dtype}, apply)
+    return Method("ia3", {"sites": sites, "feedforward": feedforward, "dtype": dtype}, apply)

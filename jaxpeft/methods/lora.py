@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.describe import Described
+from jaxpeft.method import Method
 from jaxpeft.methods.placing import place
 from jaxpeft.sites import Part, Site, Sites, by_pattern
 from jaxpeft.tree import Hole, Train
@@ -87,7 +87,7 @@ def lora(
     dropout: float = 0.0,
     init: Literal["kaiming", "gaussian"] = "kaiming",
     dtype: Any = jnp.float32,
-) -> Described:
+) -> Method:
     """Low-rank adaptation.
 
     Each selected matrix `w` (in, out) becomes `w + s * a @ b` with `a` (in, r) random and
@@ -168,7 +168,7 @@ def lora(
         init=init,
         dtype=dtype,
     )
-    return Described("lora", options, lambda key, tree: place(key, tree, sites, make, who="lora"))
+    return Method("lora", options, lambda key, tree: place(key, tree, sites, make, who="lora"))
 
 
 def _factors(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.describe import Described
+from jaxpeft.method import Method
 from jaxpeft.methods.placing import place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
@@ -66,7 +66,7 @@ def prefix(
     rope: Sequence[float] | None = None,
     std: float = 0.02,
     dtype: Any = jnp.float32,
-) -> Described:
+) -> Method:
     """Prefix tuning: every layer attends to `length` trained keys and values before its input.
 
     No change of the model and no cache is needed: `length` placeholder tokens are put in
@@ -125,9 +125,7 @@ def prefix(
         std=std,
         dtype=dtype,
     )
-    return Described(
-        "prefix", options, lambda key, tree: place(key, tree, both, make, who="prefix")
-    )
+    return Method("prefix", options, lambda key, tree: place(key, tree, both, make, who="prefix"))
 
 
 def with_virtual(tokens: jax.Array, length: int, fill: int = 0) -> tuple[jax.Array, jax.Array]:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.describe import Described
 from jaxpeft.lift import lift
+from jaxpeft.method import Method
 from jaxpeft.methods.placing import place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
@@ -47,7 +47,7 @@ class SoftPrompt(Weight):
         return jnp.where((ids >= first)[..., None], virtual.astype(real.dtype), real)
 
 
-def prompt(length: int, sites: Sites, *, std: float = 0.02, dtype: Any = jnp.float32) -> Described:
+def prompt(length: int, sites: Sites, *, std: float = 0.02, dtype: Any = jnp.float32) -> Method:
     """Prompt tuning: `length` virtual tokens, whose embeddings are all that is trained.
 
     Virtual token j is the id V + j of a table with V rows; `virtual_ids` hands them out, and
@@ -89,7 +89,7 @@ def prompt(length: int, sites: Sites, *, std: float = 0.02, dtype: Any = jnp.flo
         rows = std * jax.random.normal(key, (length, site.size(OUT)), dtype)
         return dataclasses.replace(view, weight=SoftPrompt(view.weight, Train(rows)))
 
-    return Described(
+    return Method(
         "prompt",
         {"length": length, "sites": sites, "std": std, "dtype": dtype},
         lambda key, tree: place(key, tree, sites, make, who="prompt"),

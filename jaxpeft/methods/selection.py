@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 
-from jaxpeft.describe import Described
+from jaxpeft.method import Method
 from jaxpeft.sites import Sites
 from jaxpeft.tree import Joined, Train, flatten
 from jaxpeft.weight import View, Weight, innermost, is_view, with_innermost
 
 
-def unfreeze(sites: Sites) -> Described:
+def unfreeze(sites: Sites) -> Method:
     """Trains the selected arrays themselves.
 
     Where another method has put a weight, the array at the bottom of it is trained.
@@ -33,15 +33,15 @@ def unfreeze(sites: Sites) -> Described:
         del key  # nothing is drawn
         return _mark(tree, sites, "unfreeze", _trained)
 
-    return Described("unfreeze", {"sites": sites}, apply)
+    return Method("unfreeze", {"sites": sites}, apply)
 
 
-def full(sites: Sites) -> Described:
+def full(sites: Sites) -> Method:
     """Full fine-tuning: every array of the program is trained."""
     return unfreeze(sites.every)
 
 
-def norm_tuning(sites: Sites) -> Described:
+def norm_tuning(sites: Sites) -> Method:
     """Trains the scales and biases of normalizations.
 
     References:
@@ -52,7 +52,7 @@ def norm_tuning(sites: Sites) -> Described:
     return unfreeze(sites.norm)
 
 
-def linear_probe(sites: Sites, *head: str) -> Described:
+def linear_probe(sites: Sites, *head: str) -> Method:
     """Trains the head and nothing below it.
 
     Args:
@@ -77,7 +77,7 @@ _BITFIT = {
 }
 
 
-def bitfit(sites: Sites, subset: Sequence[str] | None = None) -> Described:
+def bitfit(sites: Sites, subset: Sequence[str] | None = None) -> Method:
     """BitFit: trains biases only, those of normalizations included.
 
     Args:
@@ -120,7 +120,7 @@ def _bitfit_name(path: str) -> str | None:
     return None
 
 
-def last_layers(sites: Sites, k: int, pattern: str = "*layer*") -> Described:
+def last_layers(sites: Sites, k: int, pattern: str = "*layer*") -> Method:
     """Trains the last k layers.
 
     Layers that lie in one stacked array (under a scan) are cut: the frozen and the trained
@@ -165,7 +165,7 @@ def last_layers(sites: Sites, k: int, pattern: str = "*layer*") -> Described:
         return Joined(frozen, Train(trained), axis)
 
     options = {"sites": sites, "k": k, "pattern": pattern}
-    return Described(
+    return Method(
         "last_layers", options, lambda key, tree: _mark(tree, chosen, "last_layers", mark)
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxpeft.describe import Described
+from jaxpeft.method import Method
 from jaxpeft.methods.placing import place
 from jaxpeft.quant.int8 import int8
 from jaxpeft.sites import Site, Sites
@@ -17,7 +17,7 @@ from jaxpeft.weight import View, Weight, innermost, with_innermost
 FORMATS: dict[str, Callable[[Any], Weight]] = {"int8": int8}
 
 
-def quantize(format: str, sites: Sites) -> Described:
+def quantize(format: str, sites: Sites) -> Method:
     """Stores the selected matrices in fewer bits, under whatever other methods put on them.
 
     The array at the bottom of each selected weight is replaced, so the order in a `chain`
@@ -46,7 +46,7 @@ def quantize(format: str, sites: Sites) -> Described:
             view, weight=with_innermost(view.canonical(), encode), natural=False
         )
 
-    return Described(
+    return Method(
         "quantize",
         {"format": format, "sites": sites},
         lambda key, tree: place(key, tree, sites, make, who="quantize"),

@@ -1,4 +1,9 @@
-"""Methods that can say what they are, so that an adapter folder describes itself."""
+"""What a method is, how methods are chained, and how they say what they are.
+
+A method is a pure function from a key and a tree of parameters to a tree with structured
+weights. Any such function will do; one with a name and options can be written down, so that
+an adapter folder describes itself.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,8 +16,8 @@ from jaxpeft.sites import Sites
 
 
 @dataclasses.dataclass(frozen=True)
-class Described:
-    """A method `(key, tree) -> tree` with its name and options.
+class Method:
+    """A function `(key, tree) -> tree` with its name and options.
 
     Attributes:
       name: Of the factory that made it, as in `jaxpeft.lora`.
@@ -28,13 +33,29 @@ class Described:
         return self.apply(key, tree)
 
 
+def chain(*methods: Callable[[jax.Array, Any], Any]) -> Method:
+    """One method after the other, each with a key of its own.
+
+    Example:
+      >>> import jaxpeft as jp
+      >>> qlora = lambda sites: jp.chain(jp.quantize("int8", sites), jp.lora(8, sites))
+    """
+
+    def apply(key: jax.Array, tree: Any) -> Any:
+        for i, method in enumerate(methods):
+            tree = method(jax.random.fold_in(key, i), tree)
+        return tree
+
+    return Method("chain", {"methods": list(methods)}, apply)
+
+
 def to_json(method: Any) -> dict:
     """A method as JSON: its name and options, selections of parameters included.
 
     Raises:
       ValueError: It is a plain function, or one of its options has no JSON form.
     """
-    if not isinstance(method, Described):
+    if not isinstance(method, Method):
         raise ValueError(
             f"{method!r} is a plain function and cannot be described. Build it from the "
             "library's methods, or store the adapter without a description."
@@ -48,7 +69,7 @@ def to_json(method: Any) -> dict:
 def _encode(name: str, value: Any) -> Any:
     if isinstance(value, Sites):
         return {"sites": value.to_json()}
-    if isinstance(value, Described):
+    if isinstance(value, Method):
         return to_json(value)
     if isinstance(value, (list, tuple)):
         return [_encode(name, v) for v in value]
