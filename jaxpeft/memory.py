@@ -54,7 +54,7 @@ def memory(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> w, x = jnp.ones((64, 64)), jnp.ones((8, 64))
+      >>> w, x = jnp.ones((64, 64), "float32"), jnp.ones((8, 64), "float32")
       >>> print(memory(lambda a, w, x: jnp.sum(jnp.tanh(x @ w) @ a["v"]), {"v": w}, w, x))
       weights             0.03 MiB
       gradients           0.02 MiB

@@ -318,7 +318,8 @@ def count(frozen: Any, adapter: Mapping[str, Any]) -> Counts:
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> str(count({"w": jnp.ones((4, 4))}, {"a": jnp.ones((4, 1))}))
+      >>> w, a = jnp.ones((4, 4), "float32"), jnp.ones((4, 1), "float32")
+      >>> str(count({"w": w}, {"a": a}))
       'trainable 4 of 20 (20.0000 %), 16 bytes; frozen 64 bytes'
     """
     arrays = [x for x in jax.tree.leaves(frozen) if hasattr(x, "shape")]

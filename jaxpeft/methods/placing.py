@@ -23,6 +23,7 @@ def place(
 
     Args:
       key: Folded by path, so that selecting more weights changes no other one.
+      tree: Parameters, in part structured weights already.
       sites: The selected parameters.
       make: The new view from the old one, which may hold another method's weight.
       who: The call as the user wrote it, for messages.

@@ -51,8 +51,14 @@ def generator(
     Raises:
       ValueError: Options out of range, or that a temperature of 0 would ignore; no key.
     Example:
-      >>> write = generator(forward, partial(decoder.init_cache, config), max_new=20)
-      >>> write(params, tokens).tokens
+      >>> from functools import partial
+      >>> from jaxpeft.models import decoder
+      >>> config = decoder.Config(vocab=9, width=8, mlp_width=8, layers=1, heads=2, kv_heads=1,
+      ...                         head_dim=4)
+      >>> params = decoder.init(config, jax.random.key(0))
+      >>> write = generator(decoder.pure(config), partial(decoder.init_cache, config), max_new=3)
+      >>> write(params, jnp.ones((2, 5), int)).tokens.shape
+      (2, 3)
     """
     if max_new < 1 or temperature < 0:
         raise ValueError(

@@ -361,7 +361,8 @@ def pack(lengths: list[int], context: int) -> list[list[int]]:
     """Best fit: each length, in order, into the fullest row that still has room for it.
 
     Args:
-      lengths: None above `context`.
+      lengths: Of the records, none above `context`.
+      context: Length of a row.
     Returns:
       Rows of indices into `lengths`, each adding up to at most `context`.
     """

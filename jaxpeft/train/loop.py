@@ -48,6 +48,8 @@ def evaluate(
     Args:
       loss_fn: As in `train_step`, `(adapter, frozen, batch, key) -> (loss_sum, weight)`. Its
         key is `None`: no dropout. Pass it jitted to compile it once over many calls.
+      adapter: From `split`.
+      frozen: From `split`.
       batches: The whole held-out set, once. Batches of one shape compile once.
       place: Puts a batch on its devices, see `fit`.
     Raises:
