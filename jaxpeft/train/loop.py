@@ -108,6 +108,7 @@ def fit(
       key: For dropout, the same in all processes of a run. `None`: no dropout.
       held_out: Batches to evaluate on, iterated anew each time: before the first step, every
         `eval_every` steps and at the end.
+      eval_every: Steps between evaluations. `None`: only at both ends.
       folder: Where checkpoints and `metrics.jsonl` go. `None` writes nothing.
       save_every: Steps between checkpoints; one is always written at the end.
       keep: Checkpoints to keep, the newest; `None` for all.
