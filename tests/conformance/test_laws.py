@@ -17,7 +17,7 @@ import jaxpeft as jp
 
 from .methods import METHODS
 from .rows import ROWS
-from .rows.row import all_rows
+from .rows.row import all_rows, marks
 from .subject import (
     differentiated,
     far,
@@ -36,7 +36,7 @@ from .walk import more_than, weight_sized
 pytestmark = pytest.mark.filterwarnings("ignore::jaxpeft.MaterializedWarning")
 
 
-def table(wanted=lambda row, method: True, everyday=lambda row, method: True):
+def table(wanted=lambda row, method: True, everyday=lambda row, method: True, column="laws"):
     """Rows crossed with methods; pairs outside the everyday suite carry the mark."""
     pairs = []
     for method in METHODS:
@@ -45,8 +45,8 @@ def table(wanted=lambda row, method: True, everyday=lambda row, method: True):
             if not takes or not wanted(row, method):
                 continue
             first = row.everyday if method is METHODS[0] else row.name in method.rows
-            marks = [] if first and everyday(row, method) else [pytest.mark.conformance]
-            pairs.append(pytest.param(row, method, id=f"{method.name}: {row.name}", marks=marks))
+            known = marks(row, first and everyday(row, method), column)
+            pairs.append(pytest.param(row, method, id=f"{method.name}: {row.name}", marks=known))
     return pytest.mark.parametrize(("row", "method"), pairs)
 
 
@@ -179,7 +179,7 @@ def test_three_steps_two_adapters_and_a_reload_trace_once(row, method):
     step(place(stored), again, s.case.args)
 
 
-@table(lambda row, method: method.factored and not row.materializes)
+@table(lambda row, method: method.factored and not row.materializes, column="formed")
 def test_nothing_of_a_weights_size_is_formed(row, method):
     s = subject(row, method)
     lifted, dense = weight_sized_results(s)
@@ -187,7 +187,7 @@ def test_nothing_of_a_weights_size_is_formed(row, method):
     assert not extra, "\n".join(map(str, extra))
 
 
-@pytest.mark.parametrize("row", all_rows())
+@pytest.mark.parametrize("row", all_rows("sites"))
 def test_sites_finds_what_each_weight_does(row):
     case = row.build()
     sites = jp.sites(case.fn, case.params, *case.args)
@@ -203,7 +203,7 @@ def test_sites_finds_what_each_weight_does(row):
     }
 
 
-@table(everyday=few)
+@table(everyday=few, column="announced")
 def test_sites_announces_what_lift_materializes(row, method):
     s = subject(row, method)
     events = []

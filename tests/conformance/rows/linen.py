@@ -91,7 +91,11 @@ def conv1d():
     return _case(Model(), activations(B, 8, D))
 
 
-@row("linen Conv, two axes, strided and in groups", conv=("Conv_0/kernel", "Conv_1/kernel"))
+@row(
+    "linen Conv, two axes, strided and in groups",
+    conv=("Conv_0/kernel", "Conv_1/kernel"),
+    materializes=("Conv_1/kernel",),
+)
 def conv2d():
     class Model(nn.Module):
         @nn.compact

@@ -100,8 +100,10 @@ def scan_constant():
     return Case(fn, params(w=(D, F), u=(F, F)), _x())
 
 
-@row("w[i] in a fori_loop", **_BOTH, everyday=True)
+@row("w[i] in a fori_loop", **_BOTH, gaps=("sites",), everyday=True)
 def indexed_fori():
+    """Vectors of a stack read by w[i] look like rows of a table to `sites`."""
+
     def fn(p, x):
         body = lambda i, x: _block(x, jax.tree.map(lambda w: w[i], p))  # noqa: E731
         return jax.lax.fori_loop(0, L, body, x)
@@ -109,8 +111,10 @@ def indexed_fori():
     return Case(fn, _stack(L), _x())
 
 
-@row("w[i] in a scan over indices", **_BOTH)
+@row("w[i] in a scan over indices", **_BOTH, gaps=("sites",))
 def indexed_scan():
+    """Vectors of a stack read by w[i] look like rows of a table to `sites`."""
+
     def fn(p, x):
         def body(x, i):
             layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, 0, False), p)
@@ -157,8 +161,10 @@ def while_loop():
     return Case(fn, _stack(), _x())
 
 
-@row("fori_loop with a bound known at run time", **_BOTH, reverse=False)
+@row("fori_loop with a bound known at run time", **_BOTH, gaps=("sites",), reverse=False)
 def fori_dynamic():
+    """Vectors of a stack read by w[i] look like rows of a table to `sites`."""
+
     def fn(p, x, n):
         body = lambda i, x: _block(x, jax.tree.map(lambda w: w[i], p))  # noqa: E731
         return jax.lax.fori_loop(0, n, body, x)

@@ -228,9 +228,9 @@ def cast_bf16():
     return Case(fn, params(up=(D, F), down=(F, D)), (x3(),))
 
 
-@row("a weight times a number", linear=("up", "down"))
+@row("a weight times a number", linear=("up", "down"), gaps=("sites", "formed", "announced"))
 def scaled():
-    """Equalized learning rates; a sign; both are linear in the weight."""
+    """Linear in the weight, so no exception, but no rule covers a scaled or negated one yet."""
 
     def fn(p, x):
         return jnp.tanh(x @ (p["up"] * 0.5)) @ -(p["down"] / 1.5)
@@ -337,9 +337,9 @@ def get_clip():
     return _lookup(lambda w, i: w.at[i].get(mode="clip"), _out_of_range())
 
 
-@row("take along the last axis", embedding=("table",), linear=("out",))
+@row("take along the last axis", embedding=("table",), linear=("out",), gaps=("formed",))
 def take_columns():
-    """A table kept as (width, vocabulary)."""
+    """A table kept as (width, vocabulary), which `lift` transposes as a whole before it reads."""
 
     def fn(p, ids):
         x = jnp.moveaxis(jnp.take(p["table"], ids, axis=1), 0, -1)
@@ -353,8 +353,10 @@ def lookup_vmapped():
     return _lookup(lambda w, i: jax.vmap(lambda i: w[i])(i))
 
 
-@row("a lookup by dynamic slices", embedding=("table",), linear=("out",))
+@row("a lookup by dynamic slices", embedding=("table",), linear=("out",), gaps=("sites",))
 def lookup_by_slice():
+    """A gather that keeps its row dimension: `sites` does not take it for a lookup."""
+
     def read(w, ids):
         one = lambda i: jax.lax.dynamic_index_in_dim(w, i, 0, keepdims=False)  # noqa: E731
         return jax.vmap(jax.vmap(one))(ids)
@@ -469,8 +471,10 @@ def conv_nchw():
     return Case(fn, params(w=(7, 5, 3, 2), scale=(7,)), (activations(B, 5, 9, 4),))
 
 
-@row("convolution in groups", conv=("w",))
+@row("convolution in groups", conv=("w",), materializes=("w",))
 def conv_groups():
+    """No rule covers groups yet: the kernel is formed, and that is announced."""
+
     def fn(p, x):
         dims = ("NWC", "WIO", "NWC")
         return jax.lax.conv_general_dilated(
@@ -480,7 +484,7 @@ def conv_groups():
     return Case(fn, params(w=(3, 5, 14)), (activations(B, 6, 10),))
 
 
-@row("convolution in one group per channel", conv=("w",))
+@row("convolution in one group per channel", conv=("w",), materializes=("w",))
 def conv_depthwise():
     def fn(p, x):
         dims = ("NWC", "WIO", "NWC")
