@@ -53,22 +53,19 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Oldest and newest: `make test` runs on the first Python found, this on the newest of 3.12 and
-# up, from PATH or from pyenv. The extras of training are left out, so that the core is seen to
-# need none of them; tests that do need one are skipped by name.
+# up, from PATH or from pyenv. The extras of training are left out, so that all but the tests that
+# need one (and are skipped) are seen to need none.
 NEWEST := $(shell for v in 3.14 3.13 3.12; do \
 	for p in python$$v $$(ls -d "$$(pyenv root 2>/dev/null)"/versions/$$v.*/bin/python 2>/dev/null); do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
 	&& { echo $$p; break 2; }; done; done)
-NEEDS_EXTRAS = $(shell grep -rlE --include='test_*.py' \
-	'^(import|from) (grain|tokenizers|torch|transformers|peft|jinja2|jaxpeft\.train\.data)\b' tests)
 
 newest:
 ifeq ($(NEWEST),)
 	@echo "No Python 3.12 or newer on this machine: nothing to do."
 else
 	$(MAKE) .venv-newest/installed
-	.venv-newest/bin/python -m pytest -n $(WORKERS) -m "not conformance and not parity" \
-		--ignore=tests/parity --ignore=tests/demo $(addprefix --ignore=,$(NEEDS_EXTRAS))
+	.venv-newest/bin/python -m pytest -n $(WORKERS) -m "not conformance and not parity" --ignore=tests/parity
 endif
 
 .venv-newest/installed: pyproject.toml
