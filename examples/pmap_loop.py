@@ -33,8 +33,8 @@ def batch(rng, devices, rows=8, length=32):
     return {"tokens": tokens[..., :-1], "targets": tokens[..., 1:], "weights": weights}
 
 
-def main(steps=60):
-    devices = jax.local_device_count()
+def main(steps=60, devices=None):
+    devices = devices or jax.local_device_count()
     key = jax.random.key(0)
 
     # The base: decoder.load("FOLDER") in earnest.

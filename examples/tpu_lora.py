@@ -19,21 +19,25 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft as jp
+from jaxpeft.methods.placing import place
 from jaxpeft.models import decoder
 from jaxpeft.train import Batches, TextTokenizer, cross_entropy, init, read_examples, train_step
+from jaxpeft.weight import Weight, base, dense, static, weight
 
 LLAMA3 = decoder.Rope(theta=500000.0)
 LLAMA32 = decoder.Rope(theta=500000.0, kind="llama3", factor=32.0, low=1.0, high=4.0, context=8192)
@@ -62,11 +66,7 @@ def arguments(argv):
 
 
 def spread(params, mesh):
-    """One part of every matrix on each chip, cut along its inputs.
-
-    XLA then gathers a kernel where it meets the rows of a chip. Cut along its outputs, it would
-    rather gather the rows and work on them in parts, and move activations back and forth.
-    """
+    """One part of every matrix on each chip, cut along its inputs; vectors on all."""
 
     def one(x):
         if len(x.shape) < 2 or x.shape[-2] % mesh.size:
@@ -76,12 +76,41 @@ def spread(params, mesh):
     return jax.tree.map(one, params)
 
 
-def recipe(config, rank, rate):
+@weight
+class ByRows(Weight):
+    """The matrix `w`, with inputs and outputs held to the chips that their rows are on.
+
+    Left to itself XLA also moves rows to the parts of a kernel, which takes more memory the more
+    chips there are: 70B would not fit into v5e. Like this it gathers the kernel of one layer.
+    """
+
+    w: Any = base()
+    mesh: Mesh = static()
+
+    def forward(self, x):
+        rows = NamedSharding(self.mesh, P("chips"))
+        y = jax.lax.with_sharding_constraint(x, rows) @ self.w
+        return jax.lax.with_sharding_constraint(y, rows)
+
+    def materialize(self):
+        return dense(self.w)
+
+
+def by_rows(sites, mesh):
+    """The method that puts `ByRows` around the selected kernels."""
+
+    def make(key, site, view):
+        return dataclasses.replace(view, weight=ByRows(view.weight, mesh))
+
+    return lambda key, tree: place(key, tree, sites, make, who="by_rows")
+
+
+def recipe(config, mesh, rank, rate):
     """The method, the optimizer and the train step, from shapes alone."""
     forward = decoder.pure(config, remat="full")
     shapes = decoder.shapes(config, jnp.bfloat16)
     sites = jp.sites(forward, shapes, jax.ShapeDtypeStruct((1, 8), jnp.int32))
-    method = jp.lora(rank, sites.linear, alpha=2 * rank)
+    method = jp.chain(by_rows(sites.linear, mesh), jp.lora(rank, sites.linear, alpha=2 * rank))
     model = jp.lift(forward, materialize="error")
 
     def loss_fn(adapter, frozen, batch, key):
@@ -110,7 +139,7 @@ def main(argv=None):
     if args.distributed:
         jax.distributed.initialize()  # finds the other hosts of a TPU slice by itself
     mesh = jax.make_mesh((jax.device_count(),), ("chips",), axis_types=(AxisType.Auto,))
-    everywhere, by_rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("chips"))
+    everywhere, rows_apart = NamedSharding(mesh, P()), NamedSharding(mesh, P("chips"))
     host, hosts = jax.process_index(), jax.process_count()
     rows, key = args.rows or mesh.size, jax.random.key(0)
 
@@ -134,7 +163,7 @@ def main(argv=None):
 
     # The adapter and the step. The state is donated: its old buffers become the new ones. Said to
     # be everywhere, or XLA would choose another place for it and compile the second step anew.
-    method, tx, step = recipe(config, args.rank, args.rate)
+    method, tx, step = recipe(config, mesh, args.rank, args.rate)
     frozen, adapter = jp.split(method(key, params))
     state = jax.device_put(init(adapter, tx), everywhere)
     step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
@@ -154,7 +183,7 @@ def main(argv=None):
     losses, begin = [], time.perf_counter()
     for i in range(int(state.step), args.steps):
         batch = jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(by_rows, x), batches(i)
+            lambda x: jax.make_array_from_process_local_data(rows_apart, x), batches(i)
         )
         state, metrics = step(state, frozen, batch, key)
         if i % 10 == 0 or i + 1 == args.steps:
