@@ -12,7 +12,7 @@ from jax.extend.core import primitives as p
 from jaxpeft import axes as digits
 from jaxpeft import compat
 from jaxpeft.axes import Digit, Dim
-from jaxpeft.rules.registry import cut_dims
+from jaxpeft.rules.registry import cut_dims, row_dims
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Value:
       param: The parameter that this is a rearrangement of.
       after: The weights whose product this is, to which no bias has been added yet.
       summed: Something else was added to that product.
+      chosen: Digits of the parameter of which one index was chosen: a row of a table, or one
+        slice of a stack of vectors. What it meets next tells which.
       normed: Was divided by a standard deviation since the last product.
       one_hot: Comes from a comparison.
     """
@@ -56,6 +58,7 @@ class Value:
     param: str | None = None
     after: tuple[str, ...] = ()
     summed: bool = False
+    chosen: frozenset[Digit] = frozenset()
     normed: bool = False
     one_hot: bool = False
 
@@ -79,7 +82,8 @@ def trace(
         Value(digits.whole(path, x.shape), path) for path, x in zip(paths, shapes, strict=True)
     ]
     others = [unknown(v.aval) for v in jaxpr.invars[len(params) :]]
-    walk.run(jaxpr, [*params, *others])
+    for value in walk.run(jaxpr, [*params, *others]):
+        walk.settled(jaxpr.eqns[-1] if jaxpr.eqns else None, value)
     return {path: walk.uses[path] for path in paths}
 
 
@@ -90,6 +94,7 @@ def unknown(aval: Any) -> Value:
 
 #: Primitives that hand a value on as it is.
 _KEEP = {
+    p.neg_p,
     p.convert_element_type_p,
     p.copy_p,
     p.name_p,
@@ -100,6 +105,8 @@ _KEEP = {
     compat.optimization_barrier_p,
     compat.pcast_p,
 }
+#: Primitives that only rearrange, so that a chosen row stays one.
+_LAYOUT = {p.reshape_p, p.squeeze_p, p.transpose_p, p.broadcast_in_dim_p, p.jit_p}
 _SUMS = {p.add_p, p.sub_p, p.add_jaxvals_p}
 _PRODUCTS = {p.mul_p, p.div_p}
 
@@ -127,6 +134,8 @@ class _Walk:
 
     def step(self, eqn: Any, values: list[Value]) -> list[Value]:
         primitive = eqn.primitive
+        if primitive not in _SUMS | _PRODUCTS | _KEEP | _LAYOUT:
+            values = [self.settled(eqn, v) for v in values]
         if primitive in _STEPS:
             return _STEPS[primitive](self, eqn, values)
         if primitive in _KEEP:
@@ -137,6 +146,14 @@ class _Walk:
                 if len(inner.invars) == len(values):
                     return self.run(inner, values)
         return self.elementwise(eqn, values)
+
+    def settled(self, eqn: Any, value: Value) -> Value:
+        """A chosen row that is used like an activation was a row of a table."""
+        if not value.chosen:
+            return value
+        cols = value.digits(range(len(value.dims)))
+        self.note(value, "embedding", eqn, rows=value.chosen, cols=cols, free=(1,))
+        return value.data(after=(value.param,) if value.param else (), chosen=frozenset())
 
     def elementwise(self, eqn: Any, values: list[Value]) -> list[Value]:
         """Sums and products with a parameter have a meaning; everything else is `other`."""
@@ -150,6 +167,10 @@ class _Walk:
             scalar = [not v.dims for v in values]
             if any(scalar) and values[not scalar.index(True)].param:
                 return [values[not scalar.index(True)]]  # a weight times a number
+            values = [
+                v if v.param is None or _is_vector_use(w) else self.settled(eqn, v)
+                for v, w in zip(values, values[::-1], strict=True)
+            ]
             found = [v for v in values if v.param]
             if len(found) == 1 and any(found[0].dims):
                 other = values[values[0] is found[0]]
@@ -173,7 +194,7 @@ class _Walk:
     def meet(self, eqn: Any, param: Value, other: Value) -> Value:
         """A parameter is added to an activation, or multiplied with it."""
         cols = param.digits(range(len(param.dims)))
-        stack = frozenset(_stack_of(param, other, self.uses))
+        stack = frozenset(_stack_of(param, other, self.uses)) | param.chosen
         aligned = [b for a, b in zip(param.dims, other.dims, strict=False) if a]
         if eqn.primitive in _SUMS:
             if other.after and not other.normed and all(aligned):
@@ -187,6 +208,11 @@ class _Walk:
         of = () if other.normed else other.after
         self.note(param, kind, eqn, cols=cols - stack, stack=stack, of=of)
         return other.data(after=())
+
+
+def _is_vector_use(other: Value) -> bool:
+    """Whether what meets `other` is a bias or the scale of a normalization."""
+    return bool(other.after) or other.normed
 
 
 def _stack_of(param: Value, other: Value, uses: dict[Any, list[Use]]) -> set[Digit]:
@@ -265,7 +291,7 @@ def _convolution(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
 def _gather(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     table, ids = values
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    rows, batch = numbers.start_index_map, numbers.operand_batching_dims
+    rows, batch = row_dims(eqn), numbers.operand_batching_dims
     keep = [i for i in range(len(table.dims)) if i not in rows and i not in batch]
     shape = eqn.invars[0].aval.shape
     whole = all(sizes[i] == shape[i] for i in keep)
@@ -338,6 +364,9 @@ def _slice(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
         walk.note(value, "slice", eqn, stack=value.digits(one))
         kept = tuple(() if i in one else dim for i, dim in enumerate(value.dims))
         return [dataclasses.replace(value, dims=kept)]
+    if eqn.primitive is p.dynamic_slice_p and len(cut) == len(one) == 1 and len(rest) == 1:
+        kept = tuple(() if i in one else dim for i, dim in enumerate(value.dims))
+        return [dataclasses.replace(value, dims=kept, chosen=value.digits(one))]
     if eqn.primitive is p.dynamic_slice_p and len(cut) == 1 and len(rest) == 1:
         count = (shape[cut[0]],)
         walk.note(
@@ -387,7 +416,7 @@ def _scan(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
         else:
             walk.note(value, "other", eqn)
             start.append(value.data(after=()))
-    outs = walk.run(body, [*consts, *start, *slices])
+    outs = [walk.settled(eqn, v) for v in walk.run(body, [*consts, *start, *slices])]
     stacked = []
     for i in range(n_carry, len(outs)):
         source = passed.get(i, -1) - n_const - n_carry

@@ -228,7 +228,10 @@ class Site:
 
     def pick(self, op: "Operand", ids: jax.Array) -> jax.Array:
         """Rows of op (rows, cols)."""
-        return jnp.take(op.matrix, ids, axis=0, mode="clip")
+        at = op.roles.index(op.rows)
+        y = jnp.take(op.array, ids, axis=at, mode="clip")
+        y = jnp.moveaxis(y, range(at, at + ids.ndim), range(ids.ndim))
+        return refold(y, (*ids.shape, math.prod(y.shape[ids.ndim :])))
 
     def matrix(self, op: "Operand") -> jax.Array:
         """The operand in canonical form (rows, cols), as a plain array."""

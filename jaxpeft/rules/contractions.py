@@ -195,18 +195,21 @@ class ConvSite(Site):
     """x (batch, *space, channels) against kernels: `jax.lax.conv_general_dilated`.
 
     The `in` side of a kernel is its window and its input channels together; a field that
-    has it is a smaller kernel, any other field is a product over channels.
+    has it is a smaller kernel, any other field is a product over channels. In a grouped
+    convolution every group has its own output channels and its own copy of what a method
+    puts between `in` and `out`, so that `a @ b` stays the delta of the whole kernel.
     """
 
     def __init__(self, dtype: Any, *, kernels: View, params: Any, **kwargs: Any):
         super().__init__(dtype, **kwargs)
         self.kernels, self.params = kernels, params
+        self.groups = params["feature_group_count"]
 
     def product(self, x: jax.Array, op: Operand) -> jax.Array:
         if op.cols == IN:
             raise Unsupported("a transposed convolution")
         if op.rows != IN:
-            return super().product(x, op)
+            return self._pointwise(x, op)
         numbers = self.params["dimension_numbers"]
         same = x.dtype == op.array.dtype == self.dtype
         spatial = tuple(range(1, x.ndim - 1))
@@ -218,10 +221,30 @@ class ConvSite(Site):
             padding=self.params["padding"],
             lhs_dilation=self.params["lhs_dilation"],
             rhs_dilation=self.params["rhs_dilation"],
+            feature_group_count=self.groups,
             dimension_numbers=lax.ConvDimensionNumbers(last, numbers.rhs_spec, last),
             precision=self.precision,
             preferred_element_type=self.preferred if same else None,
         )
+
+    def _pointwise(self, x: jax.Array, op: Operand) -> jax.Array:
+        """A product over channels: (..., groups * n) to (..., m), or (..., groups * m)."""
+        if self.groups == 1:
+            return super().product(x, op)
+        x = x.reshape(*x.shape[:-1], self.groups, -1)
+        matrix = op.matrix
+        if op.cols == OUT:
+            blocks = matrix.reshape(matrix.shape[0], self.groups, -1)
+            y = jnp.einsum("...gr,rgo->...go", x, blocks, precision=self.precision)
+        else:
+            y = jnp.einsum("...gr,rs->...gs", x, matrix, precision=self.precision)
+        return y.reshape(*y.shape[:-2], -1)
+
+    def spread(self, op: Operand) -> jax.Array:
+        if IN in op.roles:
+            raise Unsupported("a number for each entry of a convolution's window")
+        own = op.roles and OUT not in op.roles
+        return jnp.tile(op.matrix, self.groups) if own else super().spread(op)
 
     def kernel(self, op: Operand, out_dim: int) -> jax.Array:
         """A kernel in the program's layout, with the columns of `op` as output channels."""
@@ -230,6 +253,8 @@ class ConvSite(Site):
         if len(op.roles) == 2:  # canonical: cut `in` into the window and the channels
             rows = op.roles.index(IN)
             array = permute(array, (rows, 1 - rows))
+            if self.groups > 1 and op.cols != OUT:
+                array = jnp.tile(array, (1, self.groups))
             array = refold(array, (*view.sizes(IN), array.shape[1]))
             place = {axis: i for i, axis in enumerate(view.indices(IN))}
             place[view.indices(OUT)[0]] = array.ndim - 1
@@ -247,9 +272,7 @@ class ConvSite(Site):
 
 @rule(p.conv_general_dilated_p, computes=True)
 def convolution(run: Any, eqn: Any, x: Any, view: Any) -> list | None:
-    if is_view(x) or eqn.params["feature_group_count"] != 1:
-        return None
-    if eqn.params["batch_group_count"] != 1:
+    if is_view(x) or eqn.params["batch_group_count"] != 1:
         return None
     view = view.refined()
     numbers = eqn.params["dimension_numbers"]

@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.core import primitives as p
 
 from jaxpeft.rules.contractions import bound, site_of
-from jaxpeft.rules.registry import cut_dims, rule
+from jaxpeft.rules.registry import cut_dims, row_dims, rule
 from jaxpeft.rules.views import dynamic_slice as pick_from_stack
 from jaxpeft.weight import IN, OUT, STACK, View, Weight, is_view, permute, refold
 
@@ -53,10 +52,11 @@ def _as_dims(view: View, y: jax.Array, lead: int, keep: list[int]) -> jax.Array:
 @rule(p.gather_p, computes=True)
 def gather(run: Any, eqn: Any, view: Any, indices: Any) -> list | None:
     numbers = eqn.params["dimension_numbers"]
-    if is_view(indices) or len(numbers.start_index_map) != 1:
+    looked_up = row_dims(eqn)
+    if is_view(indices) or len(looked_up) != 1:
         return None
     view = view.refined()
-    rows, batch = numbers.start_index_map[0], list(numbers.operand_batching_dims)
+    rows, batch = looked_up[0], list(numbers.operand_batching_dims)
     keep = [i for i in range(view.ndim) if i != rows and i not in batch]
     sizes = eqn.params["slice_sizes"]
     if sizes[rows] != 1 or any(sizes[i] != view.shape[i] for i in keep):
@@ -69,7 +69,7 @@ def gather(run: Any, eqn: Any, view: Any, indices: Any) -> list | None:
     # ids with the stack first, in the order of the weight
     index_batch = [numbers.start_indices_batching_dims[batch.index(i)] for i in batch]
     front = [index_batch[stack.index(axis)] for axis in sorted(stack)]
-    ids = lax.squeeze(indices, (indices.ndim - 1,))
+    ids = indices[..., numbers.start_index_map.index(rows)]
     others = [i for i in range(ids.ndim) if i not in front]
     y = _rows(
         run,

@@ -39,3 +39,15 @@ def cut_dims(eqn: Any) -> list[int]:
     """The dimensions that a slice of an array shortens."""
     old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     return [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
+
+
+def row_dims(eqn: Any) -> list[int]:
+    """The dimensions in which a gather chooses: those it does not take whole.
+
+    In a mode that clips, the start of a slice as long as its dimension is zero.
+    """
+    sizes, shape = eqn.params["slice_sizes"], eqn.invars[0].aval.shape
+    chosen = list(eqn.params["dimension_numbers"].start_index_map)
+    if len(chosen) > 1 and eqn.params["mode"].name != "FILL_OR_DROP":
+        chosen = [i for i in chosen if sizes[i] != shape[i]]
+    return chosen

@@ -94,7 +94,6 @@ def conv1d():
 @row(
     "linen Conv, two axes, strided and in groups",
     conv=("Conv_0/kernel", "Conv_1/kernel"),
-    materializes=("Conv_1/kernel",),
 )
 def conv2d():
     class Model(nn.Module):

@@ -100,7 +100,7 @@ def scan_constant():
     return Case(fn, params(w=(D, F), u=(F, F)), _x())
 
 
-@row("w[i] in a fori_loop", **_BOTH, gaps=("sites",), everyday=True)
+@row("w[i] in a fori_loop", **_BOTH, everyday=True)
 def indexed_fori():
     """Vectors of a stack read by w[i] look like rows of a table to `sites`."""
 
@@ -111,7 +111,7 @@ def indexed_fori():
     return Case(fn, _stack(L), _x())
 
 
-@row("w[i] in a scan over indices", **_BOTH, gaps=("sites",))
+@row("w[i] in a scan over indices", **_BOTH)
 def indexed_scan():
     """Vectors of a stack read by w[i] look like rows of a table to `sites`."""
 
@@ -161,7 +161,7 @@ def while_loop():
     return Case(fn, _stack(), _x())
 
 
-@row("fori_loop with a bound known at run time", **_BOTH, gaps=("sites",), reverse=False)
+@row("fori_loop with a bound known at run time", **_BOTH, reverse=False)
 def fori_dynamic():
     """Vectors of a stack read by w[i] look like rows of a table to `sites`."""
 

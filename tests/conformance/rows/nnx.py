@@ -106,7 +106,7 @@ def embed_attend():
     return _case(Model(nnx.Rngs(0)), tokens(B, T))
 
 
-@row("nnx Conv", conv=("a/kernel", "b/kernel"), materializes=("b/kernel",))
+@row("nnx Conv", conv=("a/kernel", "b/kernel"))
 def conv():
     class Model(nnx.Module):
         def __init__(self, rngs):

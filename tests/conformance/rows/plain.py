@@ -228,7 +228,7 @@ def cast_bf16():
     return Case(fn, params(up=(D, F), down=(F, D)), (x3(),))
 
 
-@row("a weight times a number", linear=("up", "down"), gaps=("sites", "formed", "announced"))
+@row("a weight times a number", linear=("up", "down"))
 def scaled():
     """Linear in the weight, so no exception, but no rule covers a scaled or negated one yet."""
 
@@ -337,7 +337,7 @@ def get_clip():
     return _lookup(lambda w, i: w.at[i].get(mode="clip"), _out_of_range())
 
 
-@row("take along the last axis", embedding=("table",), linear=("out",), gaps=("formed",))
+@row("take along the last axis", embedding=("table",), linear=("out",))
 def take_columns():
     """A table kept as (width, vocabulary), which `lift` transposes as a whole before it reads."""
 
@@ -353,7 +353,7 @@ def lookup_vmapped():
     return _lookup(lambda w, i: jax.vmap(lambda i: w[i])(i))
 
 
-@row("a lookup by dynamic slices", embedding=("table",), linear=("out",), gaps=("sites",))
+@row("a lookup by dynamic slices", embedding=("table",), linear=("out",))
 def lookup_by_slice():
     """A gather that keeps its row dimension: `sites` does not take it for a lookup."""
 
@@ -471,7 +471,7 @@ def conv_nchw():
     return Case(fn, params(w=(7, 5, 3, 2), scale=(7,)), (activations(B, 5, 9, 4),))
 
 
-@row("convolution in groups", conv=("w",), materializes=("w",))
+@row("convolution in groups", conv=("w",))
 def conv_groups():
     """No rule covers groups yet: the kernel is formed, and that is announced."""
 
@@ -484,7 +484,7 @@ def conv_groups():
     return Case(fn, params(w=(3, 5, 14)), (activations(B, 6, 10),))
 
 
-@row("convolution in one group per channel", conv=("w",), materializes=("w",))
+@row("convolution in one group per channel", conv=("w",))
 def conv_depthwise():
     def fn(p, x):
         dims = ("NWC", "WIO", "NWC")
