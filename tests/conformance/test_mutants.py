@@ -12,7 +12,7 @@ import types
 import jax
 import pytest
 
-from jaxpeft.rules import RULES, contractions, control, gathers, sharding, views
+from jaxpeft.rules import RULES, contractions, control, gathers, scaling, sharding, views
 
 from .methods import METHODS
 from .rows import ROWS
@@ -161,6 +161,28 @@ MUTANTS = [
         "return whole // shards(by_axis[axis]) if axis in by_axis else whole",
         "return whole",
         "shard_map, column- then row-parallel",
+    ),
+    # numbers
+    Mutant(
+        "dropped scale: a weight times a number without the number",
+        scaling,
+        "return x @ self.w * self.factor",
+        "return x @ self.w",
+        "a weight times a number",
+    ),
+    Mutant(
+        "a division taken for a product",
+        scaling,
+        "_times(a, 1 / b)",
+        "_times(a, b)",
+        "a weight times a number",
+    ),
+    Mutant(
+        "a sign dropped",
+        scaling,
+        "jnp.asarray(-1, view.dtype)",
+        "jnp.asarray(1, view.dtype)",
+        "a weight times a number",
     ),
 ]
 

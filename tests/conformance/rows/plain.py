@@ -230,8 +230,6 @@ def cast_bf16():
 
 @row("a weight times a number", linear=("up", "down"))
 def scaled():
-    """Linear in the weight, so no exception, but no rule covers a scaled or negated one yet."""
-
     def fn(p, x):
         return jnp.tanh(x @ (p["up"] * 0.5)) @ -(p["down"] / 1.5)
 
