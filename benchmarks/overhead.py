@@ -3,7 +3,8 @@
 Nothing runs: programs are compiled from shapes, for CPU, and asked for their FLOPs and bytes. The
 model is a Llama in plain JAX with its layers unrolled (XLA counts the body of a loop once). Every
 compilation has a process of its own, hand-written and lifted in turn so that both see the same
-load. About 15 minutes on 2 cores, 6 with --quick; the last line is JSON.
+load. About 5 minutes on 2 idle cores, 2 with --quick; the last line is JSON, and a full run is kept
+in benchmarks/results/overhead.json.
 
     flops_vs_hand, temp_bytes_vs_hand   lifted over hand-written, the worse of the two shapes
     compile_seconds_vs_hand             likewise: tracing, lowering and compiling, cold
@@ -23,10 +24,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-# The scheduler that is on by default trades memory for overlap: it would be measured instead.
-os.environ["XLA_FLAGS"] = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-os.environ["JAX_PLATFORMS"] = "cpu"
+if __name__ == "__main__":  # before jax starts
+    # The default scheduler trades memory for overlap: it would be measured instead.
+    os.environ["XLA_FLAGS"] = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,7 @@ import optax
 import jaxpeft as jp
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "overhead.json"
 RANK, SCALE = 8, 2.0
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -294,7 +297,10 @@ def main():
         out["flops_hand"] = one["hand"]["flops"]
         out["flops_closed_form"] = closed_form(SHAPES["135M"])
         out["flops_vs_full"] = one["lifted"]["flops"] / in_a_process("135M", "full")["flops"]
-    print(json.dumps({**out, "by_shape": by_shape}))
+    out["by_shape"] = by_shape
+    if not (args.quick or args.shape):
+        RESULTS.write_text(json.dumps(out, indent=1) + "\n")
+    print(json.dumps(out))
 
 
 if __name__ == "__main__":
