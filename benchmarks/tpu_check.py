@@ -220,15 +220,18 @@ def main():
     args = parser.parse_args()
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     rows = {(row["step"], row["topology"]): row for row in kept}
-    for step, chip, chips, lower in cases():
+    every = list(cases())
+    for step, chip, chips, lower in every:
         if args.only in f"{step} {chip.topology}":
             row = {"step": step, "topology": chip.topology, "chips": chips, "memory": chip.memory}
             rows[step, chip.topology] = row | compiled(lower())
             print(json.dumps(rows[step, chip.topology]), flush=True)
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
-            RESULTS.with_suffix(".md").write_text(report(rows.values()))
-    print(report(rows.values()))
+    order = [(step, chip.topology) for step, chip, _, _ in every]
+    known = [rows[key] for key in order if key in rows]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(report(known))
+    print(report(known))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ The base lies in bfloat16, one part of every matrix on each chip, and is gathere
 the adapter (float32) and its moments are small and lie on every chip; the batch is split by rows.
 Killed and started again, it goes on from the last checkpoint in --out.
 
-Llama 3 8B, rank 16 on all linears, 16 rows of 2048 tokens per step: MEMORY8B
-per chip (compiled without a TPU: benchmarks/results/tpu_check.md). A step has 1.3 PFLOP, layers
-being computed twice in the backward pass 1.8: about 1.4 s on 16 chips of v5e at 40 % of their
-197 TFLOP/s, an estimate, not measured.
+Llama 3 8B, rank 16 on all linears, 16 rows of 2048 tokens per step on 16 chips of v5e: 4.9 of 16 GB
+per chip (compiled without a TPU, benchmarks/results/tpu_check.md has 1B to 70B). A step has 1.7
+PFLOP, the layers being computed twice: 1.4 s at 40 % of the chips' 197 TFLOP/s each, 0.23 dollars
+per million tokens at 1.20 dollars per chip and hour. These two are estimates, not measured.
 
 Without --model the weights are random, of a shape named by --shape; without --data so are the
 tokens. `--shape tiny` runs anywhere, also on
@@ -61,19 +61,19 @@ def arguments(argv):
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--save-every", type=int, default=50)
+    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     return parser.parse_args(argv)
 
 
 def spread(params, mesh):
     """One part of every matrix on each chip, cut along its inputs; vectors on all."""
 
-    def one(x):
-        if len(x.shape) < 2 or x.shape[-2] % mesh.size:
+    def one(path, x):
+        if path[-1].key not in ("kernel", "embedding") or x.shape[-2] % mesh.size:
             return NamedSharding(mesh, P())
         return NamedSharding(mesh, P(*[None] * (len(x.shape) - 2), "chips", None))
 
-    return jax.tree.map(one, params)
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 @weight
