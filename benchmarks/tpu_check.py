@@ -6,7 +6,7 @@ program by kind; those inside the scan over layers are counted once and run once
 
 The steps are those of examples/tpu_lora.py (base in bfloat16 and cut over all chips, LoRA of rank
 16 on all linears, every layer computed again in the backward pass, one row of 2048 tokens per chip)
-and of the other examples. Printed and kept in benchmarks/results/tpu_check.json and .md. About 4
+and of the other examples. Printed and kept in benchmarks/results/tpu_check.json and .md. About 2
 minutes of one core for each; `--only 8b` compiles what has that in its name.
 """
 

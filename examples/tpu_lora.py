@@ -8,7 +8,7 @@ The base lies in bfloat16, one part of every matrix on each chip, and is gathere
 the adapter (float32) and its moments are small and lie on every chip; the batch is split by rows.
 Killed and started again, it goes on from the last checkpoint in --out.
 
-Llama 3 8B, rank 16 on all linears, 16 rows of 2048 tokens per step on 16 chips of v5e: 4.9 of 16 GB
+Llama 3 8B, rank 16 on all linears, 16 rows of 2048 tokens per step on 16 chips of v5e: 4.8 of 16 GB
 per chip (compiled without a TPU, benchmarks/results/tpu_check.md has 1B to 70B). A step has 1.7
 PFLOP, the layers being computed twice: 1.4 s at 40 % of the chips' 197 TFLOP/s each, 0.23 dollars
 per million tokens at 1.20 dollars per chip and hour. These two are estimates, not measured.
