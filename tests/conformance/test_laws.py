@@ -4,6 +4,7 @@ The everyday suite runs LoRA on the rows that stand for their kind, and each oth
 few; `pytest -m conformance` runs the full product.
 """
 
+import contextlib
 import functools
 import warnings
 
@@ -114,7 +115,8 @@ def test_a_stack_of_adapters_shares_one_base(row, method):
     stacked = jax.tree.map(lambda *vs: jnp.stack(vs), *many)
     for fn, args in s.programs:
         outputs = lambda a, fn=fn, args=args: real(jp.lift(fn)(s.tree(a), *args))  # noqa: E731
-        each = jax.jit(jax.vmap(outputs))(stacked)
+        with jax.set_mesh(s.case.mesh) if s.case.mesh else contextlib.nullcontext():
+            each = jax.jit(jax.vmap(outputs))(stacked)
         for i in (0, 1):
             wanted = real(expected(s, fn, args, many[i]))
             assert worst([y[i] for y in each], wanted) <= row.tolerance
