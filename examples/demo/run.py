@@ -59,6 +59,7 @@ RANK = 16
 ROWS = 4  # of a batch
 STEPS = 300  # a little more than one pass over data/train.jsonl
 KEY = jax.random.key(0)
+PROMPT = "class Stack:\n\n    def __init__(self, items=None):\n"
 
 
 class Model(NamedTuple):
@@ -207,6 +208,7 @@ def arguments(argv=None):
     parser.add_argument("--steps", type=int, help="default: ours 300, yours one pass")
     parser.add_argument("--rate", type=float, help="of LoRA; default: ours as swept, yours 2e-4")
     parser.add_argument("--context", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--prompt", help="of the samples; default: how a held-out text begins")
     parser.add_argument("--out", type=Path, help="where the adapter folder is left")
     options = parser.parse_args(argv)
     own = options.model is not None or options.data is not None
@@ -216,6 +218,7 @@ def arguments(argv=None):
         options.data = HERE / "data" / "train.jsonl"
         options.held_out = options.held_out or HERE / "data" / "heldout.jsonl"
         options.steps = options.steps or STEPS
+        options.prompt = options.prompt or PROMPT
     options.methods = (options.methods or ("lora" if own else ",".join(METHODS))).split(",")
     if unknown := [name for name in options.methods if name not in METHODS]:
         raise UserError(f"--methods: {unknown} are none of {','.join(METHODS)}.")
@@ -262,8 +265,9 @@ def main(argv=None) -> dict[str, Any]:
     train, held_out = read(options, tokenizer, context)
     steps = options.steps or len(Batches(train, batch_size=ROWS, epochs=1))
     console.print(
-        f"{options.data}: {len(train):,} records, {train.targets:,} tokens; held out "
-        f"{len(held_out):,} and {held_out.targets:,}; {steps} steps of {ROWS} x {context} tokens"
+        f"{options.data.name}: {len(train):,} records, {train.targets:,} tokens; "
+        f"held out: {len(held_out):,} records, {held_out.targets:,} tokens\n"
+        f"{steps} steps of {ROWS} x {context} tokens for each method"
     )
 
     base = measure(model, {}, model.params, held_out)
@@ -284,8 +288,10 @@ def main(argv=None) -> dict[str, Any]:
     merge_diff = merge_difference(lora, held_out)
 
     prompt = held_out[0].ids[: min(24, len(held_out[0].ids) - 1)]
+    if options.prompt is not None:
+        prompt = np.asarray(tokenizer.tokenizer.encode(options.prompt).ids, np.int32)
     write = writer(tokenizer, model, prompt)
-    console.rule("what is held out begins")
+    console.rule("a text begins")
     console.print(tokenizer.tokenizer.decode(prompt.tolist()), markup=False, highlight=False)
     trees = {"base": model.params, "LoRA": jp.combine(lora.frozen, lora.adapter)}
     for name, tree in trees.items():
