@@ -199,7 +199,10 @@ def test_an_id_beyond_the_table_gives_nan():
 POLICY = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
-@pytest.mark.parametrize("options", [{"remat": "full"}, {"remat": POLICY}, {"unroll": 2}], ids=str)
+OPTIONS = {"full": {"remat": "full"}, "policy": {"remat": POLICY}, "unrolled": {"unroll": 2}}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_remat_and_unroll_change_no_value_and_no_gradient(options):
     got, want = gradient(**options), gradient()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SHARP), got, want)
