@@ -12,6 +12,7 @@ from jaxpeft.train.data import Batches, Chat, Completion, Examples, Text, read_e
 from jaxpeft.train.errors import UserError, one_line_errors
 from jaxpeft.train.loop import Evaluation, Run, evaluate, fit
 from jaxpeft.train.loss import cross_entropy, next_token
+from jaxpeft.train.paging import paged, to_host
 from jaxpeft.train.report import loss_figure, read_metrics
 from jaxpeft.train.step import LossFn, Metrics, State, fill_float0, init, train_step
 from jaxpeft.train.text import TextTokenizer, Tokens
@@ -39,7 +40,9 @@ __all__ = [
     "loss_figure",
     "next_token",
     "one_line_errors",
+    "paged",
     "read_examples",
     "read_metrics",
+    "to_host",
     "train_step",
 ]
