@@ -157,6 +157,17 @@ class Sites(Mapping[str, Site]):
         return self._keep(lambda s: s.is_matrix and "embedding" in s.kinds)
 
     @property
+    def hidden(self) -> "Sites":
+        """Linear weights and convolutions between the embedding and the head: what is usually
+        quantized. A head is a linear weight with as many outputs as an embedding has rows."""
+        rows = {site.size(IN) for site in self.every.embedding.values()}
+        return self._keep(
+            lambda s: (
+                s.path in self.conv or s.path in self.linear and s.size(OUT) not in rows
+            )
+        )
+
+    @property
     def conv(self) -> "Sites":
         """Convolution kernels."""
         return self._keep(lambda s: s.is_matrix and "conv" in s.kinds)

@@ -96,6 +96,15 @@ class Weight:
 
     __array_ufunc__ = None  # numpy arrays leave `x @ weight` to us
 
+    def grain(self, field: str, axis: str) -> tuple[int, int]:
+        """(entries, elements): how an axis of a field may be cut, for fields coarser than it.
+
+        Each run of `entries` along the matrix's `axis` lies in `elements` of the field, such
+        as a block of 64 codes in 32 bytes. (0, 0): the axis cannot be cut there.
+        """
+        del field, axis
+        return 1, 1
+
     @property
     def extra_rows(self) -> int:
         """Rows that `lookup` serves beyond those of the table."""
@@ -274,21 +283,10 @@ class Operand:
         return Operand(self.array, self.roles, self.cols, self.rows, self.site)
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
-        if jnp.issubdtype(self.array.dtype, jnp.integer):
-            return self._decoded_product(x)
         array = self.array
         dtype = jnp.promote_types(x.dtype, array.dtype)
         op = Operand(array.astype(dtype), self.roles, self.rows, self.cols, self.site)
         return self.site.product(x.astype(dtype), op)
-
-    def _decoded_product(self, x: jax.Array) -> jax.Array:
-        """x @ codes, where the backward pass decodes again instead of keeping a dense copy."""
-
-        def product(x: jax.Array, codes: jax.Array) -> jax.Array:
-            decoded = Operand(codes.astype(x.dtype), self.roles, self.rows, self.cols, self.site)
-            return self.site.product(x, decoded)
-
-        return jax.checkpoint(product)(x, self.array)
 
     def __getitem__(self, ids: jax.Array) -> jax.Array:
         return self.site.pick(self, ids)
@@ -307,6 +305,52 @@ class BaseOperand(Operand):
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         return self.site.product(x.astype(self.array.dtype), self)
+
+
+class Decoded:
+    """A matrix that is computed from coded fields where it is used: `x @ d`, `y @ d.T`, `d[ids]`.
+
+    Every use runs under `jax.checkpoint`, so that the backward pass decodes again: what is
+    kept for it are the codes, never the matrix.
+
+    Args:
+      decode: From the arrays of the fields, each as (*stack, *its axes), to the matrix
+        (*stack, in, out).
+      fields: The bound fields, by name; `None` where an optional one is absent.
+    """
+
+    __array_ufunc__ = None
+
+    def __init__(
+        self,
+        decode: Callable[..., jax.Array],
+        fields: dict[str, Any],
+        rows: str = IN,
+        cols: str = OUT,
+    ):
+        self.decode, self.fields, self.rows, self.cols = decode, fields, rows, cols
+
+    @property
+    def T(self) -> "Decoded":
+        return Decoded(self.decode, self.fields, self.cols, self.rows)
+
+    def _use(self, use: Callable[[jax.Array, Operand], jax.Array], x: jax.Array) -> jax.Array:
+        first = next(op for op in self.fields.values() if op is not None)
+        stack = tuple(role for role in first.roles if role == STACK)
+        site: Site = first.site
+
+        def at_site(x: jax.Array, fields: dict[str, Any]) -> jax.Array:
+            array = self.decode(**fields).astype(site.dtype)
+            return use(x, BaseOperand(array, (*stack, IN, OUT), self.rows, self.cols, site))
+
+        arrays = {k: None if op is None else op.array for k, op in self.fields.items()}
+        return jax.checkpoint(at_site)(x, arrays)
+
+    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        return self._use(lambda x, op: x @ op, x)
+
+    def __getitem__(self, ids: jax.Array) -> jax.Array:
+        return self._use(lambda ids, op: op[ids], ids)
 
 
 def bind(w: Any, site: Site, base_roles: Sequence[str], cast: Any = None) -> Any:
@@ -347,6 +391,9 @@ class Axis:
     size: int
     role: str
 
+
+#: The axes that a dimension of a field runs over, and its grain (see `Weight.grain`).
+Run = tuple[tuple[int, ...], tuple[int, int]]
 
 _KEY = jax.tree_util.GetAttrKey("weight")
 
@@ -550,14 +597,19 @@ class View:
 
     def field_axes(self) -> list[list[tuple[int, ...]]]:
         """Per leaf of the weight, per dimension: the axes of the replaced array it runs over."""
-        stack: list[tuple[int, ...]] = [(i,) for i in self.indices(STACK)]
+        return [[axes for axes, _ in runs] for runs in self._runs()]
+
+    def _runs(self) -> list[list[Run]]:
+        """As `field_axes`, each with its grain."""
+        fine = (1, 1)
+        stack: list[Run] = [((i,), fine) for i in self.indices(STACK)]
         roles = {IN: tuple(self.indices(IN)), OUT: tuple(self.indices(OUT))}
-        natural: list[tuple[int, ...]] = [(i,) for i in range(len(self.axes))]
-        out: list[list[tuple[int, ...]]] = []
+        natural: list[Run] = [((i,), fine) for i in range(len(self.axes))]
+        out: list[list[Run]] = []
 
         def visit(w: Any) -> None:
             if not isinstance(w, Weight):
-                canonical = [*stack, roles[IN], roles[OUT]]
+                canonical = [*stack, (roles[IN], fine), (roles[OUT], fine)]
                 out.extend([natural if self.natural else canonical] * len(jax.tree.leaves(w)))
                 return
             for field in _fields(w):
@@ -565,42 +617,53 @@ class View:
                 if field.metadata.get("base"):
                     visit(value)
                 elif not field.metadata.get("static"):
-                    own = [roles.get(name, ()) for name in field.metadata.get("axes", ())]
+                    own = [
+                        (roles.get(name, ()), w.grain(field.name, name))
+                        for name in field.metadata.get("axes", ())
+                    ]
                     lead = [] if field.metadata.get("shared") else stack
                     out.extend([[*lead, *own]] * len(jax.tree.leaves(value)))
 
         visit(self.weight)
         return out
 
-    def along(self, axis: int, f: Callable[[Any, int], Any]) -> "View":
-        """Applies `f(array, position)` to every leaf that runs over an axis, to shorten it.
+    def divides(self, axis: int, parts: int) -> bool:
+        """Whether every field can be cut into this many equal parts along an axis."""
+        return self.cut(axis, 0, self.axes[axis].size // parts, shapes_only=True) is not None
 
-        Where several axes of one role lie merged in a field, they are told apart for `f`.
+    def cut(self, axis: int, start: int, stop: int, shapes_only: bool = False) -> "View | None":
+        """`start:stop` of an axis, or `None` where a field cannot be cut there.
+
+        Where several axes of one role lie merged in a field, they are told apart.
         """
-        out, new_size = [], self.axes[axis].size
+        out = []
         leaves, treedef = jax.tree.flatten(self.weight)
-        for leaf, runs in zip(leaves, self.field_axes(), strict=True):
-            position = next((p for p, run in enumerate(runs) if axis in run), None)
-            if position is None:
+        for leaf, runs in zip(leaves, self._runs(), strict=True):
+            at = next((p for p, (run, _) in enumerate(runs) if axis in run), None)
+            if at is None:
                 out.append(leaf)
                 continue
-            run = runs[position]
-            split = leaf.reshape(
-                *leaf.shape[:position],
-                *(self.axes[i].size for i in run),
-                *leaf.shape[position + 1 :],
-            )
-            at = position + run.index(axis)
-            cut = f(split, at)
-            new_size = cut.shape[at]
-            out.append(cut.reshape(*leaf.shape[:position], -1, *leaf.shape[position + 1 :]))
+            run, (entries, elements) = runs[at]
+            before = math.prod(self.axes[i].size for i in run[: run.index(axis)])
+            unit = math.prod(self.axes[i].size for i in run[run.index(axis) + 1 :])
+            if entries == 0 or start * unit % entries or stop * unit % entries:
+                return None
+            if before > 1 and self.axes[axis].size * unit % entries:
+                return None
+            if shapes_only:
+                continue
+            split = leaf.reshape(*leaf.shape[:at], before, -1, *leaf.shape[at + 1 :])
+            first, last = (n * unit // entries * elements for n in (start, stop))
+            part = lax.slice_in_dim(split, first, last, axis=at + 1)
+            out.append(part.reshape(*leaf.shape[:at], -1, *leaf.shape[at + 1 :]))
+        if shapes_only:
+            return self
+        size = stop - start
         axes = tuple(
-            dataclasses.replace(a, size=new_size) if i == axis else a
-            for i, a in enumerate(self.axes)
+            dataclasses.replace(a, size=size) if i == axis else a for i, a in enumerate(self.axes)
         )
         dims = tuple(
-            tuple(d._replace(size=new_size) if d.axis == axis else d for d in dim)
-            for dim in self.dims
+            tuple(d._replace(size=size) if d.axis == axis else d for d in dim) for dim in self.dims
         )
         return View(
             jax.tree.unflatten(treedef, out), axes, dims, self.dtype, self.path, self.natural

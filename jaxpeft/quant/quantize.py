@@ -1,38 +1,65 @@
 """quantize: the method that stores frozen arrays in fewer bits."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.placing import place
+from jaxpeft.quant.fp4 import fp4
+from jaxpeft.quant.fp8 import fp8
+from jaxpeft.quant.int4 import int4
 from jaxpeft.quant.int8 import int8
+from jaxpeft.quant.nf4 import nf4
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import View, Weight, innermost, with_innermost
 
 #: Each format is a function from a matrix (*stack, in, out) to a weight.
-FORMATS: dict[str, Callable[[Any], Weight]] = {"int8": int8}
+FORMATS: dict[str, Callable[..., Weight]] = {
+    "nf4": nf4,
+    "nf4+dq": functools.partial(nf4, double=True),
+    "fp4": fp4,
+    "fp4+dq": functools.partial(fp4, double=True),
+    "int4": int4,
+    "int4/asym": functools.partial(int4, symmetric=False),
+    "int8": int8,
+    "fp8": fp8,
+}
 
 
-def quantize(format: str, sites: Sites) -> Method:
+def encoder(format: str, **options: Any) -> Callable[[jax.Array], Weight]:
+    """The function of a format's name from a matrix to a weight.
+
+    Raises:
+      ValueError: There is no such format.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"`quantize('{format}')`: the formats are {sorted(FORMATS)}.")
+    return functools.partial(FORMATS[format], **options)
+
+
+def quantize(format: str, sites: Sites, **options: Any) -> Method:
     """Stores the selected matrices in fewer bits, under whatever other methods put on them.
 
     The array at the bottom of each selected weight is replaced, so the order in a `chain`
     does not matter: `chain(lora(...), quantize(...))` is `chain(quantize(...), lora(...))`.
 
     Args:
-      format: "int8" (symmetric, a scale per output channel).
-      sites: The matrices.
+      format: "nf4", "nf4+dq", "fp4", "fp4+dq", "int4", "int4/asym", "int8", "fp8".
+      sites: The matrices; usually `sites.hidden`, which leaves embeddings and the head.
+      options: Of the format, such as `block=128`.
 
     Raises:
-      ValueError: The format is unknown, or a selected array is trained or quantized already.
+      ValueError: The format is unknown, a selected array is trained or quantized already, or
+        has entries that are no finite numbers (unless it is traced, when they cannot be seen:
+        their whole block then decodes to NaN).
     """
-    if format not in FORMATS:
-        raise ValueError(f"`quantize('{format}')`: the formats are {sorted(FORMATS)}.")
-    encode = FORMATS[format]
+    encode = encoder(format, **options)
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         del key
@@ -42,12 +69,25 @@ def quantize(format: str, sites: Sites) -> Method:
             raise ValueError(
                 f"`quantize('{format}')`: '{site.path}' is {what}. Leave it out of the sites."
             )
+        check_finite(inner, site.path, f"quantize('{format}')")
         return dataclasses.replace(
             view, weight=with_innermost(view.canonical(), encode), natural=False
         )
 
     return Method(
         "quantize",
-        {"format": format, "sites": sites},
+        {"format": format, "sites": sites, **options},
         lambda key, tree: place(key, tree, sites, make, who="quantize"),
     )
+
+
+def check_finite(array: Any, path: str, who: str) -> None:
+    """Refuses infinities and NaNs in an array that is there, rather than traced."""
+    if isinstance(array, jax.core.Tracer) or isinstance(array, jax.ShapeDtypeStruct):
+        return
+    bad = int(jnp.sum(~jnp.isfinite(array)))
+    if bad:
+        raise ValueError(
+            f"`{who}`: '{path}' has {bad} entries of {array.size} that are infinite or NaN. "
+            "They would take their block with them; mend the weight, or leave it out."
+        )

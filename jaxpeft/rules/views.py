@@ -12,7 +12,7 @@ from jax.extend.core import primitives as p
 from jaxpeft import axes as digits
 from jaxpeft import compat
 from jaxpeft.rules.registry import cut_dims, rule
-from jaxpeft.weight import IN, OUT, STACK, View, chain_of, is_view
+from jaxpeft.weight import IN, OUT, STACK, Axis, View, chain_of, is_view
 
 
 def _one(view: View | None) -> list | None:
@@ -80,13 +80,13 @@ def _cut(view: View, dim: int, start: int, stop: int) -> View | None:
     """The view of `start:stop` along a dimension that is one axis, or led by one."""
     view = view.refined()
     lead = [d for d in view.dims[dim] if d.size > 1]
-    if not lead or not view.natural and view.axes[lead[0].axis].role != STACK:
+    if not lead:
         return None
     unit = math.prod(d.size for d in lead[1:])
     if start % unit or stop % unit or not _sliceable(view, lead[0].axis):
         return None
     first, last = start // unit, stop // unit
-    return view.along(lead[0].axis, lambda x, at: lax.slice_in_dim(x, first, last, axis=at))
+    return view.cut(lead[0].axis, first, last)
 
 
 def _pick(view: View, dim: int, index: Any) -> View | None:
@@ -101,6 +101,9 @@ def _pick(view: View, dim: int, index: Any) -> View | None:
         x if at is None else lax.dynamic_index_in_dim(x, index, at, keepdims=False)
         for x, at in zip(leaves, view.stack_positions(axis), strict=True)
     ]
+    if isinstance(index, jax.core.Tracer):
+        # Each device of a shard_map may choose another: parts of one array they are no more.
+        view = dataclasses.replace(view, axes=tuple(Axis(a.size, a.role) for a in view.axes))
     return view.without(axis, jax.tree.unflatten(treedef, picked), view.dims)
 
 

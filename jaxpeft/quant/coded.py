@@ -1,0 +1,152 @@
+"""What all formats share: a matrix in codes, decoded where it is used.
+
+    format      weight     codes                 scales
+    nf4, fp4    Codebook   two to a byte         a block of a column, themselves in 8 bits ("+dq")
+    int4        Int4       two to a byte         a block of a column, with a zero point ("asym")
+    int8, fp8   Columns    one to a byte         a column
+    int8, fp8   Blocks     one to a byte         a block of a column
+
+An encoder is a function from a matrix (*stack, in, out) to one of these weights.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.quant.blocks import cut, join
+from jaxpeft.weight import Decoded, Weight, axes, static, weight
+
+
+class Coded(Weight):
+    """A matrix that `decode` computes from its fields.
+
+    Products, lookups and convolutions decode at the place of use, and again in the backward
+    pass: what is saved are codes. Decoding runs in the dtype of the scales (float32, or
+    float64 for a float64 matrix) and casts once to what the program has there.
+    """
+
+    local_in = local_out = True
+
+    def decode(self) -> jax.Array:
+        """The matrix (*stack, in, out)."""
+        raise NotImplementedError
+
+    def forward(self, x):
+        return x @ self._decoded()
+
+    def transposed(self, y):
+        return y @ self._decoded().T
+
+    def lookup(self, ids):
+        return self._decoded()[ids]
+
+    def materialize(self):
+        return self.decode()
+
+    def _decoded(self) -> Decoded:
+        declared = dataclasses.fields(self)  # type: ignore[arg-type]
+        fields = {f.name: getattr(self, f.name) for f in declared if "axes" in f.metadata}
+
+        def decode(**arrays: Any) -> jax.Array:
+            return dataclasses.replace(self, **arrays).decode()  # type: ignore[type-var]
+
+        return Decoded(decode, fields)
+
+
+@weight
+class Columns(Coded):
+    """The matrix `codes * scale`, one scale for each column."""
+
+    codes: Any = axes("in", "out")
+    scale: Any = axes("out")
+
+    def forward(self, x):
+        """x @ (codes * scale) = (x @ codes) * scale."""
+        return (x @ self._codes() * self.scale).astype(x.dtype)
+
+    def transposed(self, y):
+        """y @ (codes * scale).T = (y * scale) @ codes.T."""
+        return (y * self.scale).astype(y.dtype) @ self._codes().T
+
+    def lookup(self, ids):
+        """(codes * scale)[ids] = codes[ids] * scale."""
+        return self.codes[ids].astype(self.scale.dtype) * self.scale
+
+    def decode(self):
+        return self.codes.astype(self.scale.dtype) * self.scale[..., None, :]
+
+    def _codes(self) -> Decoded:
+        return Decoded(lambda codes: codes, {"codes": self.codes})
+
+
+@weight
+class Blocks(Coded):
+    """The matrix `codes * scales`, one scale for `block` rows of a column.
+
+    The last block has `tail` rows, or as many as the others where `tail` is 0.
+    """
+
+    codes: Any = axes("in", "out")
+    scales: Any = axes("in", "out")  # (blocks, out)
+    block: int = static(64)
+    tail: int = static(0)
+
+    def grain(self, field, axis):
+        if axis != "in":
+            return 1, 1
+        rows = {"codes": self.block, "scales": 1}[field]
+        return (0, 0) if self.tail else (self.block, rows)
+
+    def lookup(self, ids):
+        """(codes * scales)[ids] = codes[ids] * scales[ids // block]."""
+        scales = self.scales[ids // self.block]
+        return self.codes[ids].astype(scales.dtype) * scales
+
+    def decode(self):
+        scales, full = self.scales, self.scales.shape[-2] - bool(self.tail)
+        codes = cut(self.codes.astype(scales.dtype), self.block, full)
+        pairs = zip(codes, cut(scales, 1, full), strict=True)
+        return join([codes * scale for codes, scale in pairs])
+
+
+def linear_codes(
+    matrix: jax.Array, block: int | None, largest: float, dtype: Any
+) -> Columns | Blocks:
+    """Codes of one byte, `round(w / scale)` with `scale = max |w| / largest`.
+
+    Args:
+      matrix: (*stack, in, out).
+      block: Rows under one scale; `None` for whole columns.
+      largest: The largest code.
+      dtype: Of the codes, an integer or a float of 8 bits.
+    """
+    w = wide(matrix)
+    rows = w.shape[-2]
+    size = rows if block is None else checked_block(block)
+    full, tail = divmod(rows, size)
+    parts = cut(w, size, full)
+    scales = [jnp.max(jnp.abs(part), axis=-2, keepdims=True) / largest for part in parts]
+    ratios = [part / _nonzero(scale) for part, scale in zip(parts, scales, strict=True)]
+    if jnp.issubdtype(dtype, jnp.integer):
+        ratios = [jnp.round(ratio) for ratio in ratios]
+    codes, scale = join([ratio.astype(dtype) for ratio in ratios]), join(scales)
+    if block is None:
+        return Columns(codes, scale[..., 0, :])
+    return Blocks(codes, scale, block=size, tail=tail)
+
+
+def wide(matrix: jax.Array) -> jax.Array:
+    """The matrix in the dtype that codes are computed in: float32, or wider if it is."""
+    return matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+
+
+def checked_block(block: int) -> int:
+    if not isinstance(block, int) or block < 1:
+        raise ValueError(f"`block={block!r}`: a number of rows of 1 or more is needed.")
+    return block
+
+
+def _nonzero(scale: jax.Array) -> jax.Array:
+    return jnp.where(scale > 0, scale, 1)
