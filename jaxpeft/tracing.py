@@ -50,6 +50,7 @@ class Value:
       summed: Something else was added to that product.
       chosen: Digits of the parameter of which one index was chosen: a row of a table, or one
         slice of a stack of vectors. What it meets next tells which.
+      fixed: The index was part of the program (`w[0]`), so it is no lookup.
       normed: Was divided by a standard deviation since the last product.
       one_hot: Comes from a comparison.
     """
@@ -59,6 +60,7 @@ class Value:
     after: tuple[str, ...] = ()
     summed: bool = False
     chosen: frozenset[Digit] = frozenset()
+    fixed: bool = False
     normed: bool = False
     one_hot: bool = False
 
@@ -106,7 +108,9 @@ _KEEP = {
     compat.pcast_p,
 }
 #: Primitives that only rearrange, so that a chosen row stays one.
-_LAYOUT = {p.reshape_p, p.squeeze_p, p.transpose_p, p.broadcast_in_dim_p, p.jit_p}
+_LAYOUT = {p.reshape_p, p.squeeze_p, p.transpose_p, p.broadcast_in_dim_p}
+#: Primitives that hand their operands on to a jaxpr, where it shows what a chosen row is for.
+_CALLS = {p.jit_p, p.remat_p, p.cond_p, p.custom_jvp_call_p, p.custom_vjp_call_p}
 _SUMS = {p.add_p, p.sub_p, p.add_jaxvals_p}
 _PRODUCTS = {p.mul_p, p.div_p}
 
@@ -134,7 +138,7 @@ class _Walk:
 
     def step(self, eqn: Any, values: list[Value]) -> list[Value]:
         primitive = eqn.primitive
-        if primitive not in _SUMS | _PRODUCTS | _KEEP | _LAYOUT:
+        if primitive not in _SUMS | _PRODUCTS | _KEEP | _LAYOUT | _CALLS:
             values = [self.settled(eqn, v) for v in values]
         if primitive in _STEPS:
             return _STEPS[primitive](self, eqn, values)
@@ -151,6 +155,8 @@ class _Walk:
         """A chosen row that is used like an activation was a row of a table."""
         if not value.chosen:
             return value
+        if value.fixed:
+            return dataclasses.replace(value, chosen=frozenset(), fixed=False)
         cols = value.digits(range(len(value.dims)))
         self.note(value, "embedding", eqn, rows=value.chosen, cols=cols, free=(1,))
         return value.data(after=(value.param,) if value.param else (), chosen=frozenset())
@@ -195,7 +201,8 @@ class _Walk:
         """A parameter is added to an activation, or multiplied with it."""
         cols = param.digits(range(len(param.dims)))
         stack = frozenset(_stack_of(param, other, self.uses)) | param.chosen
-        aligned = [b for a, b in zip(param.dims, other.dims, strict=False) if a]
+        pairs = zip(param.dims, other.dims, strict=False)
+        aligned = [theirs for mine, theirs in pairs if digits.significant(mine or ())]
         if eqn.primitive in _SUMS:
             if other.after and not other.normed and all(aligned):
                 self.note(param, "bias", eqn, cols=cols - stack, stack=stack, of=other.after)
@@ -364,9 +371,10 @@ def _slice(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
         walk.note(value, "slice", eqn, stack=value.digits(one))
         kept = tuple(() if i in one else dim for i, dim in enumerate(value.dims))
         return [dataclasses.replace(value, dims=kept)]
-    if eqn.primitive is p.dynamic_slice_p and len(cut) == len(one) == 1 and len(rest) == 1:
+    if len(cut) == len(one) == len(rest) == 1:
         kept = tuple(() if i in one else dim for i, dim in enumerate(value.dims))
-        return [dataclasses.replace(value, dims=kept, chosen=value.digits(one))]
+        fixed = eqn.primitive is p.slice_p
+        return [dataclasses.replace(value, dims=kept, chosen=value.digits(one), fixed=fixed)]
     if eqn.primitive is p.dynamic_slice_p and len(cut) == 1 and len(rest) == 1:
         count = (shape[cut[0]],)
         walk.note(
@@ -455,6 +463,14 @@ def _shard_map(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     return [out.data() for out in walk.run(body, local)]
 
 
+def _all_gather(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    """A dimension that is split over devices is as long as before the split."""
+    old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if not eqn.params["tiled"]:
+        return walk.elementwise(eqn, values)
+    return [dataclasses.replace(values[0], dims=_shortened(values[0], old, new))]
+
+
 def _reduce(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     walk.note(values[0], "other", eqn)
     gone = eqn.params["axes"]
@@ -478,6 +494,7 @@ _STEPS: dict[Any, Callable[[_Walk, Any, list[Value]], list[Value]]] = {
     p.while_p: _while,
     p.cond_p: _cond,
     compat.shard_map_p: _shard_map,
+    p.all_gather_p: _all_gather,
     p.reduce_sum_p: _reduce,
     p.reduce_max_p: _reduce,
     p.reduce_min_p: _reduce,

@@ -10,6 +10,7 @@ from jax.extend.core import primitives as p
 
 from jaxpeft import compat
 from jaxpeft.rules.registry import rule
+from jaxpeft.rules.sharding import refuse_parts
 from jaxpeft.weight import (
     IN,
     OUT,
@@ -27,6 +28,7 @@ from jaxpeft.weight import (
 
 def site_of(run: Any, view: View, eqn: Any, kind: type[Site] = Site, **more: Any) -> Site:
     """The site at which a view meets this equation."""
+    refuse_parts(run, view, eqn)
     return kind(
         view.dtype,
         precision=eqn.params.get("precision"),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -11,9 +11,24 @@ from jax.extend.core import primitives as p
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpeft import compat
-from jaxpeft.axes import Digit
+from jaxpeft.axes import Dim
 from jaxpeft.rules.registry import rule
-from jaxpeft.weight import IN, OUT, View, chain_of, is_view
+from jaxpeft.weight import IN, OUT, Axis, View, chain_of, is_view
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards(Axis):
+    """An axis inside `shard_map` of which each device has a part: `size` of it.
+
+    Fields that run over the axis are divided likewise, and all others are the same on every
+    device: what an `all_gather` may rely on.
+    """
+
+    names: tuple[str, ...]  # the mesh axes that divide it, as in a PartitionSpec
+
+
+def _names(names: Any) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _spec_by_axis(view: View, spec: Any) -> dict[int, Any] | None:
@@ -31,6 +46,17 @@ def _spec_by_axis(view: View, spec: Any) -> dict[int, Any] | None:
             return None  # a minor axis of a merged side: shards interleave
         by_axis[lead[0].axis] = names
     return by_axis
+
+
+def _parts(mesh: Any, names: Any) -> int:
+    """In how many parts an axis lies that is divided over these mesh axes."""
+    known = _names(names) if isinstance(names, (str, tuple)) else ()  # else: left to the compiler
+    return math.prod(mesh.shape[name] for name in known)
+
+
+def _divides(view: View, by_axis: dict[int, Any], mesh: Any) -> bool:
+    """Whether every field can be cut where the devices cut the array it stands for."""
+    return all(view.divides(axis, _parts(mesh, names)) for axis, names in by_axis.items())
 
 
 def field_specs(view: View, spec: Any) -> list[PartitionSpec] | None:
@@ -51,8 +77,8 @@ def constrain(x: Any, sharding: Any) -> Any:
     if not is_view(x):
         return lax.with_sharding_constraint(x, sharding)
     view = x.refined()
-    specs = field_specs(view, sharding.spec)
-    if specs is None:
+    specs, by_axis = field_specs(view, sharding.spec), _spec_by_axis(view, sharding.spec)
+    if specs is None or by_axis is None or not _divides(view, by_axis, sharding.mesh):
         return x  # a hint that no field can follow
     leaves, treedef = jax.tree.flatten(view.weight)
     placed = [
@@ -67,6 +93,28 @@ def sharding_constraint(run: Any, eqn: Any, view: View) -> list:
     return [constrain(view, eqn.params["sharding"])]
 
 
+_UNFIT = " with a sharding that the weight cannot follow"
+
+
+def acts_on_parts(view: View, roles: Iterable[str]) -> bool:
+    """Whether the weight is right on a device's part of the sides with these roles."""
+    return all(
+        (IN not in roles or w.local_in) and (OUT not in roles or w.local_out)
+        for w in chain_of(view.weight)
+    )
+
+
+def refuse_parts(run: Any, view: View, eqn: Any) -> None:
+    """Raises where a weight that needs its whole sides meets an activation with parts of them."""
+    if not acts_on_parts(view, {a.role for a in view.axes if isinstance(a, Shards)}):
+        run.dense(view, eqn, _UNFIT)
+
+
+def _resized(dims: tuple[Dim, ...], axis: int, size: int) -> tuple[Dim, ...]:
+    """The dimensions of a refined view after an axis has become shorter or longer."""
+    return tuple(tuple(d._replace(size=size) if d.axis == axis else d for d in dim) for dim in dims)
+
+
 def _entering(
     run: Any, eqn: Any, x: Any, spec: PartitionSpec, mesh: Any
 ) -> tuple[list, list[PartitionSpec], Callable[[list], Any]]:
@@ -76,25 +124,23 @@ def _entering(
     view = x.refined()
     specs, by_axis = field_specs(view, spec), _spec_by_axis(view, spec)
     roles = {view.axes[axis].role for axis in by_axis or ()}
-    local = all(
-        (IN not in roles or w.local_in) and (OUT not in roles or w.local_out)
-        for w in chain_of(view.weight)
-    )
-    if specs is None or by_axis is None or not local:
-        why = " with a sharding that the weight cannot follow"
-        return [run.dense(x, eqn, why)], [spec], lambda leaves: leaves[0]
+    # What is no matrix may be gathered before its use: `refuse_parts` asks again there.
+    fits = acts_on_parts(view, roles) or not view.is_matrix
+    if specs is None or by_axis is None or not fits or not _divides(view, by_axis, mesh):
+        return [run.dense(x, eqn, _UNFIT)], [spec], lambda leaves: leaves[0]
     leaves, treedef = jax.tree.flatten(view.weight)
 
-    def shards(names: Any) -> int:
-        names = (names,) if isinstance(names, str) else names
-        return math.prod(mesh.shape[name] for name in names)
+    def part(axis: int) -> Axis:
+        whole = view.axes[axis]
+        if axis not in by_axis:
+            return whole
+        names = _names(by_axis[axis])
+        return Shards(whole.size // _parts(mesh, names), whole.role, names)
 
-    def size(axis: int) -> int:
-        whole = view.axes[axis].size
-        return whole // shards(by_axis[axis]) if axis in by_axis else whole
-
-    axes = tuple(dataclasses.replace(a, size=size(i)) for i, a in enumerate(view.axes))
-    dims = tuple(tuple(Digit(d.of, d.axis, 1, size(d.axis)) for d in dim) for dim in view.dims)
+    axes = tuple(map(part, range(len(view.axes))))
+    dims = view.dims
+    for axis in by_axis:
+        dims = _resized(dims, axis, axes[axis].size)
 
     def local_view(leaves: list) -> View:
         weight = jax.tree.unflatten(treedef, leaves)
@@ -127,3 +173,31 @@ def shard_map(run: Any, eqn: Any, *args: Any) -> list:
         axis_names=set(params.get("newly_manual_axes", params.get("manual_axes", ()))),
     )
     return list(mapped(*(leaves for leaves, _, _ in entering)))
+
+
+@rule(p.all_gather_p)
+def all_gather(run: Any, eqn: Any, view: View) -> list | None:
+    """Fields that run over the divided axis are gathered along it; the others are whole."""
+    params, view = eqn.params, view.refined()
+    names, dim = _names(params["axis_name"]), params["all_gather_dimension"]
+    if not params["tiled"] or params["axis_index_groups"] is not None or not view.dims[dim]:
+        return None
+    axis = view.dims[dim][0].axis
+    part = view.axes[axis]
+    if not isinstance(part, Shards) or part.names[-len(names) :] != names:
+        return None  # copies of one array, end to end
+    leaves, treedef = jax.tree.flatten(view.weight)
+    for i, runs in enumerate(view.field_axes()):
+        # A divided axis is the first of its side, so parts of a field lie end to end.
+        for at in (at for at, axes in enumerate(runs) if axis in axes):
+            leaves[i] = lax.all_gather(leaves[i], names, axis=at, tiled=True)
+    size, left = part.size * params["axis_size"], part.names[: -len(names)]
+    whole = Shards(size, part.role, left) if left else Axis(size, part.role)
+    return [
+        dataclasses.replace(
+            view,
+            weight=jax.tree.unflatten(treedef, leaves),
+            axes=(*view.axes[:axis], whole, *view.axes[axis + 1 :]),
+            dims=_resized(view.dims, axis, size),
+        )
+    ]

@@ -8,6 +8,7 @@ import pytest
 
 from .methods import METHODS
 from .rows import ROWS
+from .rows.row import paths
 from .subject import frozen_call, lifted_call, on_mesh, real, scores, subject
 
 COLLECTIVE = re.compile(
@@ -30,6 +31,23 @@ def more_than(lifted, dense) -> collections.Counter:
     return count(lifted) - count(dense)
 
 
+def shapes(arrays) -> set[str]:
+    """As XLA prints them: of each array, and of one layer of it should it be a stack."""
+    found = [v.shape for v in arrays] + [v.shape[1:] for v in arrays]
+    return {",".join(map(str, shape)) for shape in found}
+
+
+def parts(s) -> set[str]:
+    """Shapes of the adapter's arrays on one device, whichever axis is divided."""
+    count = s.case.mesh.size
+    divided = [
+        jax.ShapeDtypeStruct((*v.shape[:i], v.shape[i] // count, *v.shape[i + 1 :]), v.dtype)
+        for v in s.adapter.values()
+        for i in range(v.ndim)
+    ]
+    return shapes(divided)
+
+
 def on_mesh_rows():
     rows = [r for r in ROWS if "mesh" in r.name or r.name.startswith("shard_map")]
     slow = [pytest.mark.conformance]
@@ -46,7 +64,12 @@ def test_a_forward_pass_has_the_collectives_of_the_dense_program(row):
         lambda v: real(lifted_call(s)(fn, v, args)), dict(adapter=adapter, others=s.others)
     )
     dense = collectives(lambda v: real(frozen_call(s)(fn, v, args)), dict(others=s.others))
-    assert not more_than(lifted, dense)
+    extra, adapters = more_than(lifted, dense), shapes(s.adapter.values())
+    weights = shapes(paths(s.case.params)[n] for n in s.covered)
+    if any(name == "all-gather" and found <= weights for name, found in dense):
+        # A model that gathers its weights before use gathers with each what belongs to it.
+        extra["all-gather"] -= sum(found <= adapters for _, found in lifted)
+    assert not +extra, lifted
 
 
 @pytest.mark.parametrize("row", on_mesh_rows())
@@ -60,8 +83,7 @@ def test_a_step_adds_no_collective_but_of_the_adapters_gradients(row):
     del variables["adapter"]
     dense = collectives(jax.value_and_grad(f), variables)
 
-    shapes = {",".join(map(str, v.shape)) for v in s.adapter.values()}
-    shapes |= {",".join(map(str, v.shape[1:])) for v in s.adapter.values()}  # one layer of a stack
+    adapters = shapes(s.adapter.values()) | parts(s)
     for name, extra in more_than(lifted, dense).items():
         of_gradients = [found for primitive, found in lifted if primitive == name]
-        assert sum(found <= shapes for found in of_gradients) >= extra, (name, lifted)
+        assert sum(found <= adapters for found in of_gradients) >= extra, (name, lifted)

@@ -73,13 +73,9 @@ def shard_map_batch():
     return Case(fn, params(**_SIZES), (_x(),), mesh=mesh)
 
 
-@row(
-    "shard_map, weights gathered by each device before use",
-    **_MESH,
-    gaps=("laws", "sites", "formed"),
-)
+@row("shard_map, weights gathered by each device before use", **_MESH, everyday=True)
 def shard_map_fsdp():
-    """Fully sharded data parallel by hand: no rule follows a weight through its all_gather."""
+    """Fully sharded data parallel by hand."""
     mesh = _mesh(AxisType.Auto)
     whole = functools.partial(jax.lax.all_gather, axis_name="t", tiled=True)
 
@@ -88,7 +84,11 @@ def shard_map_fsdp():
 
     split = (P("t"), P("t"), P(), P("t"))
     inner = jax.shard_map(body, mesh=mesh, in_specs=split, out_specs=P("t"))
-    return Case(lambda p, x: inner(x, p["up"], p["bias"], p["down"]), params(**_SIZES), (_x(),))
+
+    def fn(p, x):
+        return inner(x, p["up"], p["bias"], p["down"])
+
+    return Case(fn, params(**_SIZES), (_x(),), mesh=mesh)
 
 
 def _on_mesh(mesh, fn):
