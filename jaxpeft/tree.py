@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.weight import _KEY, View, Weight, innermost, map_views
+from jaxpeft.weight import _KEY, OUT, Axis, View, Weight, innermost, map_views
 
 _VALUE = jax.tree_util.GetAttrKey("trained")
 
@@ -58,19 +58,31 @@ class Hole:
       optional: `None` goes in where nobody gives the value.
       fold: For a PRNG key: what is folded in, so that every weight has a key of its own.
       stack: For a PRNG key: one key for each slice of this stack.
+      axes: For the bias of a weight: the axes of the bias as the program lays it out. It goes
+        in as the weight's own fields lie, (*stack, out).
     """
 
     name: str
     optional: bool = False
     fold: int | None = None
     stack: tuple[int, ...] = ()
+    axes: tuple[Axis, ...] = ()
 
     def fill(self, value: Any) -> Any:
         """What goes into the hole when its name has this value."""
+        if self.axes:
+            return self._laid_out(value)
         if self.fold is None or value is None:
             return value
         key = jax.random.fold_in(value, self.fold)
         return jax.random.split(key, self.stack) if self.stack else key
+
+    def _laid_out(self, bias: Any) -> Any:
+        out = math.prod(axis.size for axis in self.axes if axis.role == OUT)
+        if bias.shape == (*self.stack, out):
+            return bias
+        rows = jnp.squeeze(View.of(bias, self.axes).canonical(), -2)  # of the (1, out) matrix
+        return jnp.broadcast_to(rows, (*self.stack, out))
 
 
 _PARTS = tuple(jax.tree_util.GetAttrKey(name) for name in ("frozen", "trained_part"))

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.method import Method
-from jaxpeft.methods.placing import place
+from jaxpeft.methods.placing import bias_of, place
 from jaxpeft.sites import Site, Sites
-from jaxpeft.tree import Hole, Train
+from jaxpeft.tree import Train
 from jaxpeft.weight import Unsupported, View, Weight, axes, base, static, weight
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -115,7 +115,7 @@ def bottleneck(
     def make(key: jax.Array, site: Site, view: View) -> View:
         d = site.size("out")
         down, c, up, e = _network(key, site.stack, d, width, d, dtype)
-        bias = Hole(site.bias) if site.bias else None
+        bias = bias_of(site, sites)
         return dataclasses.replace(
             view, weight=Bottleneck(view.weight, down, c, up, e, bias, activation)
         )

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from jaxpeft.sites import Site, Sites
-from jaxpeft.tree import Joined, Train, flatten, fold
-from jaxpeft.weight import View, is_view
+from jaxpeft.tree import Hole, Joined, Train, flatten, fold
+from jaxpeft.weight import OUT, View, is_view
 
 
 def place(
@@ -57,3 +57,22 @@ def place(
             raise ValueError(f"`{who}`: '{path}' is trained in part by another method already.")
         flat[path] = make(fold(key, path), site, site.view(flat[path]))
     return jax.tree.unflatten(treedef, list(flat.values()))
+
+
+def bias_of(site: Site, sites: Sites) -> Hole | None:
+    """The bias that the model adds to a weight's product, for a field with axes ("out",).
+
+    Raises:
+      ValueError: The bias has not one number for each output, or belongs to another stack.
+    """
+    if site.bias is None:
+        return None
+    bias = sites.every[site.bias]
+    if bias.size(OUT) != site.size(OUT) or bias.stack not in ((), site.stack):
+        raise ValueError(
+            f"The model adds '{bias.path}' of shape {bias.shape} to the product of "
+            f"'{site.path}' of shape {site.shape}, and the method needs to know which number "
+            f"belongs to which output: {bias.size(OUT)} numbers for {site.size(OUT)} outputs, "
+            f"in stacks {bias.stack} and {site.stack}. Leave '{site.path}' out of the targets."
+        )
+    return Hole(bias.path, stack=site.stack, axes=bias.axes)

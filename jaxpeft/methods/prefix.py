@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.method import Method
-from jaxpeft.methods.placing import place
+from jaxpeft.methods.placing import bias_of, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
 from jaxpeft.weight import OUT, View, Weight, axes, base, static, weight
@@ -100,6 +100,7 @@ def prefix(
     """
     if length < 1:
         raise ValueError(f"`prefix(length={length})`: at least one virtual position is needed.")
+    both = keys | values
     frequencies = None if rope is None else tuple(float(f) for f in rope)
 
     def make(key: jax.Array, site: Site, view: View) -> View:
@@ -112,11 +113,10 @@ def prefix(
                 f"size {2 * len(turns)}, but '{site.path}' has {site.size(OUT)} outputs."
             )
         rows = std * jax.random.normal(key, (*site.stack, length, site.size(OUT)), dtype)
-        bias = Hole(site.bias) if site.bias else None
+        bias = bias_of(site, both)
         weight = Prefix(view.weight, Train(rows), Hole("virtual"), bias, turns, site.path)
         return dataclasses.replace(view, weight=weight)
 
-    both = keys | values
     options = dict(
         length=length,
         keys=keys,
