@@ -1,13 +1,18 @@
-"""The methods that the table is run over: a new one is one line in METHODS."""
+"""The methods that the table is run over: a new one is one entry of METHODS."""
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 import jaxpeft as jp
 
+from . import by_hand
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Method:
     """A method, and what is true of it.
 
@@ -17,17 +22,31 @@ class Method:
       roles: The kinds of weight it takes: "linear", "embedding", "conv".
       factored: Whether it never forms an array of a weight's size. False only where the
         method's own formula does (a norm over the columns of the sum, codes to decode).
-      by_hand: For a method whose weight is no matrix: a function of (row, case, tree) that
-        computes the outputs with the method written into the model. `None`: merge says it.
       rows: The rows of the everyday suite, by role; the others run in the full product.
+      by_hand: For a method whose weight is no matrix: from (adapter, given) to what a model
+        in by_hand.py calls in the place of a product or a table. `None`: merge says it.
+      models: Its rows, each with the model written by hand; the others are not its own.
+      refused: Rows that it cannot be right on, and a pattern of what the error says.
+      args: From the row's arguments and the sites to arguments with virtual tokens in them.
+      given: What `combine` is given in a call with these arguments.
     """
 
     name: str
     make: Callable[[Any, Any], Any]
     roles: tuple[str, ...] = ("linear", "embedding", "conv")
     factored: bool = True
-    by_hand: Callable[..., Any] | None = None
     rows: tuple[str, ...] = ("x @ w", "tied head", "lax.scan over layers", "experts by ragged_dot")
+    by_hand: Callable[..., Any] | None = None
+    models: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    args: Callable[[tuple, Any], tuple] = lambda args, sites: args
+    given: Callable[[tuple], dict[str, Any]] = lambda args: {}
+
+    def takes(self, row: Any) -> bool:
+        """Whether the laws of the table hold for it on a row."""
+        if self.by_hand:
+            return row.name in self.models
+        return any(getattr(row, role) for role in self.roles)
 
 
 def _lora(sites, dtype):
@@ -41,10 +60,111 @@ def _lora_on_int8(sites, dtype):
     )
 
 
+def _bottleneck(sites, dtype):
+    return jp.bottleneck(3, sites.linear, dtype=dtype)
+
+
+def _parallel(sites, dtype):
+    first, last = (sites.match(re.compile(rf"\b{name}\b")) for name in ("up", "down"))
+    first, last = first & sites.linear, last & sites.linear
+    return jp.parallel(3, first, last, scale=1.5, activation="tanh", dtype=dtype)
+
+
+def _prefix(sites, dtype):
+    """On keys and values; in a model that has none, on what keeps batch and time apart."""
+    keys = sites.linear.match(re.compile(r"(^|/)(up|[kv]|(key|value)/kernel)\b"))
+    return jp.prefix(2, keys, keys - keys, dtype=dtype)
+
+
+def _virtual_positions(args):
+    """Two in each of the first two examples, at different places; none in the others."""
+    x = next(a for a in args if getattr(a, "ndim", 0) == 3)
+    slots = np.full(x.shape[:2], -1)
+    slots[0, :2] = slots[1, 1:3] = (0, 1)
+    return {"virtual": slots}
+
+
+def _prompt(sites, dtype):
+    return jp.prompt(2, sites.embedding or sites.match("table"), dtype=dtype)
+
+
+def _virtual_ids(args, sites):
+    """The two virtual tokens in the first example, one of them in the second."""
+    (table,) = (sites.embedding or sites.match("table")).values()
+    first, second = jp.virtual_ids(table, 2)
+    ids = args[-1].at[0, 1].set(second).at[0, 2].set(first).at[1, 4].set(second)
+    return (*args[:-1], ids)
+
+
 _LINEAR = ("linear",)
+
+# What a weight that is no matrix cannot follow, wherever it stands.
+_DENSE_ONLY = {
+    "a weight and its transpose in one layer": r"'w'.*dot_general",
+    "contraction written backwards": r"'[wu]'.*dot_general",
+    "weight sliced into parts before use": r"'(up|down)'.*slice",
+    "weight split into parts before use": r"'qkv'.*split",
+    "weights concatenated before use": r"'[qk]'.*concatenate",
+    "a weight under a non-linear operation": r"'w'.*tanh",
+    "a weight times a weight": r"'[wu]'.*another weight",
+    "a weight carried through a loop": r"'w'.*carried from step to step",
+    "custom_vjp that halves the gradient": r"'(up|down)'.*derivative rule of the custom_vjp",
+    "custom_jvp that scales the tangent": r"'(up|down)'.*derivative rule of the custom_jvp",
+}
+_PARTS = dict.fromkeys(
+    (
+        "shard_map, column- then row-parallel",
+        "shard_map, column- then row-parallel, replication unchecked",
+    ),
+    r"'(up|down)'.*sharding that the weight cannot follow",
+)
+_POSITIONS = r"prefix at '.*' is told of virtual positions"
 
 METHODS = [
     Method("lora", _lora),
     Method("ia3", lambda sites, dtype: jp.ia3(sites.linear, dtype=dtype), roles=_LINEAR),
     Method("lora on int8", _lora_on_int8, roles=_LINEAR, factored=False),
+    Method(
+        "bottleneck",
+        _bottleneck,
+        rows=("x @ w", "lax.scan of remat with a policy"),
+        by_hand=by_hand.bottleneck,
+        models=by_hand.FEED_FORWARD
+        | by_hand.OTHER_PRODUCTS
+        | by_hand.ATTENTION
+        | by_hand.BATCH_ON_MESH
+        | by_hand.EXPLICIT,
+        refused=_DENSE_ONLY | _PARTS | {"jit inside": r"'up'.*dot_general"},
+    ),
+    Method(
+        "parallel",
+        _parallel,
+        rows=("x @ w", "lax.scan over layers", "nnx Linear"),
+        by_hand=by_hand.parallel,
+        models=by_hand.FEED_FORWARD | by_hand.BATCH_ON_MESH | by_hand.EXPLICIT,
+        refused=_PARTS | {"experts by vmap": r"'up'.*dot_general"},
+    ),
+    Method(
+        "prefix",
+        _prefix,
+        rows=("(d, heads, head_dim) kernels", "lax.scan over layers"),
+        by_hand=by_hand.prefix,
+        models=by_hand.FEED_FORWARD | by_hand.ATTENTION,
+        refused=_PARTS
+        | dict.fromkeys(("experts by a batch axis", *by_hand.BATCH_ON_MESH), _POSITIONS),
+        given=_virtual_positions,
+    ),
+    Method(
+        "prompt",
+        _prompt,
+        rows=("table[ids]", "tied head"),
+        by_hand=by_hand.prompt,
+        models=by_hand.LOOKUPS,
+        refused={
+            "one-hot product": "uses 'table' as linear, one-hot",
+            "ids clamped by the model": "look them up in 'table'",
+            "take, wrapped": "look them up in 'table'",
+        },
+        args=_virtual_ids,
+    ),
 ]

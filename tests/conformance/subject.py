@@ -1,7 +1,9 @@
 """One row under one method: everything that the columns of the table need."""
 
+import contextlib
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -42,11 +44,24 @@ class Subject:
         assert taken, f"{self.method.name} took none of {self.row.matrices}"
         return taken
 
-    def tree(self, adapter=None):
-        return jp.combine(self.frozen, self.adapter if adapter is None else adapter)
+    def tree(self, args, adapter=None, others=None):
+        """The parameters in a call with these arguments."""
+        adapter = self.adapter if adapter is None else adapter
+        # Before they are combined: a weight may hold the bias that follows it.
+        frozen = with_leaves(self.frozen, others or {})
+        return jp.combine(frozen, adapter, **self.method.given(args))
 
-    def merged(self, adapter=None):
-        return jp.merge(self.tree(adapter))
+    def expected(self, fn, args, adapter=None, others=None):
+        """The outputs that the law asks for."""
+        adapter = self.adapter if adapter is None else adapter
+        if not self.method.by_hand:
+            return fn(jp.merge(self.tree(args, adapter, others)), *args)
+        model = self.method.models[self.row.name]
+        plain = paths(self.case.params) | (others or {})
+        # NNX ends each path in `/value`; what the adapter has there stands behind it.
+        plain = {n.removesuffix("/value"): w for n, w in plain.items()}
+        adapter = {re.sub(r"/value(?=/[^/]+$)", "", n): v for n, v in adapter.items()}
+        return model(plain, self.method.by_hand(adapter, self.method.given(args)), *args)
 
     @functools.cached_property
     def others(self) -> dict[str, Any]:
@@ -71,6 +86,8 @@ class Subject:
 def subject(row: Row, method: Method) -> Subject:
     case = row.build()
     sites = jp.sites(case.fn, case.params, *case.args)
+    also = tuple((fn, method.args(args, sites)) for fn, args in case.also)
+    case = dataclasses.replace(case, args=method.args(case.args, sites), also=also)
     make = method.make(sites, jnp.float64)
     frozen, adapter = jp.split(make(jax.random.key(1), case.params))
     start = Subject(row, method, case, sites, frozen, adapter)
@@ -81,15 +98,25 @@ def perturbed(s: Subject) -> dict[str, Any]:
     """The adapter moved along a random direction until every program's output has moved."""
     scale = 0.1
     moves = {k: random(*v.shape, seed=7, scale=1.0) for k, v in s.adapter.items()}
-    outputs = jax.jit(lambda p: [real(fn(p, *args)) for fn, args in s.programs])
-    before = outputs(s.case.params)
+    compiled = jax.jit(lambda a: [real(s.expected(fn, args, a)) for fn, args in s.programs])
+
+    def outputs(adapter):
+        with in_mesh(s.case.mesh):
+            return compiled(adapter)
+
+    before = outputs(s.adapter)
     while scale < 10:
         adapter = {k: (v + scale * moves[k]).astype(v.dtype) for k, v in s.adapter.items()}
-        after = outputs(reference_params(s, adapter))
+        after = outputs(adapter)
         if all(far(a, b) >= MOVED for a, b in zip(after, before, strict=True)):
             return adapter
         scale *= 1.5
     raise AssertionError(f"no adapter of {s.method.name} moves the output of {s.row.name!r}")
+
+
+def in_mesh(mesh):
+    """The context that JAX asks for around a jit whose constants lie on a mesh."""
+    return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
 
 
 def on_mesh(adapter, mesh):
@@ -97,11 +124,6 @@ def on_mesh(adapter, mesh):
     if mesh is None:
         return jax.device_put(adapter, jax.devices()[0])
     return jax.device_put(adapter, jax.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-
-
-def reference_params(s: Subject, adapter):
-    """Dense parameters that mean the same, where the method's weights are matrices."""
-    return s.case.params if s.method.by_hand else jp.merge(jp.combine(s.frozen, adapter))
 
 
 # ---- outputs and how far apart they are
@@ -182,14 +204,14 @@ def scores(s: Subject, fn, args, call, keep=False):
 
 def lifted_call(s: Subject):
     def call(fn, v, args):
-        return jp.lift(fn)(with_leaves(s.tree(v["adapter"]), v["others"]), *args)
+        return jp.lift(fn)(s.tree(args, v["adapter"], v["others"]), *args)
 
     return call
 
 
-def merged_call(s: Subject):
+def expected_call(s: Subject):
     def call(fn, v, args):
-        return fn(with_leaves(s.merged(v["adapter"]), v["others"]), *args)
+        return s.expected(fn, args, v["adapter"], v["others"])
 
     return call
 
@@ -226,4 +248,20 @@ def weight_sized_results(s: Subject) -> tuple[list[Result], list[Result]]:
         params, rule = paths(s.case.params), set(s.row.rule)
         v["rule"] = {n: params[n] for n in s.covered if n.removesuffix("/value") in rule}
         dense += weight_sized(jax.make_jaxpr(differentiated(s, f))(v), s.sizes)
+        dense += pulled_back(s, v["rule"])
     return lifted, dense
+
+
+def pulled_back(s: Subject, weights: dict[str, Any]) -> list[Result]:
+    """What it takes to get from the gradients of dense weights, whole or of a layer, to the
+    adapter's: a custom rule speaks of dense weights only."""
+
+    def pull(adapter, gradients):
+        def dense(adapter):
+            merged = paths(jp.merge(s.tree(s.case.args, adapter)))
+            return {n: merged[n] for n in gradients}
+
+        return jax.vjp(dense, adapter)[1](gradients)
+
+    found = weight_sized(jax.make_jaxpr(pull)(s.adapter, weights), s.sizes) if weights else []
+    return found + [r._replace(shape=r.shape[1:]) for r in found if len(r.shape) > 2]

@@ -16,7 +16,7 @@ from jaxpeft.rules import RULES, contractions, control, gathers, scaling, shardi
 
 from .methods import METHODS
 from .rows import ROWS
-from .subject import differentiated, lifted_call, merged_call, scores, subject, worst
+from .subject import differentiated, expected_call, lifted_call, scores, subject, worst
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +158,16 @@ MUTANTS = [
     Mutant(
         "a device's part taken for the whole weight",
         sharding,
-        "return whole // shards(by_axis[axis]) if axis in by_axis else whole",
-        "return whole",
+        "return Shards(whole.size // _parts(mesh, names), whole.role, names)",
+        "return Shards(whole.size, whole.role, names)",
         "shard_map, column- then row-parallel",
+    ),
+    Mutant(
+        "every device takes its own part of a field for the others'",
+        sharding,
+        "lax.all_gather(leaves[i], names, axis=at, tiled=True)",
+        "jax.numpy.concatenate([leaves[i]] * params['axis_size'], axis=at)",
+        "shard_map, weights gathered by each device before use",
     ),
     # numbers
     Mutant(
@@ -189,7 +196,7 @@ MUTANTS = [
 
 @functools.lru_cache(maxsize=1)
 def reference(s):
-    f, variables = scores(s, s.case.fn, s.case.args, merged_call(s), keep=True)
+    f, variables = scores(s, s.case.fn, s.case.args, expected_call(s), keep=True)
     return variables, jax.jit(differentiated(s, f, keep=True))(variables)
 
 
