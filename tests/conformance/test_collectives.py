@@ -33,8 +33,7 @@ def more_than(lifted, dense) -> collections.Counter:
 
 def shapes(arrays) -> set[str]:
     """As XLA prints them: of each array, and of one layer of it should it be a stack."""
-    found = [v.shape for v in arrays] + [v.shape[1:] for v in arrays]
-    return {",".join(map(str, shape)) for shape in found}
+    return {",".join(map(str, shape)) for v in arrays for shape in (v.shape, v.shape[1:])}
 
 
 def parts(s) -> set[str]:

@@ -91,6 +91,26 @@ def shard_map_fsdp():
     return Case(fn, params(**_SIZES), (_x(),), mesh=mesh)
 
 
+@row("shard_map, layers scanned and gathered one by one", **_MESH)
+def shard_map_fsdp_scan():
+    """Fully sharded data parallel by hand: a device holds its part of every layer."""
+    mesh = _mesh(AxisType.Auto)
+    whole = functools.partial(jax.lax.all_gather, axis_name="t", tiled=True)
+
+    @jax.checkpoint
+    def layer(x, p):
+        h = jnp.tanh(x @ whole(p["up"], axis=1) + p["bias"])
+        return x + h @ whole(p["down"]), None
+
+    def body(x, p):
+        return jax.lax.scan(layer, x, p)[0]
+
+    split = dict(up=P(None, None, "t"), bias=P(), down=P(None, "t"))
+    inner = jax.shard_map(body, mesh=mesh, in_specs=(P("t"), split), out_specs=P("t"))
+    p = params(**{k: (3, *s) for k, s in _SIZES.items()})
+    return Case(lambda p, x: inner(x, p), p, (_x(),), mesh=mesh)
+
+
 def _on_mesh(mesh, fn):
     specs = dict(up=P(None, "t"), bias=P("t"), down=P("t", None))
     p = {k: jax.device_put(w, NamedSharding(mesh, specs[k])) for k, w in params(**_SIZES).items()}
