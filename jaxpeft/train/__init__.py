@@ -7,6 +7,7 @@ for batch in batches:
     state, metrics = step(state, frozen, batch, key)
 """
 
+from jaxpeft.train.adam8bit import adamw8bit, scale_by_adam8bit
 from jaxpeft.train.checkpoint import Checkpoints
 from jaxpeft.train.data import Batches, Chat, Completion, Examples, Text, read_examples
 from jaxpeft.train.errors import UserError, one_line_errors
@@ -32,6 +33,7 @@ __all__ = [
     "TextTokenizer",
     "Tokens",
     "UserError",
+    "adamw8bit",
     "cross_entropy",
     "evaluate",
     "fill_float0",
@@ -43,6 +45,7 @@ __all__ = [
     "paged",
     "read_examples",
     "read_metrics",
+    "scale_by_adam8bit",
     "to_host",
     "train_step",
 ]

@@ -30,7 +30,9 @@ def paged(
     used in a jitted step whose state is donated: then the compiled step has the paged arrays as
     host arguments, updated in place. `fit` and `train_step` take it like any other optimizer.
     Arrays in host memory belong to their device for good; let the parameters do so, too
-    (`jax.device_put(adapter, jax.devices()[0])`, or a mesh), or the step compiles twice.
+    (`jax.device_put(adapter, jax.devices()[0])`, or a mesh), or the step compiles twice. A step of
+    your own must return what is donated in the order in which it takes it, as `train_step` does:
+    JAX gives donated buffers to results by shape alone, and would give parameters' to moments.
 
         step = jax.jit(train_step(loss_fn, paged(optax.adamw(1e-4))), donate_argnums=0)
 
@@ -44,7 +46,7 @@ def paged(
       tx: Any optax transformation.
       min_size: Elements from which on an array is paged. Smaller ones, counters above all, stay on
         the device: a transfer costs more than their few bytes, and schedules read them anyway. So
-        do random keys, which have no bytes of their own.
+        do, whatever this says, scalars, and random keys.
       in_flight: How many pieces may be on the device at once. One is least memory; with two, a
         piece may come while the one before it goes back.
       missing: What to do on a backend without host memory of its own, where nothing can be paged:
@@ -163,7 +165,7 @@ def to_host(state: Any, *, min_size: int = 4096) -> Any:
 def _is_large(x, min_size):
     kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
     key = jax.dtypes.issubdtype(kind.dtype, jax.dtypes.prng_key)
-    return kind.size >= min_size and not key
+    return kind.ndim > 0 and kind.size >= min_size and not key
 
 
 def _device(leaves):

@@ -94,6 +94,12 @@ def test_paging_changes_no_value_and_the_state_stays_on_the_host(name, in_flight
     assert any(kind(x) == "pinned_host" for x in jax.tree.leaves(got[1]))
 
 
+def test_scalars_stay_on_the_device_whatever_their_size():
+    state = train.paged(optax.adamw(1e-1), min_size=1).init({"w": jnp.ones(1), "s": jnp.ones(())})
+    assert [kind(x) for x in (state[0].mu["w"], state[0].mu["s"])] == ["pinned_host", "device"]
+    assert kind(state[0].count) == "device"
+
+
 def test_paging_outside_jit_changes_no_value():
     tx = OPTIMIZERS["adamw"]
     eager = lambda f: f  # noqa: E731
