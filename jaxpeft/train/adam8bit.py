@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
 class Adam8bitState(NamedTuple):
     """The state of `scale_by_adam8bit`; its moments are `Blocks`, or float32 where small."""
 
-    count: jax.Array  # int32[], the number of steps taken
+    count: Any  # int32[], the number of steps taken; Any, since tuples have a method `count`
     mu: Any  # first moments, in the structure of the parameters
     nu: Any  # second moments
 
@@ -181,7 +181,8 @@ def scale_by_adam8bit(
             m, v = moments(g.astype(jnp.float32), mu, nu)
             return direction(m, v), m, v
 
-        leaves, tree = jax.tree.flatten(updates)
+        leaves, structure = jax.tree.flatten(updates)
+        tree: Any = structure  # whose methods JAX's types do not show
         mus, nus = tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu)
         new = [leaf(*each) for each in zip(leaves, mus, nus, strict=True)]
         directions, mu, nu = (tree.unflatten([x[i] for x in new]) for i in range(3))

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxpeft.train.pieces import in_pieces
 
@@ -193,6 +193,7 @@ def _places(state, params, min_size):
         if isinstance(x.sharding, NamedSharding)
     }
     mesh = next(iter(shardings.values())).mesh if shardings else None
+    alone = SingleDeviceSharding(_device(jax.tree.leaves(params)), memory_kind=HOST_MEMORY)
 
     def of_parameter(path):
         for begin in range(len(path)):
@@ -201,8 +202,8 @@ def _places(state, params, min_size):
                     yield shardings[path[begin:end]]
 
     def place(path, x):
-        if mesh is None:
-            return None  # on the only device; left to JAX, so that it stays free to move
+        if mesh is None:  # all on one device; small arrays stay free to move
+            return alone if _is_large(x, min_size) else None
         every = [*of_parameter(path), NamedSharding(mesh, PartitionSpec())]
         sharding = next(s for s in every if _cuts(s, x.shape))
         return sharding.with_memory_kind(HOST_MEMORY if _is_large(x, min_size) else None)
