@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxpeft.train.errors import UserError
+from jaxpeft.train.paging import HOST_MEMORY, to_host
 from jaxpeft.train.step import State
 
 _args = ocp.args
@@ -157,6 +158,8 @@ def _placed(restored, like):
     def place(path, x):
         if not x.size:
             return x
+        if not _is_key(x) and x.sharding.memory_kind == HOST_MEMORY:
+            return to_host(restored[path], min_size=1)
         if x.committed or _is_key(x):
             return restored[path]
         return jnp.asarray(np.asarray(restored[path]))

@@ -135,14 +135,37 @@ def train_step(
         if clip is not None:
             grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.adapter)
-        updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
+        paged = jax.tree.map(_on_host, state.opt_state)
+        if any(jax.tree.leaves(paged)):
+            updates, opt_state = _paged_update(tx, grads, state, bad)
+        else:
+            updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
         new = State(state.step + 1, optax.apply_updates(state.adapter, updates), opt_state)
 
         old = state if on_nan == "stop" else state._replace(step=new.step)
-        new = jax.tree.map(lambda n, o: jnp.where(bad, o, n), new, old)
+        held = State(False, jax.tree.map(lambda _: False, state.adapter), paged)
+        new = jax.tree.map(lambda n, o, h: n if h else jnp.where(bad, o, n), new, old, held)
         return new, Metrics(mean.loss, norm, weight, bad)
 
     return step
+
+
+def _on_host(x: Any) -> bool:
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def _paged_update(tx: Any, grads: Any, state: State, bad: jax.Array) -> tuple[Any, Any]:
+    """The update of a state in host memory, which keeps itself where there is no step to take.
+
+    Selected afterwards, both states would lie on the host and be selected there. Should
+    something around `paged` not pass `unless` on, a gradient of zeros does least harm.
+    """
+    grads = jax.tree.map(lambda g: jnp.where(bad, 0, g), grads)
+    update = optax.with_extra_args_support(tx).update
+    updates, opt_state = update(grads, state.opt_state, state.adapter, unless=bad)
+    # -0.0 and not 0.0: it leaves a parameter of -0.0 as it is.
+    updates = jax.tree.map(lambda u: jnp.where(bad, jnp.asarray(-0.0, u.dtype), u), updates)
+    return updates, opt_state
 
 
 def in_dtype(loss_fn: LossFn, compute_dtype: Any) -> LossFn:

@@ -293,7 +293,6 @@ def test_fit_with_checkpoints_ends_where_it_ends_without_paging(tmp_path):
     assert_paged(got.opt_state)
 
 
-@pytest.mark.xfail(strict=True, reason="a restored array on the host is typed as on the device")
 def test_fit_goes_on_from_a_checkpoint_with_paged_states(tmp_path):
     tx = train.paged(optax.adamw(1e-2), min_size=SMALL)
     fitted(tx, tmp_path, 2)
