@@ -22,7 +22,7 @@ from jaxpeft.methods import (
     with_virtual,
     without_virtual,
 )
-from jaxpeft.quant import quantize
+from jaxpeft.quant import loftq, quantize, requantize
 from jaxpeft.sites import Part, Site, Sites, sites
 from jaxpeft.tree import Hole, Train, base, combine, count, labels, mask, split
 from jaxpeft.weight import View, Weight
@@ -56,6 +56,7 @@ __all__ = [
     "last_layers",
     "lift",
     "linear_probe",
+    "loftq",
     "lora",
     "mask",
     "memory",
@@ -65,6 +66,7 @@ __all__ = [
     "prefix",
     "prompt",
     "quantize",
+    "requantize",
     "sites",
     "split",
     "unfreeze",

@@ -258,11 +258,15 @@ def _abstract(view: View) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(view.shape, view.dtype, sharding=sharding)
 
 
-def merge(tree: Any) -> Any:
+def merge(tree: Any, *, dtype: Any = None) -> Any:
     """Plain arrays in the place of structured weights, for export and inference.
 
-    Each weight is computed in the wider of its parts' dtypes at the highest matmul
-    precision and cast once to the dtype of the array it replaces.
+    Each weight is computed in the wider of its parts' dtypes (at least float32 for a quantized
+    base) at the highest matmul precision and cast once.
+
+    Args:
+      tree: With or without structured weights.
+      dtype: To cast to; `None` is the dtype of the array that each weight replaces.
 
     Raises:
       NotAMatrixError: A weight in the tree is no matrix; names its path.
@@ -275,7 +279,8 @@ def merge(tree: Any) -> Any:
                     f"{type(w).__name__} at '{view.path}' is no matrix, so it cannot be merged. "
                     "Keep the tree as it is and call the model through `lift`."
                 )
-        return view.materialize()
+        wanted = view if dtype is None else dataclasses.replace(view, dtype=jnp.dtype(dtype))
+        return wanted.materialize()
 
     with jax.default_matmul_precision("highest"):
         return map_views(one, tree)

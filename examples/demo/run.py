@@ -1,6 +1,7 @@
 """The demo: teach a small model that has read Python's documentation to read Python's source.
 
     make demo                                                     # what ships here
+    make demo ARGS="--quantize nf4"                               # QLoRA beside LoRA
     python examples/demo/run.py --model FOLDER --data FILE.jsonl  # your own
 
 A Llama of a million parameters (base/, made by pretrain.py) is fine-tuned on source code (data/)
@@ -9,8 +10,11 @@ and each at the rate that sweep.py found best. All are evaluated on modules of t
 that stand in no training text. The adapter is then written, read by a new process that has only
 the two folders, and merged; the last line printed is JSON.
 
-With a model of your own (a Hugging Face folder of the Llama family) only LoRA runs, unless
---methods asks for more. Records are `messages`, `prompt` and `completion`, or `text`.
+With --quantize, QLoRA runs beside LoRA on the same batches, over a base whose hidden matrices are
+in that format, and both are evaluated on the way.
+
+With a model of your own (a Hugging Face folder of the Llama family) only LoRA runs, or only QLoRA,
+unless --methods asks for more. Records are `messages`, `prompt` and `completion`, or `text`.
 """
 
 import argparse
@@ -39,6 +43,7 @@ from rich.table import Table
 import jaxpeft as jp
 from jaxpeft.io.adapter import save_adapter
 from jaxpeft.models import decoder
+from jaxpeft.quant import FORMATS
 from jaxpeft.serve.generate import generator
 from jaxpeft.train import (
     Batches,
@@ -51,7 +56,9 @@ from jaxpeft.train import (
     fit,
     one_line_errors,
     read_examples,
+    read_metrics,
 )
+from jaxpeft.weight import is_view
 
 HERE = Path(__file__).parent
 METHODS = ("lora", "full", "probe")
@@ -79,6 +86,7 @@ class Tuned(NamedTuple):
     frozen: Any
     adapter: dict[str, jax.Array]
     held_out: Evaluation
+    course: dict[int, float]  # held-out loss by step, on the way
     seconds: float
 
 
@@ -97,14 +105,21 @@ def untied(model: Model) -> Model:
     return model_of(dataclasses.replace(model.config, tied=False), {**model.params, "head": head})
 
 
-def method_for(name: str, model: Model, rank: int) -> tuple[Model, Any]:
+def method_for(name: str, model: Model, rank: int, format: str | None) -> tuple[Model, Any]:
     """The method of a name, and the model that it goes on."""
-    if name == "lora":
-        return model, jp.lora(rank, model.sites.linear, alpha=2 * rank)
+    if name in ("lora", "qlora"):
+        lora = jp.lora(rank, model.sites.linear, alpha=2 * rank)
+        quantized = name == "qlora"
+        return model, jp.chain(quantizer(model, format), lora) if quantized else lora
     if name == "full":
         return model, jp.full(model.sites)
     model = untied(model)
     return model, jp.linear_probe(model.sites, "norm/scale", "head/kernel")
+
+
+def quantizer(model: Model, format: str | None) -> Any:
+    """Everything between the embedding and the head in fewer bits."""
+    return jp.quantize(format, model.sites.hidden)
 
 
 def loss_of(model: Model):
@@ -126,12 +141,20 @@ def measure(model: Model, adapter, frozen, examples: Examples) -> Evaluation:
     return evaluate(jax.jit(loss_of(model)), adapter, frozen, batches)
 
 
-def tune(name, base: Model, train: Examples, held_out: Examples, *, rate, steps, rank) -> Tuned:
-    """One method, `steps` steps of AdamW with warmup and cosine decay."""
+def tune(name, base: Model, train: Examples, held_out: Examples, options, folder=None) -> Tuned:
+    """One method, some steps of AdamW with warmup and cosine decay.
+
+    With a folder, checkpoints go there, and it is evaluated four times on the way.
+    """
     begin = time.perf_counter()
-    model, method = method_for(name, base, rank)
+    model, method = method_for(name, base, options.rank, options.quantize)
     frozen, adapter = jp.split(method(KEY, model.params))
+    rate, steps = options.rates[name], options.steps
     schedule = optax.warmup_cosine_decay_schedule(0, rate, steps // 20, steps, rate / 10)
+    on_the_way: dict[str, Any] = {}
+    if folder is not None:
+        batches = Batches(held_out, batch_size=16, shuffle=False, epochs=1)
+        on_the_way = dict(folder=folder, held_out=batches, eval_every=max(1, steps // 4))
     run = fit(
         loss_of(model),
         optax.adamw(schedule, b2=0.98, weight_decay=0.0),
@@ -140,10 +163,14 @@ def tune(name, base: Model, train: Examples, held_out: Examples, *, rate, steps,
         Batches(train, batch_size=ROWS),  # the same batches for every method
         steps=steps,
         clip=1.0,
+        **on_the_way,
     )
-    adapter = run.state.adapter
-    evaluation = measure(model, adapter, frozen, held_out)
-    return Tuned(model, method, frozen, adapter, evaluation, time.perf_counter() - begin)
+    adapter, course = run.state.adapter, {}
+    if folder is not None:
+        records = read_metrics(folder / "metrics.jsonl")
+        course = {r["step"]: r["held_out_loss"] for r in records if "held_out_loss" in r}
+    evaluation = run.held_out or measure(model, adapter, frozen, held_out)
+    return Tuned(model, method, frozen, adapter, evaluation, course, time.perf_counter() - begin)
 
 
 def writer(tokenizer: TextTokenizer, model: Model, prompt: np.ndarray) -> Callable[[Any], str]:
@@ -204,6 +231,7 @@ def arguments(argv=None):
     parser.add_argument("--data", type=Path, help=".jsonl or .csv to train on")
     parser.add_argument("--held-out", type=Path, help="as --data; default: every tenth record")
     parser.add_argument("--methods", default=None, help=f"of {','.join(METHODS)}")
+    parser.add_argument("--quantize", choices=sorted(FORMATS), help="the base's format, for QLoRA")
     parser.add_argument("--rank", type=int, default=RANK)
     parser.add_argument("--steps", type=int, help="default: ours 300, yours one pass")
     parser.add_argument("--rate", type=float, help="of LoRA; default: ours as swept, yours 2e-4")
@@ -219,19 +247,62 @@ def arguments(argv=None):
         options.held_out = options.held_out or HERE / "data" / "heldout.jsonl"
         options.steps = options.steps or STEPS
         options.prompt = options.prompt or PROMPT
-    options.methods = (options.methods or ("lora" if own else ",".join(METHODS))).split(",")
-    if unknown := [name for name in options.methods if name not in METHODS]:
-        raise UserError(f"--methods: {unknown} are none of {','.join(METHODS)}.")
-    if "lora" not in options.methods:
-        raise UserError("--methods needs lora, whose adapter is written and read back.")
+    known = (*METHODS, "qlora") if options.quantize else METHODS
+    default = METHODS if not (own or options.quantize) else ("lora",) * (not own)
+    default = (*default, "qlora") if options.quantize else default or ("lora",)
+    options.methods = options.methods.split(",") if options.methods else list(default)
+    if unknown := [name for name in options.methods if name not in known]:
+        raise UserError(f"--methods: {unknown} are none of {','.join(known)}.")
+    # Whose adapter is written, read back, merged, and writes the text.
+    options.main = "qlora" if options.quantize else "lora"
+    if options.main not in options.methods:
+        raise UserError(f"--methods needs {options.main}, whose adapter is written and read back.")
     swept = json.loads((HERE / "rates.json").read_text())
     options.rates = {name: swept[name]["rate"] for name in METHODS}
     if options.model is not None:
         options.rates = {"lora": 2e-4, "full": 2e-5, "probe": 2e-4}
     if options.rate is not None:
         options.rates["lora"] = options.rate
+    options.rates["qlora"] = options.rates["lora"]
     options.model = options.model or HERE / "base"
     return options
+
+
+def in_few_bits(console: Console, model: Model, held_out: Examples, options) -> dict[str, Any]:
+    """What quantization alone does to the base: numbers, bits and loss."""
+    tree = quantizer(model, options.quantize)(KEY, model.params)
+    loss = measure(model, {}, tree, held_out).loss
+    table = sum(math.prod(site.shape) for site in model.sites.embedding.values())
+    others = sum(x.size for x in jax.tree.leaves(model.params)) - table
+    chosen = sum(math.prod(site.shape) for site in model.sites.hidden.values())
+    views = [x for x in jax.tree.leaves(tree, is_leaf=is_view) if is_view(x)]
+    bits = 8 * sum(x.nbytes for x in jax.tree.leaves(views)) / chosen
+    console.print(
+        f"in {options.quantize}: {chosen:,} of {others:,} parameters that are no embedding "
+        f"({chosen / others:.2%}), {bits:.3f} bits each; held-out loss {loss:.4f}"
+    )
+    return {
+        "format": options.quantize,
+        "parameters": chosen,
+        "share": chosen / others,
+        "bits": bits,
+        "base_loss": loss,
+    }
+
+
+def compare(console: Console, tuned: dict[str, Tuned], quantized: dict[str, Any]) -> None:
+    """LoRA and QLoRA at every evaluation."""
+    if not {"lora", "qlora"} <= set(tuned):
+        return
+    table = Table(
+        title=f"Held-out loss on the way, over the base and over its {quantized['format']}"
+    )
+    for column in ("step", "LoRA", "QLoRA", "difference"):
+        table.add_column(column, justify="right")
+    for step, ours in tuned["lora"].course.items():
+        theirs = tuned["qlora"].course[step]
+        table.add_row(str(step), f"{ours:.4f}", f"{theirs:.4f}", f"{theirs / ours - 1:+.2%}")
+    console.print(table)
 
 
 def report(console: Console, base: Evaluation, tuned: dict[str, Tuned], options) -> None:
@@ -242,7 +313,9 @@ def report(console: Console, base: Evaluation, tuned: dict[str, Tuned], options)
     for name, t in tuned.items():
         size = sum(x.size for x in t.adapter.values())
         table.add_row(
-            f"LoRA, rank {options.rank}" if name == "lora" else name,
+            {"lora": "LoRA", "qlora": "QLoRA"}[name] + f", rank {options.rank}"
+            if name in ("lora", "qlora")
+            else name,
             f"{t.held_out.loss:.4f}",
             f"{t.held_out.perplexity:.2f}",
             f"{size:,}",
@@ -263,29 +336,29 @@ def main(argv=None) -> dict[str, Any]:
     tokenizer = TextTokenizer(options.model)
     context = min(options.context, model.config.context)
     train, held_out = read(options, tokenizer, context)
-    steps = options.steps or len(Batches(train, batch_size=ROWS, epochs=1))
+    options.steps = options.steps or len(Batches(train, batch_size=ROWS, epochs=1))
     console.print(
         f"{options.data.name}: {len(train):,} records, {train.targets:,} tokens; "
         f"held out: {len(held_out):,} records, {held_out.targets:,} tokens\n"
-        f"{steps} steps of {ROWS} x {context} tokens for each method"
+        f"{options.steps} steps of {ROWS} x {context} tokens for each method"
     )
 
     base = measure(model, {}, model.params, held_out)
     console.print(f"base: held-out loss {base.loss:.4f}")
+    quantized = in_few_bits(console, model, held_out, options) if options.quantize else None
     tuned = {}
-    for name in options.methods:
-        tuned[name] = tune(
-            name, model, train, held_out, rate=options.rates[name], steps=steps, rank=options.rank
-        )
-        console.print(f"{name}: held-out loss {tuned[name].held_out.loss:.4f}")
-    lora = tuned["lora"]
-
     with tempfile.TemporaryDirectory() as scratch:
+        for name in options.methods:
+            # The two that are compared step by step leave a record of their way.
+            way = Path(scratch) / name if options.quantize and name in ("lora", "qlora") else None
+            tuned[name] = tune(name, model, train, held_out, options, way)
+            console.print(f"{name}: held-out loss {tuned[name].held_out.loss:.4f}")
+        main = tuned[options.main]
         folder = options.out or Path(scratch) / "adapter"
-        save_adapter(folder, lora.adapter, lora.method, model.params, key=KEY)
+        save_adapter(folder, main.adapter, main.method, model.params, key=KEY)
         adapter_bytes = (folder / "adapter.safetensors").stat().st_size
-        reload_diff = reload_difference(options.model, folder, lora)
-    merge_diff = merge_difference(lora, held_out)
+        reload_diff = reload_difference(options.model, folder, main)
+    merge_diff = merge_difference(main, held_out)
 
     prompt = held_out[0].ids[: min(24, len(held_out[0].ids) - 1)]
     if options.prompt is not None:
@@ -293,7 +366,8 @@ def main(argv=None) -> dict[str, Any]:
     write = writer(tokenizer, model, prompt)
     console.rule("a text begins")
     console.print(tokenizer.tokenizer.decode(prompt.tolist()), markup=False, highlight=False)
-    trees = {"base": model.params, "LoRA": jp.combine(lora.frozen, lora.adapter)}
+    label = {"lora": "LoRA", "qlora": "QLoRA"}[options.main]
+    trees = {"base": model.params, label: jp.combine(main.frozen, main.adapter)}
     for name, tree in trees.items():
         console.rule(f"{name} goes on")
         console.print(write(tree), markup=False, highlight=False)
@@ -302,18 +376,24 @@ def main(argv=None) -> dict[str, Any]:
 
     loss = {"base": base.loss, **{name: t.held_out.loss for name, t in tuned.items()}}
     recovered = None
-    if "full" in loss:
+    if "full" in loss and "lora" in loss:
         recovered = (loss["base"] - loss["lora"]) / (loss["base"] - loss["full"])
         console.print(f"LoRA recovers {recovered:.0%} of what full fine-tuning gains.")
     result = {
         "loss": {name: loss.get(name, math.nan) for name in ("base", *METHODS)},
         "recovered": recovered,
-        "trainable": sum(x.size for x in lora.adapter.values()),
+        "trainable": sum(x.size for x in main.adapter.values()),
         "adapter_bytes": adapter_bytes,
         "seconds": round(time.perf_counter() - begin, 1),
         "reload_diff": reload_diff,
         "merge_max_diff": merge_diff,
     }
+    if quantized is not None:
+        result["loss"]["qlora"] = loss["qlora"]
+        result["quantized"] = quantized | {
+            "course": {n: t.course for n, t in tuned.items() if t.course}
+        }
+        compare(console, tuned, quantized)
     result["loss"] = {k: None if math.isnan(v) else round(v, 4) for k, v in result["loss"].items()}
     print(json.dumps(result))
     return result

@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import run
@@ -41,7 +42,10 @@ def main() -> None:
     for name in sys.argv[1:] or GRID:
         losses = {}
         for rate in GRID[name]:
-            tuned = run.tune(name, model, *parts, rate=rate, steps=run.STEPS, rank=run.RANK)
+            options = SimpleNamespace(
+                rates={name: rate}, steps=run.STEPS, rank=run.RANK, quantize=None
+            )
+            tuned = run.tune(name, model, *parts, options)
             losses[str(rate)] = round(tuned.held_out.loss, 4)
             print(f"{name} {rate:g}: {tuned.held_out.loss:.4f}, {tuned.seconds:.0f} s", flush=True)
         found[name] = {"rate": float(min(losses, key=losses.get)), "losses": losses}

@@ -33,6 +33,10 @@ class Coded(Weight):
         """The matrix (*stack, in, out)."""
         raise NotImplementedError
 
+    def again(self, matrix: jax.Array) -> "Coded":
+        """Another matrix (*stack, in, out) in the same format, rounded anew."""
+        raise NotImplementedError
+
     def forward(self, x):
         return x @ self._decoded()
 
@@ -77,6 +81,9 @@ class Columns(Coded):
     def decode(self):
         return self.codes.astype(self.scale.dtype) * self.scale[..., None, :]
 
+    def again(self, matrix):
+        return linear_codes(matrix, None, self.codes.dtype)
+
     def _codes(self) -> Decoded:
         return Decoded(lambda codes: codes, {"codes": self.codes})
 
@@ -110,18 +117,20 @@ class Blocks(Coded):
         pairs = zip(codes, cut(scales, 1, full), strict=True)
         return join([codes * scale for codes, scale in pairs])
 
+    def again(self, matrix):
+        return linear_codes(matrix, self.block, self.codes.dtype)
 
-def linear_codes(
-    matrix: jax.Array, block: int | None, largest: float, dtype: Any
-) -> Columns | Blocks:
-    """Codes of one byte, `round(w / scale)` with `scale = max |w| / largest`.
+
+def linear_codes(matrix: jax.Array, block: int | None, dtype: Any) -> Columns | Blocks:
+    """Codes of one byte, `round(w / scale)` with `scale = max |w| / (the largest code)`.
 
     Args:
       matrix: (*stack, in, out).
       block: Rows under one scale; `None` for whole columns.
-      largest: The largest code.
-      dtype: Of the codes, an integer or a float of 8 bits.
+      dtype: Of the codes, int8 or a float of 8 bits.
     """
+    integers = jnp.issubdtype(dtype, jnp.integer)
+    largest = float(jnp.iinfo(dtype).max if integers else jnp.finfo(dtype).max)
     w = wide(matrix)
     rows = w.shape[-2]
     size = rows if block is None else checked_block(block)
@@ -129,7 +138,7 @@ def linear_codes(
     parts = cut(w, size, full)
     scales = [jnp.max(jnp.abs(part), axis=-2, keepdims=True) / largest for part in parts]
     ratios = [part / _nonzero(scale) for part, scale in zip(parts, scales, strict=True)]
-    if jnp.issubdtype(dtype, jnp.integer):
+    if integers:
         ratios = [jnp.round(ratio) for ratio in ratios]
     codes, scale = join([ratio.astype(dtype) for ratio in ratios]), join(scales)
     if block is None:

@@ -43,6 +43,9 @@ class Flat(Coded):
         values = self.book.decode(codes, scales.dtype) * _each(scales, self.block, rows * cols)
         return jnp.swapaxes(values.reshape(*values.shape[:-1], cols, rows), -2, -1)
 
+    def again(self, matrix):
+        return flat(matrix, self.book, block=self.block, double=self.tiles is not None)
+
 
 def flat(matrix: jax.Array, book: Book, *, block: int, double: bool) -> Flat:
     """Rounds a matrix (*stack, in, out) to a codebook as bitsandbytes does.

@@ -16,4 +16,4 @@ def fp8(matrix: jax.Array, *, block: int | None = None) -> Columns | Blocks:
       Micikevicius et al., FP8 Formats for Deep Learning, 2022, section 3.
       https://arxiv.org/abs/2209.05433
     """
-    return linear_codes(matrix, block, 448, jnp.float8_e4m3fn)
+    return linear_codes(matrix, block, jnp.float8_e4m3fn)

@@ -35,6 +35,9 @@ class Int4(Coded):
         parts = zip(codes, cut(scales, 1, full), cut(zeros, 1, full), strict=True)
         return join([(c.astype(s.dtype) - z) * s for c, s, z in parts])
 
+    def again(self, matrix):
+        return int4(matrix, block=self.block, symmetric=self.zeros is None)
+
 
 def int4(matrix: jax.Array, *, block: int = 64, symmetric: bool = True) -> Int4:
     """Rounds a matrix (*stack, in, out) to integers of four bits.

@@ -12,4 +12,4 @@ def int8(matrix: jax.Array, *, block: int | None = None) -> Columns | Blocks:
     scale = max |w| / 127 over a column, or over `block` rows of it; codes = round(w / scale);
     the error of an entry is at most scale / 2. Where all are zero, scale and codes are.
     """
-    return linear_codes(matrix, block, 127, jnp.int8)
+    return linear_codes(matrix, block, jnp.int8)

@@ -9,7 +9,7 @@ from jaxpeft.quant import dynamic
 from jaxpeft.quant.blocks import cut, half, join, pack, unpack
 from jaxpeft.quant.book import GROUP, Book, relative, rounded
 from jaxpeft.quant.coded import Coded, checked_block, wide
-from jaxpeft.weight import axes, static, weight
+from jaxpeft.weight import Site, axes, static, weight
 
 
 @weight
@@ -29,6 +29,13 @@ class Codebook(Coded):
     block: int = static(64)
     tail: int = static(0)
     book: Book = static(None)
+    kernel: str | None = static(None)
+
+    def forward(self, x):
+        return super().forward(x) if (y := self._fused(x, False)) is None else y
+
+    def transposed(self, y):
+        return super().transposed(y) if (x := self._fused(y, True)) is None else x
 
     def grain(self, field, axis):
         height, width = _tile(2**31)
@@ -50,14 +57,42 @@ class Codebook(Coded):
         scales = self.scales[ids // self.block]
         return self.book.decode(codes, scales.dtype) * scales
 
+    def float_scales(self) -> jax.Array:
+        """(*stack, blocks, out), out of their codes where they are in eight bits."""
+        if self.tiles is None:
+            return self.scales
+        return expand(self.scales, self.tiles, self.offset)
+
     def decode(self):
-        scales = self.scales
-        if self.tiles is not None:
-            scales = expand(scales, self.tiles, self.offset)
+        scales = self.float_scales()
         full = scales.shape[-2] - bool(self.tail)
         codes = unpack(self.codes, full, self.block, self.tail)
         parts = zip(codes, cut(scales, 1, full), strict=True)
         return join([self.book.decode(c, s.dtype) * s for c, s in parts])
+
+    def _fused(self, x, transposed):
+        """The product by the kernel, or `None` where it is not asked for or does not serve."""
+        if self.kernel is None or type(site := self.codes.site) is not Site:
+            return None
+        # Only now: Pallas takes a second to load.
+        from jaxpeft.quant.kernels import nf4_matmul
+
+        operands = (self.codes, self.scales, self.tiles, self.offset)
+        arrays = [None if op is None else op.array for op in operands]
+        plain = Codebook(*arrays, self.block, self.tail, self.book, self.kernel)
+        if not nf4_matmul.serves(x, plain, site.dtype):
+            return None
+        return nf4_matmul.product(
+            x,
+            plain,
+            dtype=site.dtype,
+            out_dtype=site.preferred,
+            transposed=transposed,
+            precision=site.precision,
+        )
+
+    def again(self, matrix):
+        return rows(matrix, self.book, block=self.block, double=self.tiles is not None)
 
 
 def rows(matrix: jax.Array, book: Book, *, block: int, double: bool) -> Codebook:
@@ -71,7 +106,7 @@ def rows(matrix: jax.Array, book: Book, *, block: int, double: bool) -> Codebook
     absmax = join(scales)
     if double:
         absmax, tiles, offset = compress(absmax)
-    return Codebook(codes, absmax, tiles, offset, block, tail, book)
+    return Codebook(codes, absmax, tiles, offset, block, tail, book, kernel=None)
 
 
 # --- Double quantization -------------------------------------------------------------------

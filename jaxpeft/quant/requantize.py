@@ -1,0 +1,61 @@
+"""requantize: adapters folded into a quantized base that stays quantized."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxpeft.lift import merge
+from jaxpeft.quant.coded import Coded
+from jaxpeft.quant.quantize import check_finite, encoder
+from jaxpeft.weight import View, innermost, map_views
+
+
+class Requantized(NamedTuple):
+    """What `requantize` returns."""
+
+    tree: Any
+    error: dict[str, float]  # by path: |w' - w| / |w| over all entries, w' what the codes say
+
+
+def requantize(tree: Any, format: str | None = None, **options: Any) -> Requantized:
+    """Merges what stands on quantized weights into them, and rounds anew.
+
+    Each weight is merged in float32 (or wider) at the highest matmul precision and rounded to
+    codes; what was no code before (plain arrays, adapters on them) is merged or left as `merge`
+    does. Rounding loses up to half a step of the format per entry, which may be more than the
+    adapter has added: look at `error`, and compare the losses.
+
+    Args:
+      tree: With structured weights over quantized arrays.
+      format: As in `quantize`, with its options; `None` keeps the format of each weight.
+      options: Of the format.
+
+    Returns:
+      The tree, and the relative error of each weight.
+
+    Raises:
+      NotAMatrixError: A weight is no matrix; names its path.
+      ValueError: Nothing in the tree is quantized, a merged weight is not finite, or the format
+        is unknown.
+    """
+    encode = None if format is None else encoder(format, **options)
+    error: dict[str, float] = {}
+
+    def one(view: View) -> Any:
+        coded = innermost(view.weight)
+        if not isinstance(coded, Coded):
+            return merge(view)
+        whole = merge(view, dtype=jnp.promote_types(view.dtype, jnp.float32))
+        check_finite(whole, view.path, "requantize")
+        matrix = View.of(whole, view.axes, view.path).canonical()
+        fresh = (encode or coded.again)(matrix)
+        # Blocks of zeros have no error to speak of.
+        size = jnp.maximum(jnp.linalg.norm(matrix.ravel()), jnp.finfo(matrix.dtype).tiny)
+        error[view.path] = float(jnp.linalg.norm((fresh.materialize() - matrix).ravel()) / size)
+        return dataclasses.replace(view, weight=fresh, natural=False)
+
+    done = map_views(one, tree)
+    if not error:
+        raise ValueError("`requantize`: the tree has no quantized weight. `merge` folds the rest.")
+    return Requantized(done, error)
