@@ -82,7 +82,7 @@ class Subject:
         return found
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def subject(row: Row, method: Method) -> Subject:
     case = row.build()
     sites = jp.sites(case.fn, case.params, *case.args)
