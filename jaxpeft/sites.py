@@ -162,9 +162,7 @@ class Sites(Mapping[str, Site]):
         quantized. A head is a linear weight with as many outputs as an embedding has rows."""
         rows = {site.size(IN) for site in self.every.embedding.values()}
         return self._keep(
-            lambda s: (
-                s.path in self.conv or s.path in self.linear and s.size(OUT) not in rows
-            )
+            lambda s: (s.path in self.conv or s.path in self.linear and s.size(OUT) not in rows)
         )
 
     @property
