@@ -7,7 +7,6 @@ A model says with one `Stack` per array what it is made of; both directions foll
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from typing import Any, NamedTuple
@@ -16,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpeft.io.coded import Coded, Encoder, aligned, encoding, place, view_of
 from jaxpeft.io.safetensors import CONFIG, MAX_FAULTS, NAMES, Lazy, Tensor, read
+from jaxpeft.weight import Weight
 
-__all__ = ["Stack", "assemble", "disassemble"]
+__all__ = ["Stack", "assemble", "disassemble", "flat", "nested", "refuse"]
 
 Tree = dict[str, Any]
 
@@ -48,12 +49,15 @@ def assemble(
     dtype: Any = None,
     sharding: Any = None,
     ignore: Callable[[str], bool] = lambda name: False,
+    encoders: Mapping[str, Encoder] | None = None,
+    coded: Mapping[str, Coded] | None = None,
 ) -> Tree:
     """Builds arrays from the tensors of a folder, each in its final place from the start.
 
     Every shard of every array is one buffer. Tensors are read into it one by one, and JAX takes
     it over, on CPU without a copy. So the peak is the model and one tensor. A process reads only
-    what its own devices hold.
+    what its own devices hold. A matrix that is to be encoded is read whole, into memory of its
+    own, and leaves its codes alone behind: the model then counts as it is stored.
 
     Args:
       tensors: What the folder has.
@@ -62,29 +66,40 @@ def assemble(
       sharding: One `jax.sharding.Sharding` for all arrays, or a nested dict of them, one per
         path of the plan. `None` is the default device.
       ignore: Says which tensors may be left over.
+      encoders: For paths of the plan that are to be weights: functions from a matrix (in, out).
+      coded: Further paths, whose weights come from elsewhere.
     Returns:
-      The arrays in a nested dict.
+      The arrays in a nested dict, views of weights among them.
     Raises:
       ValueError: Names every tensor that is missing, left over, of another shape, or no float.
+        A matrix to be encoded has entries that are infinite or NaN. A weight cannot be cut as
+        `sharding` says.
     """
-    _raise(
+    encoders, coded = encoders or {}, coded or {}
+    refuse(
         f"{_folder(tensors)} does not hold the tensors that its {CONFIG} describes:",
         _faults(tensors, plan, ignore),
         f"Fetch the folder again, or correct its {CONFIG}.",
     )
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    paths = [*plan, *coded]
     if isinstance(sharding, jax.sharding.Sharding):
-        shardings = dict.fromkeys(plan, sharding)
+        shardings = dict.fromkeys(paths, sharding)
     else:
-        shardings = _flat(sharding)
-        _raise("`sharding` does not fit the parameters:", _difference(plan, shardings))
-    arrays: dict[str, jax.Array] = {}
+        shardings = flat(sharding)
+        refuse("`sharding` does not fit the parameters:", _difference(paths, shardings))
+    arrays: dict[str, Any] = {path: place(coded[path], shardings[path]) for path in coded}
     for path, stack in plan.items():
         kept = reduce(jnp.promote_types, (tensors[name].dtype for name in stack.names))
-        shard = _reader(tensors, stack, np.dtype(dtype or kept))
-        arrays[path] = jax.make_array_from_callback(stack.shape, shardings[path], shard)
-    return _nested(arrays)
+        final = np.dtype(dtype or kept)
+        if path in encoders:
+            made = _encoded(tensors, path, stack, final, encoders[path])
+            arrays[path] = place(made, shardings[path])
+        else:
+            shard = _reader(tensors, stack, final)
+            arrays[path] = jax.make_array_from_callback(stack.shape, shardings[path], shard)
+    return nested(arrays)
 
 
 def disassemble(params: Tree, plan: Mapping[str, Stack]) -> dict[str, Lazy]:
@@ -93,13 +108,13 @@ def disassemble(params: Tree, plan: Mapping[str, Stack]) -> dict[str, Lazy]:
     Raises:
       ValueError: Names every array that is missing, left over, or of another shape.
     """
-    arrays = _flat(params)
+    arrays = flat(params)
     faults = _difference(plan, arrays)
     for path in plan.keys() & arrays.keys():
         shape = getattr(arrays[path], "shape", f"a {type(arrays[path]).__name__}")
         if shape != plan[path].shape:
             faults.append(f"wrong shape: {path} is {shape}, should be {plan[path].shape}")
-    _raise("`params` does not fit its configuration:", faults)
+    refuse("`params` does not fit its configuration:", faults)
     tensors = {}
     for path, stack in plan.items():
         for i, name in enumerate(stack.names):
@@ -123,31 +138,51 @@ def _reader(
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         bounds = [part.indices(n)[:2] for part, n in zip(index, stack.shape, strict=True)]
-        out = _aligned([stop - start for start, stop in bounds], dtype)
+        out = aligned([stop - start for start, stop in bounds], dtype)
         names, targets = stack.names, [out]
         if stack.stacked:
             names, targets, index = names[index[0]], list(out), index[1:]
         for name, target in zip(names, targets, strict=True):
-            # The first axis of the file is read in part, the others are cut afterwards.
-            first, *rest = index[::-1] if stack.transposed else index
-            part = read(tensors[name], first)[(slice(None), *rest)]
-            if not stack.transposed:
-                target[...] = part
-                continue
-            for row in range(0, len(part), BLOCK):
-                target[:, row : row + BLOCK] = part[row : row + BLOCK].T
+            _fill(target, tensors[name], index, stack.transposed)
         return out
 
     return shard
 
 
-def _aligned(shape: Iterable[int], dtype: np.dtype) -> np.ndarray:
-    """An empty array at a multiple of 64 bytes, which the CPU backend takes over as it is."""
-    shape = tuple(shape)
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    offset = -raw.ctypes.data % 64
-    return raw[offset : offset + size].view(dtype).reshape(shape)
+def _fill(target: np.ndarray, tensor: Tensor, index: tuple[slice, ...], transposed: bool) -> None:
+    """Reads the part of a tensor at this index of the array, its own for one of a stack."""
+    # The first axis of the file is read in part, the others are cut afterwards.
+    first, *rest = index[::-1] if transposed else index
+    part = read(tensor, first)[(slice(None), *rest)]
+    if not transposed:
+        target[...] = part
+        return
+    for row in range(0, len(part), BLOCK):
+        target[:, row : row + BLOCK] = part[row : row + BLOCK].T
+
+
+def _encoded(
+    tensors: Mapping[str, Tensor], path: str, stack: Stack, dtype: np.dtype, encode: Encoder
+) -> Coded:
+    """The weights of a stack, each encoded from its tensor when its turn comes."""
+    shape = stack.shape[-2:]
+    run, double = encoding(encode)
+
+    def layer(i: int) -> Weight:
+        tensor = tensors[stack.names[i]]
+        matrix = aligned(shape, dtype)
+        _fill(matrix, tensor, (slice(None), slice(None)), stack.transposed)
+        weight, bad = run(matrix)
+        if bad:
+            raise ValueError(
+                f"{stack.names[i]} in {tensor.file} has {bad} entries of {matrix.size} that are "
+                "infinite or NaN. They would take their block with them; mend the file, or do "
+                f"not quantize '{path}'."
+            )
+        return weight
+
+    one = jax.eval_shape(encode, jax.ShapeDtypeStruct(shape, dtype))
+    return Coded(view_of(path, stack.shape, dtype, one), layer, double)
 
 
 def _faults(
@@ -166,12 +201,13 @@ def _faults(
     return faults + [f"left over: {name} of shape {tensors[name].shape}" for name in extra]
 
 
-def _difference(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+def _difference(wanted: Iterable[str], given: Mapping[str, Any]) -> list[str]:
+    wanted = list(wanted)
     faults = [f"missing: {path}" for path in wanted if path not in given]
     return faults + [f"left over: {path}" for path in given if path not in wanted]
 
 
-def _raise(head: str, faults: list[str], remedy: str = "") -> None:
+def refuse(head: str, faults: list[str], remedy: str = "") -> None:
     """Raises one error with all faults, if there are any."""
     if faults:
         more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
@@ -183,17 +219,19 @@ def _folder(tensors: Mapping[str, Tensor]) -> str:
     return ", ".join(sorted({str(tensor.file.parent) for tensor in tensors.values()}))
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{path: leaf} of a nested dict."""
+    leaves = {}
     for key, value in tree.items():
         path = f"{prefix}/{key}" if prefix else str(key)
-        flat.update(_flat(value, path) if isinstance(value, Mapping) else {path: value})
-    return flat
+        leaves.update(flat(value, path) if isinstance(value, Mapping) else {path: value})
+    return leaves
 
 
-def _nested(flat: Mapping[str, Any]) -> Tree:
+def nested(leaves: Mapping[str, Any]) -> Tree:
+    """The nested dict of {path: leaf}."""
     tree: Tree = {}
-    for path, value in flat.items():
+    for path, value in leaves.items():
         *folders, name = path.split("/")
         place = tree
         for folder in folders:

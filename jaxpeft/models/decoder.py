@@ -36,8 +36,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax import Array
 
-from jaxpeft.io import safetensors
-from jaxpeft.io.stacked import Stack, assemble, disassemble
+from jaxpeft.io import bitsandbytes, safetensors
+from jaxpeft.io.formats import Formats, encoders
+from jaxpeft.io.stacked import Stack, assemble
 
 __all__ = ["Cache", "Config", "Decoder", "Place", "Rope", "attention", "init", "init_cache", "load"]
 __all__ += ["plan", "pure", "save", "shapes"]
@@ -666,29 +667,62 @@ _TABLE = (
 )
 
 
-def load(folder: str | Path, dtype: Any = None, sharding: Any = None) -> tuple[Config, Params]:
+def load(
+    folder: str | Path, dtype: Any = None, sharding: Any = None, quantize: Formats = None
+) -> tuple[Config, Params]:
     """A model from a Hugging Face folder, read straight into stacked arrays.
 
-    The memory it takes is that of the parameters and of one tensor of the file.
+    The memory it takes is that of the parameters, in codes where they are quantized, and of one
+    tensor of the file, or of two where it is encoded.
+
+    Linear weights that bitsandbytes has stored in four bits stay what they are, codes and scales.
 
     Args:
       folder: With `config.json` and `model.safetensors`, or several files and their index.
-      dtype: Of the parameters. `None` keeps that of the file.
+      dtype: Of the parameters; of quantized ones, what the program sees. `None` keeps that of
+        the file.
       sharding: One `jax.sharding.Sharding` for all arrays, or a dict of them like the
-        parameters. Each process then reads only its own shards. `None` is the default device.
+        parameters. Each process then reads only its own shards. The fields of a quantized weight
+        are cut as the array that it stands for. `None` is the default device.
+      quantize: A format, for the linear weights of the layers: what
+        `jp.quantize(format, sites.hidden)` makes of the loaded model, bit for bit. Either a name
+        such as "nf4+dq", or a function from a matrix to a weight such as
+        `functools.partial(jp.quant.nf4, block=128)`. A mapping chooses among all matrices, by
+        pattern of path, as in `{"*mlp*": "nf4+dq", "*attn*": "int8"}`; the first match wins, and
+        what none matches stays as it is.
     Returns:
-      The configuration and the parameters, a nested dict of arrays.
+      The configuration and the parameters, a nested dict of arrays and, where quantized, views;
+      with these, run it as `jp.lift(pure(config))`.
     Raises:
       FileNotFoundError: The folder, its `config.json` or a weights file is not there.
       ValueError: The files are damaged, hold other tensors than `config.json` asks for (all are
-        named), or describe a model that this decoder does not compute.
+        named), or describe a model that this decoder does not compute. A format is unknown, or
+        does not fit `sharding`; a weight is quantized already, or not finite.
     """
     hf, tensors = safetensors.open_folder(folder)
-    config = Config.from_hf(hf)
+    config = Config.from_hf(bitsandbytes.configured(hf))
     if config.tied and "lm_head.weight" in tensors:
         _check_tied(tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight"))
-    wanted = plan(config)
-    return config, assemble(tensors, wanted, dtype=dtype, sharding=sharding, ignore=_ignorable)
+    every = plan(config)
+    # What `sites.hidden` selects.
+    hidden = [path for path, stack in every.items() if stack.stacked and stack.transposed]
+    encode = encoders(quantize, every, hidden)
+    tensors, wanted, coded = bitsandbytes.stored(tensors, every, dtype)
+    if twice := [path for path in encode if path in coded]:
+        raise ValueError(
+            f"`load(quantize={quantize!r})`: {', '.join(map(repr, twice))} of {folder} are "
+            "quantized already. Leave `quantize` out, or give a mapping that spares them."
+        )
+    params = assemble(
+        tensors,
+        wanted,
+        dtype=dtype,
+        sharding=sharding,
+        ignore=_ignorable,
+        encoders=encode,
+        coded=coded,
+    )
+    return config, params
 
 
 def save(
@@ -699,15 +733,17 @@ def save(
     Args:
       folder: Where to. Other files in it (a tokenizer) stay, weights of an earlier save do not.
       config: Of the model.
-      params: Plain arrays; what a method made of them must be merged first.
+      params: Plain arrays; what a method made of them must be merged first. Weights in NF4 or FP4
+        of layout "flat" are written as they are, for bitsandbytes.
       shard_bytes: Size at which a file ends and the next begins.
     Raises:
-      ValueError: The arrays are not those that `config` asks for (all are named).
+      ValueError: The arrays are not those that `config` asks for, or are weights that no such
+        folder holds (all are named).
       OSError: The disk is full.
     """
-    tensors = disassemble(params, plan(config))
+    tensors, more = bitsandbytes.written(params, plan(config))
     hf = config.to_hf() | {"torch_dtype": np.dtype(params["embed"]["embedding"].dtype).name}
-    safetensors.write_folder(folder, hf, tensors, shard_bytes=shard_bytes)
+    safetensors.write_folder(folder, hf | more, tensors, shard_bytes=shard_bytes)
 
 
 def _abstract(config: Config, **options: Any) -> Decoder:

@@ -103,14 +103,14 @@ def test_one_sharding_serves_all_arrays(tmp_path, values):
 
 def test_on_cpu_the_buffer_is_taken_over_without_a_copy(tmp_path, values, monkeypatch):
     tensors, buffers = write(tmp_path, values), set()
-    aligned = assemble.__globals__["_aligned"]
+    aligned = assemble.__globals__["aligned"]
 
     def spy(shape, dtype):
         out = aligned(shape, dtype)
         buffers.add(out.ctypes.data)
         return out
 
-    monkeypatch.setitem(assemble.__globals__, "_aligned", spy)
+    monkeypatch.setitem(assemble.__globals__, "aligned", spy)
     got = assemble(tensors, PLAN)
     assert {array.unsafe_buffer_pointer() for array in jax.tree.leaves(got)} == buffers
 
