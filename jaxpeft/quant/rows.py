@@ -1,5 +1,6 @@
 """Codebooks in rows: a scale for each run of rows of a column, possibly itself in eight bits."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -78,8 +79,8 @@ class Codebook(Coded):
         from jaxpeft.quant.kernels import nf4_matmul
 
         operands = (self.codes, self.scales, self.tiles, self.offset)
-        arrays = [None if op is None else op.array for op in operands]
-        plain = Codebook(*arrays, self.block, self.tail, self.book, self.kernel)
+        codes, scales, tiles, offset = (None if op is None else op.array for op in operands)
+        plain = dataclasses.replace(self, codes=codes, scales=scales, tiles=tiles, offset=offset)
         if not nf4_matmul.serves(x, plain, site.dtype):
             return None
         return nf4_matmul.product(
