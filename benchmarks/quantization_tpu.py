@@ -1,0 +1,245 @@
+"""Bytes of one QLoRA step, compiled for a TPU without one.
+
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost \\
+        .venv-tpu/bin/python benchmarks/quantization_tpu.py
+
+Llama shapes from 7B to 65B, from shapes alone: the hidden matrices in NF4 with double quantization,
+embeddings, head and norms in bfloat16, LoRA of rank 64 on all hidden matrices, adapter and
+gradients in bfloat16, one row of 512 tokens, every layer computed again in the backward pass.
+A step is loss, gradient, clipping and AdamW, with moments
+
+    fp32     in float32
+    8bit     in 8 bits (`adamw8bit`)
+    paged    in float32 in the host's memory (`paged`); what the host holds is counted apart
+
+GiB are arguments + temporaries + outputs - aliased. The CPU backend's figure stands beside that of
+the TPU: it computes bf16 products in fp32, and its host memory is its device memory. The last line
+is one JSON object. A compile takes up to two minutes and some GB; `--sizes`, `--policies` and
+`--chips` choose.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+# Without this the CPU's figures measure the scheduler. To be said before the backend starts.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+)
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import Mesh, NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+
+import jaxpeft as jp  # noqa: E402
+from jaxpeft.models import decoder  # noqa: E402
+from jaxpeft.train import (  # noqa: E402
+    adamw8bit,
+    cross_entropy,
+    init,
+    paged,
+    to_host,
+    train_step,
+)
+
+RESULTS = Path(__file__).resolve().parent / "results" / "quantization_tpu.json"
+GIB = 2**30
+RANK, LENGTH = 64, 512
+CHIPS = {"v5p": ("v5p:2x2x1", 95e9), "v5e": ("v5e:2x2", 16e9), "cpu": (None, math.inf)}
+
+
+def llama(width, mlp_width, layers):
+    heads = width // 128
+    return decoder.Config(32000, width, mlp_width, layers, heads, heads, 128)
+
+
+CONFIGS = {
+    "7B": llama(4096, 11008, 32),
+    "13B": llama(5120, 13824, 40),
+    "33B": llama(6656, 17920, 60),
+    "65B": llama(8192, 22016, 80),
+}
+PARAMETERS = {
+    "7B": 6_738_415_616,
+    "13B": 13_015_864_320,
+    "33B": 32_528_943_616,
+    "65B": 65_285_660_672,
+}
+POLICIES = {
+    "fp32": lambda: optax.adamw(2e-4),
+    "8bit": lambda: adamw8bit(2e-4),
+    "paged": lambda: paged(optax.adamw(2e-4)),
+}
+
+
+def qlora(config):
+    """The shapes of (frozen, adapter), and the loss of a batch."""
+    forward = decoder.pure(config, remat="full")
+    shapes = decoder.shapes(config, jnp.bfloat16)
+    sites = jp.sites(forward, shapes, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    method = jp.chain(
+        jp.quantize("nf4+dq", sites.hidden),
+        jp.lora(RANK, sites.hidden, alpha=16, dtype=jnp.bfloat16),
+    )
+    split = jax.eval_shape(
+        lambda key, params: jp.split(method(key, params)), jax.random.key(0), shapes
+    )
+    model = jp.lift(forward, materialize="error")
+
+    def loss_fn(adapter, frozen, batch, key):
+        logits = model(jp.combine(frozen, adapter), batch["tokens"])
+        return cross_entropy(logits, batch["targets"])
+
+    return *split, loss_fn
+
+
+def lower(config, policy, chip):
+    """The step, from shapes alone, for one chip or the CPU."""
+    frozen, adapter, loss_fn = qlora(config)
+    tx = POLICIES[policy]()
+    topology, _ = CHIPS[chip]
+    devices = (
+        topologies.get_topology_desc(topology, platform="tpu").devices
+        if topology
+        else jax.devices("cpu")
+    )
+    here = NamedSharding(Mesh(np.array(devices[:1]), ("chip",)), P())
+
+    def placed(tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
+
+    state = placed(jax.eval_shape(functools.partial(init, tx=tx), adapter))
+    if policy == "paged":
+        state = state._replace(opt_state=to_host(state.opt_state))
+    tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+    batch = placed({"tokens": tokens, "targets": tokens})
+    step = jax.jit(train_step(loss_fn, tx, clip=0.3), donate_argnums=0)
+    traced = step.trace(state, placed(frozen), batch, None)
+    return traced.lower(lowering_platforms=("tpu" if topology else "cpu",))
+
+
+def step_bytes(config, policy, chip):
+    """Bytes of the compiled step by kind; on a chip that it does not fit, what XLA says."""
+    begin = time.perf_counter()
+    lowered = lower(config, policy, chip)
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"refused": str(error).splitlines()[0]}
+    memory = program.memory_analysis()
+    parts = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+    }
+    return {
+        "bytes": sum(parts.values()) - 2 * parts["aliased"],
+        **parts,
+        "host_arguments": memory.host_argument_size_in_bytes,
+        "host_temporaries": memory.host_temp_size_in_bytes,
+        "compile_seconds": round(time.perf_counter() - begin, 1),
+    }
+
+
+def train_gib(sizes=tuple(CONFIGS), policies=tuple(POLICIES), chips=("v5p", "cpu")):
+    """GiB of a step by size and policy, see `summary`. What has been compiled before is kept."""
+    asked = list(itertools.product(sizes, policies, chips))
+    for size, policy, chip in asked:
+        if (size, policy, chip) not in known_rows():
+            row = {"size": size, "policy": policy, "chip": chip}
+            row |= step_bytes(checked(size), policy, chip)
+            print(json.dumps(row), flush=True)
+            keep(known_rows() | {(size, policy, chip): row})
+    return summary([row for key, row in known_rows().items() if key in asked])
+
+
+def checked(size):
+    config = CONFIGS[size]
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.shapes(config)))
+    assert parameters == PARAMETERS[size], (size, parameters)
+    return config
+
+
+def known_rows():
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    return {(row["size"], row["policy"], row["chip"]): row for row in rows}
+
+
+def keep(rows):
+    order = itertools.product(CONFIGS, POLICIES, CHIPS)
+    listed = [rows[key] for key in order if key in rows]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(listed, indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(report(listed))
+
+
+def summary(rows):
+    """`{quantity: {size: {policy: GiB}}}`: of the TPU, of v5e, of the CPU, of the TPU's host.
+
+    `None` stands for a step that does not fit the chip.
+    """
+    out = {"train_gib": {}, "train_gib_v5e": {}, "train_gib_cpu": {}, "host_gib": {}}
+    for row in rows:
+        name = {"v5p": "train_gib", "v5e": "train_gib_v5e", "cpu": "train_gib_cpu"}[row["chip"]]
+        of_size = out[name].setdefault(row["size"], {})
+        of_size[row["policy"]] = gib(row["bytes"]) if "bytes" in row else None
+        if row["chip"] == "v5p":
+            host = gib(row["host_arguments"] + row["host_temporaries"])
+            out["host_gib"].setdefault(row["size"], {})[row["policy"]] = host
+    return out
+
+
+def gib(count):
+    return round(count / GIB, 3)
+
+
+def report(rows):
+    lines = [
+        "# One QLoRA step, compiled for a TPU without one",
+        "",
+        f"`benchmarks/quantization_tpu.py`: jax {jax.__version__}, libtpu 0.0.42.1. Llama shapes, "
+        f"NF4 with double quantization, LoRA of rank {RANK} on all hidden matrices, adapter and "
+        f"gradients in bfloat16, AdamW, 1 x {LENGTH} tokens, remat, layers in one scan. GiB are "
+        "2^30 bytes: arguments + temporaries + outputs - aliased.",
+        "",
+        "| size | moments | chip | GiB in all | arguments | temporaries | on the host |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        begin = f"| {row['size']} | {row['policy']} | {row['chip']} |"
+        if "refused" in row:
+            lines.append(f"{begin} does not fit | | | |")
+            continue
+        host = row["host_arguments"] + row["host_temporaries"]
+        columns = (row["bytes"], row["arguments"], row["temporaries"], host)
+        lines.append(f"{begin} " + " | ".join(f"{gib(n):.2f}" for n in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=["v5p", "cpu"])
+    parser.add_argument("--again", action="store_true", help="compile what is known, too")
+    args = parser.parse_args()
+    if args.again:
+        asked = set(itertools.product(args.sizes, args.policies, args.chips))
+        keep({key: row for key, row in known_rows().items() if key not in asked})
+    print(json.dumps(train_gib(args.sizes, args.policies, args.chips)))
+
+
+if __name__ == "__main__":
+    main()
