@@ -152,6 +152,11 @@ def wide(matrix: jax.Array) -> jax.Array:
 
 
 def checked_block(block: int) -> int:
+    """The number of rows of a block.
+
+    Raises:
+      ValueError: It is no integer of 1 or more.
+    """
     if not isinstance(block, int) or block < 1:
         raise ValueError(f"`block={block!r}`: a number of rows of 1 or more is needed.")
     return block
