@@ -11,14 +11,16 @@ A step is loss, gradient, clipping and AdamW, with moments
     fp32     in float32
     8bit     in 8 bits (`adamw8bit`)
     paged    in float32 in the host's memory (`paged`); what the host holds is counted apart
+    kernel   in 8 bits, and products by the kernel of `quant.kernels`, which is off by default
 
 GiB are arguments + temporaries + outputs - aliased. The CPU backend's figure stands beside that of
 the TPU: it computes bf16 products in fp32, and its host memory is its device memory. The last line
-is one JSON object. A compile takes up to two minutes and some GB; `--sizes`, `--policies` and
-`--chips` choose.
+is one JSON object. A compile takes up to two minutes and 2 GB; `--sizes`, `--policies` and
+`--chips` choose, what has been compiled before is kept. `--kernel` compiles the kernel alone.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -42,6 +44,8 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import jaxpeft as jp  # noqa: E402
 from jaxpeft.models import decoder  # noqa: E402
+from jaxpeft.quant import nf4  # noqa: E402
+from jaxpeft.quant.kernels import fused, nf4_matmul  # noqa: E402
 from jaxpeft.train import (  # noqa: E402
     adamw8bit,
     cross_entropy,
@@ -54,7 +58,7 @@ from jaxpeft.train import (  # noqa: E402
 RESULTS = Path(__file__).resolve().parent / "results" / "quantization_tpu.json"
 GIB = 2**30
 RANK, LENGTH = 64, 512
-CHIPS = {"v5p": ("v5p:2x2x1", 95e9), "v5e": ("v5e:2x2", 16e9), "cpu": (None, math.inf)}
+TOPOLOGIES = {"v5p": "v5p:2x2x1", "v5e": "v5e:2x2", "cpu": None}  # of 95 and 16 GB
 
 
 def llama(width, mlp_width, layers):
@@ -78,7 +82,15 @@ POLICIES = {
     "fp32": lambda: optax.adamw(2e-4),
     "8bit": lambda: adamw8bit(2e-4),
     "paged": lambda: paged(optax.adamw(2e-4)),
+    "kernel": lambda: adamw8bit(2e-4),
 }
+MOMENTS = ("fp32", "8bit", "paged")
+PRODUCTS = [  # tokens, in, out, dtype; the second and third need tiles beyond their axes
+    (512, 4096, 11008, jnp.bfloat16),
+    (512, 11008, 4096, jnp.bfloat16),
+    (100, 704, 600, jnp.bfloat16),
+    (512, 4096, 4096, jnp.float32),
+]
 
 
 def qlora(config):
@@ -106,25 +118,28 @@ def lower(config, policy, chip):
     """The step, from shapes alone, for one chip or the CPU."""
     frozen, adapter, loss_fn = qlora(config)
     tx = POLICIES[policy]()
-    topology, _ = CHIPS[chip]
+    if policy == "kernel":
+        frozen = fused(frozen)
+    state = placed(jax.eval_shape(functools.partial(init, tx=tx), adapter), chip)
+    if policy == "paged":
+        state = state._replace(opt_state=to_host(state.opt_state))
+    tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+    batch = placed({"tokens": tokens, "targets": tokens}, chip)
+    step = jax.jit(train_step(loss_fn, tx, clip=0.3), donate_argnums=0)
+    traced = step.trace(state, placed(frozen, chip), batch, None)
+    return traced.lower(lowering_platforms=("cpu" if chip == "cpu" else "tpu",))
+
+
+def placed(tree, chip):
+    """Shapes that lie on one chip, or on the CPU."""
+    topology = TOPOLOGIES[chip]
     devices = (
         topologies.get_topology_desc(topology, platform="tpu").devices
         if topology
         else jax.devices("cpu")
     )
     here = NamedSharding(Mesh(np.array(devices[:1]), ("chip",)), P())
-
-    def placed(tree):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
-
-    state = placed(jax.eval_shape(functools.partial(init, tx=tx), adapter))
-    if policy == "paged":
-        state = state._replace(opt_state=to_host(state.opt_state))
-    tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
-    batch = placed({"tokens": tokens, "targets": tokens})
-    step = jax.jit(train_step(loss_fn, tx, clip=0.3), donate_argnums=0)
-    traced = step.trace(state, placed(frozen), batch, None)
-    return traced.lower(lowering_platforms=("tpu" if topology else "cpu",))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
 
 
 def step_bytes(config, policy, chip):
@@ -153,7 +168,7 @@ def step_bytes(config, policy, chip):
     }
 
 
-def train_gib(sizes=tuple(CONFIGS), policies=tuple(POLICIES), chips=("v5p", "cpu")):
+def train_gib(sizes=tuple(CONFIGS), policies=MOMENTS, chips=("v5p", "cpu")):
     """GiB of a step by size and policy, see `summary`. What has been compiled before is kept."""
     asked = list(itertools.product(sizes, policies, chips))
     for size, policy, chip in asked:
@@ -172,13 +187,48 @@ def checked(size):
     return config
 
 
+def kernel_bytes(tokens, rows, columns, dtype, chip):
+    """The kernel compiled for a product and its backward pass."""
+
+    def both(w, x, y):
+        value, back = jax.vjp(lambda x: nf4_matmul.product(x, w, dtype=dtype), x)
+        return value, *back(y)
+
+    w = jax.eval_shape(
+        lambda w: fused_weight(nf4(w, double=True)), jax.ShapeDtypeStruct((rows, columns), dtype)
+    )
+    x, y = (jax.ShapeDtypeStruct((tokens, n), dtype) for n in (rows, columns))
+    traced = jax.jit(both).trace(*placed((w, x, y), chip))
+    program = traced.lower(lowering_platforms=("tpu",)).compile()
+    return {
+        "tokens": tokens,
+        "in": rows,
+        "out": columns,
+        "dtype": jnp.dtype(dtype).name,
+        "chip": chip,
+        "mosaic_calls": program.as_text().count('custom_call_target="tpu_custom_call"'),
+        "temporaries": program.memory_analysis().temp_size_in_bytes,
+        "decoded": rows * columns * jnp.dtype(dtype).itemsize,
+    }
+
+
+def fused_weight(w):
+    return dataclasses.replace(w, kernel="pallas")
+
+
+def compile_kernel():
+    rows = [kernel_bytes(*p, chip) for chip, p in itertools.product(("v5e", "v5p"), PRODUCTS)]
+    RESULTS.with_suffix(".kernel.json").write_text(json.dumps(rows, indent=1) + "\n")
+    return {"kernel": rows}
+
+
 def known_rows():
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     return {(row["size"], row["policy"], row["chip"]): row for row in rows}
 
 
 def keep(rows):
-    order = itertools.product(CONFIGS, POLICIES, CHIPS)
+    order = itertools.product(CONFIGS, POLICIES, TOPOLOGIES)
     listed = [rows[key] for key in order if key in rows]
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(listed, indent=1) + "\n")
@@ -231,10 +281,13 @@ def report(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=["v5p", "cpu"])
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=MOMENTS)
+    parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=["v5p", "cpu"])
     parser.add_argument("--again", action="store_true", help="compile what is known, too")
+    parser.add_argument("--kernel", action="store_true", help="the kernel alone, for TPUs")
     args = parser.parse_args()
+    if args.kernel:
+        return print(json.dumps(compile_kernel()))
     if args.again:
         asked = set(itertools.product(args.sizes, args.policies, args.chips))
         keep({key: row for key, row in known_rows().items() if key not in asked})
