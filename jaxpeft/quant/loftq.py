@@ -79,7 +79,8 @@ def loftq(
             )
         check_finite(view.weight, site.path, "loftq")
         q, a, b = _alternate(view.canonical(), encode, rank, steps, start)
-        low = LowRank(q, Train(a.astype(dtype)), Train(b.astype(dtype)))
+        factors = Train(a.astype(dtype)), Train(b.astype(dtype))
+        low = LowRank(q, *factors, key=None, scale=1.0, dropout=0.0, part=None)
         return dataclasses.replace(view, weight=low, natural=False)
 
     given = dict(rank=rank, sites=sites, format=format, steps=steps, start=start, dtype=dtype)

@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxpeft import compat
 from jaxpeft.method import Method
 from jaxpeft.methods.placing import place
 from jaxpeft.quant.fp4 import fp4
@@ -15,6 +17,7 @@ from jaxpeft.quant.fp8 import fp8
 from jaxpeft.quant.int4 import int4
 from jaxpeft.quant.int8 import int8
 from jaxpeft.quant.nf4 import nf4
+from jaxpeft.rules.sharding import followed
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import View, Weight, innermost, with_innermost
@@ -70,15 +73,35 @@ def quantize(format: str, sites: Sites, **options: Any) -> Method:
                 f"`quantize('{format}')`: '{site.path}' is {what}. Leave it out of the sites."
             )
         check_finite(inner, site.path, f"quantize('{format}')")
-        return dataclasses.replace(
-            view, weight=with_innermost(view.canonical(), encode), natural=False
-        )
+        return encoded(view, encode)
 
     return Method(
         "quantize",
         {"format": format, "sites": sites, **options},
         lambda key, tree: place(key, tree, sites, make, who="quantize"),
     )
+
+
+def encoded(view: View, encode: Callable[[jax.Array], Weight]) -> View:
+    """The view with the array at its bottom in codes, which lie on devices as the array does.
+
+    Only a mesh with Explicit axes has to be told how; a side is whole on every device where
+    its shards would cut a block.
+    """
+
+    def in_codes(view: View) -> View:
+        weight = with_innermost(view.canonical(), encode)
+        return dataclasses.replace(view, weight=weight, natural=False)
+
+    sharding = compat.typed_sharding(jax.typeof(innermost(view.weight)))
+    if sharding is None:
+        return in_codes(view)
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), view)
+    shapes = jax.eval_shape(in_codes, plain)
+    leaves, treedef = jax.tree.flatten(shapes)
+    specs = followed(shapes.refined(), sharding) or [PartitionSpec()] * len(leaves)
+    places = [NamedSharding(sharding.mesh, spec) for spec in specs]
+    return jax.sharding.auto_axes(in_codes, out_sharding=jax.tree.unflatten(treedef, places))(view)
 
 
 def check_finite(array: Any, path: str, who: str) -> None:

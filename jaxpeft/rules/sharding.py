@@ -70,6 +70,16 @@ def field_specs(view: View, spec: Any) -> list[PartitionSpec] | None:
     ]
 
 
+def followed(view: View, sharding: NamedSharding) -> list[PartitionSpec] | None:
+    """As `field_specs`, where what cannot be cut like its array lies whole on every device."""
+    spec = list(sharding.spec)
+    for i, (dim, names) in enumerate(zip(view.dims, spec, strict=False)):
+        lead = next((d.axis for d in dim if d.size > 1), None)
+        if names and (lead is None or not _divides(view, {lead: names}, sharding.mesh)):
+            spec[i] = None
+    return field_specs(view, spec)
+
+
 def constrain(x: Any, sharding: Any) -> Any:
     """x under a sharding constraint, if there is one; a view's fields each get their part."""
     if not isinstance(sharding, NamedSharding):

@@ -135,16 +135,15 @@ def train_step(
         if clip is not None:
             grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.adapter)
-        paged = jax.tree.map(_on_host, state.opt_state)
-        if any(jax.tree.leaves(paged)):
+        if any(map(_on_host, jax.tree.leaves(state.opt_state))):
             updates, opt_state = _paged_update(tx, grads, state, bad)
         else:
             updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
         new = State(state.step + 1, optax.apply_updates(state.adapter, updates), opt_state)
 
         old = state if on_nan == "stop" else state._replace(step=new.step)
-        held = State(False, jax.tree.map(lambda _: False, state.adapter), paged)
-        new = jax.tree.map(lambda n, o, h: n if h else jnp.where(bad, o, n), new, old, held)
+        # Selected there, an array on the host would be computed on the host.
+        new = jax.tree.map(lambda n, o: n if _on_host(n) else jnp.where(bad, o, n), new, old)
         return new, Metrics(mean.loss, norm, weight, bad)
 
     return step

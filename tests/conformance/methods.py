@@ -53,9 +53,9 @@ def _lora(sites, dtype):
     return jp.lora(2, sites.matrices, alpha=3.0, dtype=dtype)
 
 
-def _lora_on_int8(sites, dtype):
+def _lora_on_nf4(sites, dtype):
     return jp.chain(
-        jp.quantize("int8", sites.linear),
+        jp.quantize("nf4+dq", sites.linear, block=2),
         jp.lora(2, sites.linear, alpha=3.0, scaling="alpha/sqrt(r)", dtype=dtype),
     )
 
@@ -123,7 +123,7 @@ _POSITIONS = r"prefix at '.*' is told of virtual positions"
 METHODS = [
     Method("lora", _lora),
     Method("ia3", lambda sites, dtype: jp.ia3(sites.linear, dtype=dtype), roles=_LINEAR),
-    Method("lora on int8", _lora_on_int8, roles=_LINEAR, factored=False),
+    Method("lora on nf4", _lora_on_nf4, roles=_LINEAR, factored=False),
     Method(
         "bottleneck",
         _bottleneck,

@@ -1,0 +1,109 @@
+"""Every format under every method: a method over codes is the method over what they say.
+
+Both sides are lifted; that a method over plain arrays is right is what test_laws.py shows. With
+the method left out, the quantized model is the plain model with decoded weights.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxpeft as jp
+
+from .methods import METHODS
+from .rows import ROWS
+from .subject import differentiated, in_mesh, lifted_call, score, scores, subject, worst
+
+pytestmark = pytest.mark.filterwarnings("ignore::jaxpeft.MaterializedWarning")
+
+# Blocks so small that the table's tiny weights have several, some cut short.
+FORMATS = {
+    "nf4": dict(format="nf4", block=2),
+    "nf4+dq": dict(format="nf4+dq", block=4),
+    "nf4, flat": dict(format="nf4+dq", block=8, layout="flat"),
+    "fp4": dict(format="fp4", block=3),
+    "int4": dict(format="int4", block=2),
+    "int4/asym": dict(format="int4/asym", block=5),
+    "int8": dict(format="int8"),
+    "int8, blocks": dict(format="int8", block=2),
+    "fp8": dict(format="fp8"),
+    "fp8, blocks": dict(format="fp8", block=4),
+}
+
+# Everyday: each format on one row, and the rows where decoding has something of its own to do.
+PLAIN = "x @ w"
+SPECIAL = {
+    "experts by ragged_dot",
+    "convolution, NHWC",
+    "table[ids]",
+    "lax.scan of remat with a policy",
+    "shard_map, column- then row-parallel",
+    "a mesh with Explicit axes",
+}
+
+
+def pairs(methods):
+    """Methods crossed with their rows and all formats."""
+    return list(_pairs(methods))
+
+
+def _pairs(methods):
+    for method in methods:
+        for row in ROWS:
+            if not method.takes(row):
+                continue
+            for name in FORMATS:
+                first = method is METHODS[0] and (
+                    row.name == PLAIN or row.name in SPECIAL and name == "nf4+dq"
+                )
+                marks = [] if first else [pytest.mark.conformance]
+                yield pytest.param(row, method, name, id=f"{name}: {method.name}: {row.name}",
+                                   marks=marks)  # fmt: skip
+
+
+def coded(s, format):
+    """(in codes, decoded): the row's parameters with its matrices in a format."""
+    chosen = s.sites.matrices
+    quantize = jp.quantize(sites=chosen, **FORMATS[format])
+    tree = quantize(jax.random.key(0), s.case.params)
+    return quantize, jp.merge(tree), tree
+
+
+def same(s, sides):
+    """Whether both sides have the same outputs and gradients, to rounding."""
+    for fn, args in s.programs:
+        results = []
+        for side in sides:
+            f, variables = scores(side, fn, args, lifted_call(side), keep=True)
+            with in_mesh(s.case.mesh):
+                results.append(jax.jit(differentiated(side, f, keep=True))(variables))
+        (value, slope), (wanted_value, wanted_slope) = results
+        assert worst(value, wanted_value) <= s.row.tolerance
+        assert worst(slope, wanted_slope) <= s.row.tolerance * 10
+
+
+@pytest.mark.parametrize(
+    ("row", "method", "format"), pairs([m for m in METHODS if "on" not in m.name.split()])
+)
+def test_a_method_over_codes_is_the_method_over_their_values(row, method, format):
+    s = subject(row, method)
+    quantize, decoded, _ = coded(s, format)
+    make = method.make(s.sites, jnp.float64)
+    sides = []
+    for params, how in ((s.case.params, jp.chain(quantize, make)), (decoded, make)):
+        frozen, _ = jp.split(how(jax.random.key(1), params))
+        sides.append(dataclasses.replace(s, frozen=frozen))
+    same(s, sides)
+
+
+@pytest.mark.parametrize(("row", "method", "format"), pairs(METHODS[:1]))
+def test_codes_alone_are_the_model_with_their_values(row, method, format):
+    s = subject(row, method)
+    _, decoded, tree = coded(s, format)
+    for fn, args in s.programs:
+        with in_mesh(s.case.mesh):
+            got = jax.jit(lambda t, fn=fn, args=args: score(jp.lift(fn)(t, *args)))(tree)
+            want = jax.jit(lambda p, fn=fn, args=args: score(fn(p, *args)))(decoded)
+        assert worst(got, want) <= row.tolerance * 10
