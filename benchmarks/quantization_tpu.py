@@ -78,10 +78,29 @@ PARAMETERS = {
     "33B": 32_528_943_616,
     "65B": 65_285_660_672,
 }
+
+
+def wide_adamw():
+    """AdamW with moments in float32; optax gives them the dtype of the parameters.
+
+    Updates keep that of the parameters.
+    """
+    tx = optax.adamw(2e-4)
+
+    def widen(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def update(updates, state, params):
+        updates, state = tx.update(widen(updates), state, widen(params))
+        return jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params), state
+
+    return optax.GradientTransformation(lambda params: tx.init(widen(params)), update)
+
+
 POLICIES = {
-    "fp32": lambda: optax.adamw(2e-4),
+    "fp32": wide_adamw,
     "8bit": lambda: adamw8bit(2e-4),
-    "paged": lambda: paged(optax.adamw(2e-4)),
+    "paged": lambda: paged(wide_adamw()),
     "kernel": lambda: adamw8bit(2e-4),
 }
 MOMENTS = ("fp32", "8bit", "paged")
@@ -127,25 +146,37 @@ def lower(config, policy, chip):
     batch = placed({"tokens": tokens, "targets": tokens}, chip)
     step = jax.jit(train_step(loss_fn, tx, clip=0.3), donate_argnums=0)
     traced = step.trace(state, placed(frozen, chip), batch, None)
-    return traced.lower(lowering_platforms=("cpu" if chip == "cpu" else "tpu",))
+    return traced.lower(lowering_platforms=("cpu" if chip == "cpu" else "tpu",)), on_host(state)
 
 
-def placed(tree, chip):
-    """Shapes that lie on one chip, or on the CPU."""
+def on_host(state):
+    """Bytes of the arrays that lie in host memory, by their shapes."""
+    leaves = [x for x in jax.tree.leaves(state) if x.sharding.memory_kind == "pinned_host"]
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+
+
+@functools.cache
+def place(chip):
+    """The first chip of a topology, or the CPU. Cached: each topology has devices of its own."""
     topology = TOPOLOGIES[chip]
     devices = (
         topologies.get_topology_desc(topology, platform="tpu").devices
         if topology
         else jax.devices("cpu")
     )
-    here = NamedSharding(Mesh(np.array(devices[:1]), ("chip",)), P())
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
+    return NamedSharding(Mesh(np.array(devices[:1]), ("chip",)), P())
+
+
+def placed(tree, chip):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(chip)), tree
+    )
 
 
 def step_bytes(config, policy, chip):
     """Bytes of the compiled step by kind; on a chip that it does not fit, what XLA says."""
     begin = time.perf_counter()
-    lowered = lower(config, policy, chip)
+    lowered, host_state = lower(config, policy, chip)
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -162,6 +193,7 @@ def step_bytes(config, policy, chip):
     return {
         "bytes": sum(parts.values()) - 2 * parts["aliased"],
         **parts,
+        "host_state": host_state,
         "host_arguments": memory.host_argument_size_in_bytes,
         "host_temporaries": memory.host_temp_size_in_bytes,
         "compile_seconds": round(time.perf_counter() - begin, 1),
@@ -246,8 +278,7 @@ def summary(rows):
         of_size = out[name].setdefault(row["size"], {})
         of_size[row["policy"]] = gib(row["bytes"]) if "bytes" in row else None
         if row["chip"] == "v5p":
-            host = gib(row["host_arguments"] + row["host_temporaries"])
-            out["host_gib"].setdefault(row["size"], {})[row["policy"]] = host
+            out["host_gib"].setdefault(row["size"], {})[row["policy"]] = gib(row["host_state"])
     return out
 
 
@@ -272,8 +303,7 @@ def report(rows):
         if "refused" in row:
             lines.append(f"{begin} does not fit | | | |")
             continue
-        host = row["host_arguments"] + row["host_temporaries"]
-        columns = (row["bytes"], row["arguments"], row["temporaries"], host)
+        columns = [row[key] for key in ("bytes", "arguments", "temporaries", "host_state")]
         lines.append(f"{begin} " + " | ".join(f"{gib(n):.2f}" for n in columns) + " |")
     return "\n".join(lines) + "\n"
 
