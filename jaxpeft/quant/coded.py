@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxpeft.quant.blocks import cut, join
 from jaxpeft.weight import Decoded, Weight, axes, static, weight
@@ -63,8 +64,9 @@ class Coded(Weight):
 class Columns(Coded):
     """The matrix `codes * scale`, one scale for each column."""
 
-    codes: Any = axes("in", "out")
+    codes: Any = axes("in", "out")  # of `dtype`, or uint8 with the bits of a float of 8 bits
     scale: Any = axes("out")
+    dtype: Any = static(jnp.dtype(jnp.int8))
 
     def forward(self, x):
         """x @ (codes * scale) = (x @ codes) * scale."""
@@ -76,16 +78,19 @@ class Columns(Coded):
 
     def lookup(self, ids):
         """(codes * scale)[ids] = codes[ids] * scale."""
-        return self.codes[ids].astype(self.scale.dtype) * self.scale
+        return _values(self.codes[ids], self.dtype, self.scale.dtype) * self.scale
 
     def decode(self):
-        return self.codes.astype(self.scale.dtype) * self.scale[..., None, :]
+        return _values(self.codes, self.dtype, self.scale.dtype) * self.scale[..., None, :]
 
     def again(self, matrix):
-        return linear_codes(matrix, None, self.codes.dtype)
+        return linear_codes(matrix, None, self.dtype)
 
     def _codes(self) -> Decoded:
-        return Decoded(lambda codes: codes, {"codes": self.codes})
+        def decode(codes: jax.Array, scale: jax.Array) -> jax.Array:
+            return _values(codes, self.dtype, scale.dtype)
+
+        return Decoded(decode, {"codes": self.codes, "scale": self.scale})
 
 
 @weight
@@ -95,10 +100,11 @@ class Blocks(Coded):
     The last block has `tail` rows, or as many as the others where `tail` is 0.
     """
 
-    codes: Any = axes("in", "out")
+    codes: Any = axes("in", "out")  # of `dtype`, or uint8 with the bits of a float of 8 bits
     scales: Any = axes("in", "out")  # (blocks, out)
     block: int = static(64)
     tail: int = static(0)
+    dtype: Any = static(jnp.dtype(jnp.int8))
 
     def grain(self, field, axis):
         if axis != "in":
@@ -109,16 +115,16 @@ class Blocks(Coded):
     def lookup(self, ids):
         """(codes * scales)[ids] = codes[ids] * scales[ids // block]."""
         scales = self.scales[ids // self.block]
-        return self.codes[ids].astype(scales.dtype) * scales
+        return _values(self.codes[ids], self.dtype, scales.dtype) * scales
 
     def decode(self):
         scales, full = self.scales, self.scales.shape[-2] - bool(self.tail)
-        codes = cut(self.codes.astype(scales.dtype), self.block, full)
+        codes = cut(_values(self.codes, self.dtype, scales.dtype), self.block, full)
         pairs = zip(codes, cut(scales, 1, full), strict=True)
         return join([codes * scale for codes, scale in pairs])
 
     def again(self, matrix):
-        return linear_codes(matrix, self.block, self.codes.dtype)
+        return linear_codes(matrix, self.block, self.dtype)
 
 
 def linear_codes(matrix: jax.Array, block: int | None, dtype: Any) -> Columns | Blocks:
@@ -141,9 +147,19 @@ def linear_codes(matrix: jax.Array, block: int | None, dtype: Any) -> Columns | 
     if integers:
         ratios = [jnp.round(ratio) for ratio in ratios]
     codes, scale = join([ratio.astype(dtype) for ratio in ratios]), join(scales)
+    if not integers:
+        # XLA's CPU backend widens floats of 8 bits wherever a loop carries them.
+        codes = lax.bitcast_convert_type(codes, jnp.uint8)
     if block is None:
-        return Columns(codes, scale[..., 0, :])
-    return Blocks(codes, scale, block=size, tail=tail)
+        return Columns(codes, scale[..., 0, :], jnp.dtype(dtype))
+    return Blocks(codes, scale, size, tail, jnp.dtype(dtype))
+
+
+def _values(codes: jax.Array, dtype: Any, wanted: Any) -> jax.Array:
+    """What the codes say, without their scale."""
+    if codes.dtype != dtype:
+        codes = lax.bitcast_convert_type(codes, dtype)
+    return codes.astype(wanted)
 
 
 def wide(matrix: jax.Array) -> jax.Array:

@@ -145,7 +145,7 @@ class RaggedSite(Site):
 
     def __init__(self, dtype: Any, *, groups: jax.Array, tokens: int, **kwargs: Any):
         super().__init__(dtype, **kwargs)
-        self.groups, self.tokens = groups, tokens
+        self.arrays, self.tokens = {"groups": groups}, tokens
 
     def product(self, x: jax.Array, op: Operand) -> jax.Array:
         if STACK not in op.roles:
@@ -157,7 +157,7 @@ class RaggedSite(Site):
         return lax.ragged_dot(
             x,
             permute(op.array, order),
-            self.groups,
+            self.arrays["groups"],
             precision=self.precision,
             preferred_element_type=self.preferred if same else None,
         )
@@ -165,7 +165,7 @@ class RaggedSite(Site):
     def spread(self, op: Operand) -> jax.Array:
         if STACK not in op.roles:
             return super().spread(op)
-        return jnp.repeat(op.array, self.groups, axis=0, total_repeat_length=self.tokens)
+        return jnp.repeat(op.array, self.arrays["groups"], axis=0, total_repeat_length=self.tokens)
 
     def matrix(self, op: Operand) -> jax.Array:
         raise Unsupported("the matrix of one expert")
