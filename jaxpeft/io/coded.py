@@ -21,8 +21,6 @@ __all__ = ["Coded", "Encoder", "aligned", "encoding", "place", "view_of"]
 
 #: From a matrix (in, out) to a weight.
 Encoder = Callable[[jax.Array], Weight]
-#: As `encoding` says.
-Run = Callable[[np.ndarray], tuple[Weight, int]]
 # Where a part of an array lies: its start and stop along each axis.
 Bounds = tuple[tuple[int, int], ...]
 
@@ -32,9 +30,9 @@ class Coded(NamedTuple):
 
     view: View  # of the whole; `jax.ShapeDtypeStruct`s stand for its fields
     layer: Callable[[int], Weight]  # one of the stack, or the single one, its fields numpy arrays
-    # With double quantization layers come with their scales, and of those of the whole stack this
-    # makes a weight with `scales`, `tiles` and `offset`.
-    double: Callable[[jax.Array], Any] | None = None
+    # With double quantization layers have float scales, of all of which this makes `scales`,
+    # `tiles` and `offset`, which follow after the codes.
+    double: Callable[[jax.Array], Sequence[jax.Array]] | None = None
 
 
 def view_of(path: str, shape: Sequence[int], dtype: Any, one: Weight) -> View:
@@ -65,26 +63,25 @@ def place(coded: Coded, sharding: Sharding) -> View:
     Raises:
       ValueError: The weight cannot be cut so.
     """
-    view = coded.view
-    shapes, treedef = jax.tree.flatten(view.weight)
-    shardings = _of_fields(view, sharding)
+    shapes, treedef = jax.tree.flatten(coded.view.weight)
+    shardings = _of_fields(coded.view, sharding)
     if coded.double is None:
-        arrays = _stacked(coded, list(zip(shapes, shardings, strict=True)))
+        arrays = _filled(coded, shapes, shardings)
     else:
-        # The scales of all layers on one device, since the order of a sum shows in their mean.
+        # The scales of all layers on one device: the order in which a stack of them is summed up
+        # shows in their means.
         here = SingleDeviceSharding(jax.local_devices()[0])
-        scales = jax.ShapeDtypeStruct(shapes[1].shape, shapes[2].dtype)
-        first = _stacked(coded, [(shapes[0], shardings[0]), (scales, here)])
-        made = coded.double(first.pop())
-        late = zip((made.scales, made.tiles, made.offset), shardings[1:], strict=True)
-        arrays = first + [_sent(array, where) for array, where in late]
-    return dataclasses.replace(view, weight=jax.tree.unflatten(treedef, arrays))
+        wide = jax.ShapeDtypeStruct(shapes[1].shape, shapes[2].dtype)
+        codes, scales = _filled(coded, [shapes[0], wide], [shardings[0], here])
+        late = zip(coded.double(scales), shardings[1:], strict=True)
+        arrays = [codes, *(_moved(array, where) for array, where in late)]
+    return dataclasses.replace(coded.view, weight=jax.tree.unflatten(treedef, arrays))
 
 
-def _stacked(coded: Coded, wanted: list[tuple[jax.ShapeDtypeStruct, Sharding]]) -> list[jax.Array]:
-    """The fields of all layers, of these shapes and shardings."""
+def _filled(coded: Coded, shapes: Sequence[Any], shardings: Sequence[Sharding]) -> list[jax.Array]:
+    """The fields of all layers."""
     buffers: list[dict[Bounds, np.ndarray]] = []
-    for x, where in wanted:
+    for x, where in zip(shapes, shardings, strict=True):
         indices = where.addressable_devices_indices_map(x.shape).values()
         held = {_bounds(index, x.shape) for index in indices if index is not None}
         buffers.append({b: aligned([stop - start for start, stop in b], x.dtype) for b in held})
@@ -99,12 +96,12 @@ def _stacked(coded: Coded, wanted: list[tuple[jax.ShapeDtypeStruct, Sharding]]) 
                 target[...] = field[tuple(slice(*b) for b in bounds)]
     return [
         jax.make_array_from_callback(x.shape, where, _giver(parts, x.shape))
-        for (x, where), parts in zip(wanted, buffers, strict=True)
+        for x, where, parts in zip(shapes, shardings, buffers, strict=True)
     ]
 
 
-def _sent(array: jax.Array, sharding: Sharding) -> jax.Array:
-    """An array of this process's first device in its place, maybe on devices of others too."""
+def _moved(array: jax.Array, sharding: Sharding) -> jax.Array:
+    """An array of one device in its place, which may be in part on devices of other processes."""
     if len(sharding.device_set) == 1:
         return jax.device_put(array, sharding)
     values = np.asarray(array)
@@ -121,41 +118,46 @@ def aligned(shape: Iterable[int], dtype: Any) -> np.ndarray:
 
 
 @functools.cache
-def encoding(encode: Encoder) -> tuple[Run, Callable[[jax.Array], Any] | None]:
-    """Compiles an encoder.
+def encoding(
+    encode: Any,
+) -> tuple[
+    Callable[[np.ndarray], tuple[Weight, int]],
+    Callable[[jax.Array], Sequence[jax.Array]] | None,
+]:
+    """Compiles an encoder; what it gives is what it gives by itself for a stack, bit for bit.
 
-    What it gives is what the encoder gives by itself for a whole stack, bit for bit. For that,
-    double quantization is neither compiled along nor done layer by layer: the mean of the scales
-    would be summed up in another order, and rounded otherwise. It depends on the scales alone,
-    so that it is left to an encoder that takes them for a matrix in blocks of one.
+    For that, double quantization is neither compiled along nor done layer by layer: the mean of
+    the scales would be summed up in another order, or rounded otherwise. It depends on the scales
+    alone, so that it is left to a second call of the encoder, which takes them for a matrix in
+    blocks of one.
 
     Returns:
-      A function from a matrix to its weight, without double quantization, and the number of its
-      entries that are infinite or NaN; and `Coded.double`.
+      A function from a matrix to its weight, of numpy arrays, and the number of its entries that
+      are infinite or NaN; and `Coded.double`.
     """
-    if not isinstance(encode, functools.partial) or encode.func not in (nf4, fp4):
-        return _compiled(encode), None
-    options = dict(encode.keywords)
-    if not options.pop("double", False):
-        return _compiled(encode), None
+    options = dict(encode.keywords) if isinstance(encode, functools.partial) else {}
+    double = options.pop("double", False) and encode.func in (nf4, fp4)
+    first = functools.partial(encode.func, **options) if double else encode
 
-    def double(scales: jax.Array) -> Any:
-        flat = options.get("layout") == "flat"
-        return encode(scales[..., None] if flat else scales, block=1)  # type: ignore[call-arg]
-
-    return _compiled(functools.partial(encode.func, **options)), double
-
-
-def _compiled(encode: Encoder) -> Run:
     @jax.jit
     def compiled(matrix: jax.Array) -> tuple[Weight, jax.Array]:
-        return encode(matrix), jnp.sum(~jnp.isfinite(matrix))
+        return first(matrix), jnp.sum(~jnp.isfinite(matrix))
 
     def run(matrix: np.ndarray) -> tuple[Weight, int]:
         weight, bad = compiled(jax.device_put(matrix))
         return jax.tree.map(np.asarray, weight), int(bad)
 
-    return run
+    # Op by op every shape would cost 60 MB, so this is compiled too; but on CPU without the
+    # optimizations that fuse a product with a sum, which round once less.
+    plain = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+    @functools.partial(jax.jit, compiler_options=plain)
+    def again(scales: jax.Array) -> Sequence[jax.Array]:
+        flat = options.get("layout") == "flat"
+        weight = encode(scales[..., None] if flat else scales, block=1)
+        return weight.scales, weight.tiles, weight.offset
+
+    return run, again if double else None
 
 
 def _of_fields(view: View, sharding: Sharding) -> list[Sharding]:

@@ -7,6 +7,7 @@ A model says with one `Stack` per array what it is made of; both directions foll
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ Tree = dict[str, Any]
 
 # Rows transposed at once: strips that stay in the cache, five times as fast as a whole matrix.
 BLOCK = 64
+# Bytes of a tensor read at once.
+STRIP = 8_000_000
 
 
 class Stack(NamedTuple):
@@ -55,7 +58,7 @@ def assemble(
     """Builds arrays from the tensors of a folder, each in its final place from the start.
 
     Every shard of every array is one buffer. Tensors are read into it one by one, and JAX takes
-    it over, on CPU without a copy. So the peak is the model and one tensor. A process reads only
+    it over, on CPU without a copy. So the peak is the model and little more. A process reads only
     what its own devices hold. A matrix that is to be encoded is read whole, into memory of its
     own, and leaves its codes alone behind: the model then counts as it is stored.
 
@@ -153,12 +156,16 @@ def _fill(target: np.ndarray, tensor: Tensor, index: tuple[slice, ...], transpos
     """Reads the part of a tensor at this index of the array, its own for one of a stack."""
     # The first axis of the file is read in part, the others are cut afterwards.
     first, *rest = index[::-1] if transposed else index
-    part = read(tensor, first)[(slice(None), *rest)]
-    if not transposed:
-        target[...] = part
-        return
-    for row in range(0, len(part), BLOCK):
-        target[:, row : row + BLOCK] = part[row : row + BLOCK].T
+    start, stop, _ = first.indices(tensor.shape[0])
+    row = max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize)
+    step = max(BLOCK, STRIP // row // BLOCK * BLOCK)
+    for at in range(start, stop, step):
+        part = read(tensor, slice(at, min(at + step, stop)))[(slice(None), *rest)]
+        if not transposed:
+            target[at - start : at - start + len(part)] = part
+            continue
+        for i in range(0, len(part), BLOCK):
+            target[:, at - start + i : at - start + i + BLOCK] = part[i : i + BLOCK].T
 
 
 def _encoded(

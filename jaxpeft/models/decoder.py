@@ -672,8 +672,8 @@ def load(
 ) -> tuple[Config, Params]:
     """A model from a Hugging Face folder, read straight into stacked arrays.
 
-    The memory it takes is that of the parameters, in codes where they are quantized, and of one
-    tensor of the file, or of two where it is encoded.
+    The memory it takes is that of the parameters, in codes where they are quantized, and little
+    more: room to encode one tensor, and its scales in the whole stack.
 
     Linear weights that bitsandbytes has stored in four bits stay what they are, codes and scales.
 
