@@ -8,7 +8,7 @@ with double quantization, beside one that does all but the loading. The peak is 
 resident set, which counts pages of mapped files too: VmHWM of /proc/self/status (Linux only),
 since `ru_maxrss` would start from the parent's. The last line is JSON; the exit status is 1 if a
 dense model takes more than 1.1 times its size, or the quantized one more than its size, twice
-the largest tensor of the file and 100 MB. About three minutes on 2 cores.
+the largest tensor of the file and 100 MB. About two minutes on 2 cores.
 """
 
 import argparse
