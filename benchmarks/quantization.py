@@ -105,7 +105,7 @@ def theirs(format, weights):
 
 def step_of(format, params, tokens, remat):
     """A compiled step and its arguments."""
-    forward = jp.lift(decoder.pure(SMOLLM, remat=remat), materialize="error")
+    forward = jp.lift(decoder.pure(SMOLLM, remat="full" if remat else None), materialize="error")
     sites = jp.sites(decoder.pure(SMOLLM), params, tokens)
     method = jp.lora(RANK, sites.hidden)
     if format is not None:

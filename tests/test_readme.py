@@ -23,5 +23,5 @@ def test_the_table_has_every_method_and_no_other():
     first = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
     named = {name.split("(")[0] for cell in first for name in re.findall(r"`([^`]+)`", cell)}
     helpers = {"check_ids", "check_prompt", "virtual_ids", "with_virtual", "without_virtual"}
-    assert named == set(methods.__all__) - helpers | {"quantize"}
+    assert named == set(methods.__all__) - helpers | {"quantize", "loftq"}
     assert all(hasattr(jp, name) for name in named)
