@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpeft.quant.blocks import cut, join
-from jaxpeft.weight import Decoded, Weight, axes, static, weight
+from jaxpeft.quant.decoded import Decoded
+from jaxpeft.weight import Weight, axes, static, weight
 
 
 class Coded(Weight):

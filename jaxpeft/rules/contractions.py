@@ -147,6 +147,10 @@ class RaggedSite(Site):
         super().__init__(dtype, **kwargs)
         self.arrays, self.tokens = {"groups": groups}, tokens
 
+    @property
+    def groups(self) -> jax.Array:
+        return self.arrays["groups"]
+
     def product(self, x: jax.Array, op: Operand) -> jax.Array:
         if STACK not in op.roles:
             return super().product(x, op)
@@ -157,7 +161,7 @@ class RaggedSite(Site):
         return lax.ragged_dot(
             x,
             permute(op.array, order),
-            self.arrays["groups"],
+            self.groups,
             precision=self.precision,
             preferred_element_type=self.preferred if same else None,
         )
@@ -165,7 +169,7 @@ class RaggedSite(Site):
     def spread(self, op: Operand) -> jax.Array:
         if STACK not in op.roles:
             return super().spread(op)
-        return jnp.repeat(op.array, self.arrays["groups"], axis=0, total_repeat_length=self.tokens)
+        return jnp.repeat(op.array, self.groups, axis=0, total_repeat_length=self.tokens)
 
     def matrix(self, op: Operand) -> jax.Array:
         raise Unsupported("the matrix of one expert")

@@ -1,5 +1,6 @@
 """No dense copy of a quantized weight outlives its layer, whatever the format and the loop."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -105,3 +106,21 @@ def test_a_gather_and_a_convolution_save_no_dense_weight_either(format):
     lifted = jp.lift(f, materialize="error")
     saved = kept(lambda a, i: lifted(jp.combine(frozen, a), args[0], i), adapter, args[1])
     assert saved and not dense(saved), dense(saved)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int4/asym", "int8", "fp8"])
+def test_who_trains_the_scales_gets_their_gradient(format):
+    params, f = model(2, scanned=True, remat=False)
+    x = jnp.ones((TOKENS, WIDTH)) / 12
+    view = jp.quantize(format, jp.sites(f, params, x))(KEY, params)["w"]
+    name = "scale" if hasattr(view.weight, "scale") else "scales"
+
+    def with_scales(scales):
+        weight = dataclasses.replace(view.weight, **{name: scales})
+        return {"w": dataclasses.replace(view, weight=weight)}
+
+    scales = getattr(view.weight, name)
+    got = jax.grad(lambda s: jnp.sum(jp.lift(f)(with_scales(s), x) ** 2))(scales)
+    want = jax.grad(lambda s: jnp.sum(f(jp.merge(with_scales(s)), x) ** 2))(scales)
+    assert jnp.max(jnp.abs(want)) > 0
+    assert jnp.allclose(got, want, rtol=1e-4, atol=1e-5 * jnp.max(jnp.abs(want)))
