@@ -85,8 +85,14 @@ def in_pieces(
         fetched = jax.device_put([paged[i] for i in mine], jax.memory.Space.Device)
         known.update(zip([old[i] for i in mine], fetched, strict=True))
         run(calls)
-        for i in changed:
-            paged[i] = jax.device_put(kept(i, value(new[i])), jax.memory.Space.Host)
+        # What the piece has fetched is done with when it goes: XLA would compute the updates at
+        # the end, and keep all that was fetched until then.
+        made = {number for call in calls for number in call.outputs}
+        own = [x for x in program.outputs[: len(program.outputs) - len(old)] if x in made]
+        leaves = [kept(i, value(new[i])) for i in changed]
+        own_values, leaves = jax.lax.optimization_barrier(([known[x] for x in own], leaves))
+        known.update(zip(own, own_values, strict=True))
+        paged.update(zip(changed, jax.device_put(leaves, jax.memory.Space.Host), strict=True))
         done.append(mine)
 
     def unless_zero(update):

@@ -175,9 +175,9 @@ def barriers(tx):
     ],
 )
 def test_a_piece_is_what_needs_nothing_of_the_others(name, pieces):
-    """Each piece but the first waits for one before it."""
-    assert barriers(train.paged(OPTIMIZERS[name], min_size=SMALL)) == pieces - 1
-    assert barriers(train.paged(OPTIMIZERS[name], min_size=SMALL, in_flight=2)) == 0
+    """Each piece ends with a barrier, and each but the first waits for one before it."""
+    assert barriers(train.paged(OPTIMIZERS[name], min_size=SMALL)) == pieces + pieces - 1
+    assert barriers(train.paged(OPTIMIZERS[name], min_size=SMALL, in_flight=2)) == pieces
 
 
 def test_a_state_that_the_update_leaves_alone_is_not_fetched():
