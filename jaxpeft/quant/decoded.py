@@ -107,12 +107,16 @@ def _read_again(arrays: dict[str, Any]) -> dict[str, Any]:
         x for x in arrays.values() if x is not None and jnp.issubdtype(x.dtype, jnp.floating)
     )
 
-    def never(number: jax.Array) -> jax.Array:
-        first = lax.reshape(lax.slice(number, (0,) * number.ndim, (1,) * number.ndim), ())
-        return (first != first) & (first == first)
+    def first(number: jax.Array) -> jax.Array:
+        return lax.reshape(lax.slice(number, (0,) * number.ndim, (1,) * number.ndim), ())
 
-    no = jnp.zeros((), bool)
-    given = lax.platform_dependent(number, cpu=never, default=lambda _: no)
+    def never(number: jax.Array) -> jax.Array:
+        return (first(number) != first(number)) & (first(number) == first(number))
+
+    def plainly_never(number: jax.Array) -> jax.Array:
+        return (first(number) != first(number)) & jnp.zeros((), bool)  # of the type of `never`
+
+    given = lax.platform_dependent(number, cpu=never, default=plainly_never)
     return {
         k: None if x is None else jnp.where(given, jnp.zeros_like(x), x) for k, x in arrays.items()
     }

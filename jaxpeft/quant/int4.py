@@ -30,9 +30,11 @@ class Int4(Coded):
 
     def decode(self):
         scales, full = self.scales, self.scales.shape[-2] - bool(self.tail)
-        zeros = jnp.full_like(scales, 8) if self.zeros is None else self.zeros.astype(scales.dtype)
         codes = unpack(self.codes, full, self.block, self.tail)
-        parts = zip(codes, cut(scales, 1, full), cut(zeros, 1, full), strict=True)
+        zeros: list[Any] = [8] * len(codes)
+        if self.zeros is not None:
+            zeros = cut(self.zeros.astype(scales.dtype), 1, full)
+        parts = zip(codes, cut(scales, 1, full), zeros, strict=True)
         return join([(c.astype(s.dtype) - z) * s for c, s, z in parts])
 
     def again(self, matrix):
