@@ -2,6 +2,7 @@
 
     format      weight     codes                 scales
     nf4, fp4    Codebook   two to a byte         a block of a column, themselves in 8 bits ("+dq")
+    nf4, fp4    Flat       two to a byte         a block of the whole array, as bitsandbytes has it
     int4        Int4       two to a byte         a block of a column, with a zero point ("asym")
     int8, fp8   Columns    one to a byte         a column
     int8, fp8   Blocks     one to a byte         a block of a column

@@ -39,9 +39,10 @@ class Codebook(Coded):
         return super().transposed(y) if (x := self._fused(y, True)) is None else x
 
     def grain(self, field, axis):
-        height, width = _tile(2**31)
+        # A matrix of few blocks has wider tiles.
+        height, width = _tile(self.scales.shape[-2]) if field == "tiles" else (1, 1)
         if axis == "out":
-            return (width, 1) if field == "tiles" else (1, 1)
+            return width, 1
         if self.tail:
             return 0, 0
         lie = {"codes": (1, half(self.block)), "scales": (1, 1), "tiles": (height, 1)}

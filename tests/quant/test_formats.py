@@ -164,6 +164,21 @@ def test_a_view_is_cut_where_whole_blocks_end_and_nowhere_else(format, unit):
         assert view.cut(1, 0, 32) is None and not view.divides(1, 4)
 
 
+@pytest.mark.parametrize(("blocks", "width"), [(1, 256), (2, 128), (3, 85), (4, 64), (5, 64)])
+def test_a_tile_of_scales_is_never_cut(blocks, width):
+    w = gaussian(64 * blocks, 4 * width) * (1 + jnp.arange(4 * width) // 64)
+    plain = View.of(w, roles_of("in", "out")(w.shape), "w")
+    coded = encode("nf4+dq", w)
+    view = View(coded, plain.axes, plain.dims, plain.dtype, "w", natural=False)
+    dense = np.asarray(view.materialize())
+    for start, stop in ((0, width), (width, 3 * width), (0, 4 * width)):
+        cut = view.cut(1, start, stop)
+        np.testing.assert_array_equal(cut.materialize(), dense[:, start:stop])
+    for start in (width // 2, 64 if width > 64 else 32):
+        assert view.cut(1, start, 2 * width) is None
+    assert view.divides(1, 4) and not view.divides(1, 8)
+
+
 def test_what_has_a_short_last_block_is_cut_by_columns_only():
     w = gaussian(100, 8)
     plain = View.of(w, roles_of("in", "out")(w.shape), "w")
