@@ -24,7 +24,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,12 +32,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict
 from jax import Array
 
-from jaxpeft.io import bitsandbytes, safetensors
-from jaxpeft.io.formats import Formats, encoders
-from jaxpeft.io.stacked import Stack, assemble
+from jaxpeft.io import safetensors
+from jaxpeft.io.formats import Formats
+from jaxpeft.io.stacked import Stack
+from jaxpeft.models import folders
+from jaxpeft.models.layers import Embed, Linear, RMSNorm, cast
 
 __all__ = ["Cache", "Config", "Decoder", "Place", "Rope", "attention", "init", "init_cache", "load"]
 __all__ += ["plan", "pure", "save", "shapes"]
@@ -368,32 +368,6 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
 # Modules -----------------------------------------------------------------------------------------
 
 
-class Linear(nnx.Module):
-    """x @ kernel + bias, kernel (in, out), computed in `dtype` (`None`: as it comes)."""
-
-    def __init__(self, n: int, m: int, bias: bool, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
-        self.dtype = dtype
-        self.kernel = nnx.Param(_normal(rngs.params(), (n, m), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((m,), param_dtype)) if bias else None
-
-    def __call__(self, x: Array) -> Array:
-        y = x @ _cast(self.kernel, self.dtype)
-        return y if self.bias is None else y + _cast(self.bias, self.dtype)
-
-
-class RMSNorm(nnx.Module):
-    """scale * x / sqrt(mean(x ** 2) + eps) over the last axis, in float32 or wider."""
-
-    def __init__(self, n: int, eps: float, *, param_dtype: Any):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones((n,), param_dtype))
-
-    def __call__(self, x: Array) -> Array:
-        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
-
-
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -459,17 +433,6 @@ class Layer(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), kv
 
 
-class Embed(nnx.Module):
-    """Rows of a table by id; an id beyond the table gives NaN, not another token's row."""
-
-    def __init__(self, vocab: int, width: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
-        self.dtype = dtype
-        self.embedding = nnx.Param(_normal(rngs.params(), (vocab, width), param_dtype))
-
-    def __call__(self, ids: Array) -> Array:
-        return _cast(jnp.take(self.embedding[...], ids, axis=0), self.dtype)
-
-
 class Decoder(nnx.Module):
     """A decoder of the Llama family.
 
@@ -530,9 +493,9 @@ class Decoder(nnx.Module):
         """(B, T, V) from the hidden states (B, T, D), by the head or the transposed embedding."""
         dtype = self.embed.dtype
         if self.config.tied:
-            table = _cast(self.embed.embedding, dtype)
+            table = cast(self.embed.embedding, dtype)
             return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=self.logits_dtype)
-        kernel = _cast(self.head.kernel, dtype)
+        kernel = cast(self.head.kernel, dtype)
         return jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=self.logits_dtype)
 
     def hidden(
@@ -604,14 +567,6 @@ def _layer_windows(config: Config) -> Array | None:
     return jnp.asarray(windows, jnp.int32)
 
 
-def _normal(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
-
-
-def _cast(weight: Any, dtype: Any) -> Array:
-    return weight[...] if dtype is None else weight[...].astype(dtype)
-
-
 # Parameters and files ----------------------------------------------------------------------------
 
 
@@ -652,8 +607,7 @@ def init_cache(config: Config, rows: int, length: int, dtype: Any = jnp.float32)
     return Cache(jnp.zeros(kv, dtype), jnp.zeros(kv, dtype), slots, slots, jnp.int32(0))
 
 
-# One row per kind of array: our path, the tensor in the file, and whether it is (out, in) there.
-_TABLE = (
+_TABLE: folders.Table = (
     (r"embed/embedding", r"model.embed_tokens.weight", False),
     (r"layers/attn/([qkvo])/kernel", r"model.layers.{}.self_attn.\1_proj.weight", True),
     (r"layers/attn/([qkvo])/bias", r"model.layers.{}.self_attn.\1_proj.bias", False),
@@ -699,28 +653,18 @@ def load(
         named), or describe a model that this decoder does not compute. A format is unknown, or
         does not fit `sharding`; a weight is quantized already, or not finite.
     """
-    hf, tensors = safetensors.open_folder(folder)
-    config = Config.from_hf(bitsandbytes.configured(hf))
+    hf, tensors = folders.open(folder)
+    config = Config.from_hf(hf)
     if config.tied and "lm_head.weight" in tensors:
         _check_tied(tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight"))
-    every = plan(config)
-    # What `sites.hidden` selects.
-    hidden = [path for path, stack in every.items() if stack.stacked and stack.transposed]
-    encode = encoders(quantize, every, hidden)
-    tensors, wanted, coded = bitsandbytes.stored(tensors, every, dtype)
-    if twice := [path for path in encode if path in coded]:
-        raise ValueError(
-            f"`load(quantize={quantize!r})`: {', '.join(map(repr, twice))} of {folder} are "
-            "quantized already. Leave `quantize` out, or give a mapping that spares them."
-        )
-    params = assemble(
+    params = folders.read(
+        folder,
         tensors,
-        wanted,
+        plan(config),
         dtype=dtype,
         sharding=sharding,
+        quantize=quantize,
         ignore=_ignorable,
-        encoders=encode,
-        coded=coded,
     )
     return config, params
 
@@ -741,9 +685,8 @@ def save(
         folder holds (all are named).
       OSError: The disk is full.
     """
-    tensors, more = bitsandbytes.written(params, plan(config))
     hf = config.to_hf() | {"torch_dtype": np.dtype(params["embed"]["embedding"].dtype).name}
-    safetensors.write_folder(folder, hf | more, tensors, shard_bytes=shard_bytes)
+    folders.write(folder, hf, params, plan(config), shard_bytes=shard_bytes)
 
 
 def _abstract(config: Config, **options: Any) -> Decoder:
@@ -752,14 +695,7 @@ def _abstract(config: Config, **options: Any) -> Decoder:
 
 def plan(config: Config) -> dict[str, Stack]:
     """What each array is made of, by path, in terms of the tensors of a Hugging Face folder."""
-    stacks = {}
-    for path, array in flatten_dict(shapes(config), sep="/").items():
-        pattern, name, transposed = next(row for row in _TABLE if re.fullmatch(row[0], path))
-        name = re.sub(pattern, name, path)
-        stacked = path.startswith("layers/")
-        names = tuple(name.format(i) for i in range(config.layers)) if stacked else (name,)
-        stacks[path] = Stack(array.shape, names, stacked, transposed)
-    return stacks
+    return folders.plan(shapes(config), _TABLE)
 
 
 def _ignorable(name: str) -> bool:

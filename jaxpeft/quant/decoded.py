@@ -38,20 +38,26 @@ class Decoded:
         return Decoded(self.decode, self.fields, self.cols, self.rows)
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
-        arrays = {k: None if op is None else op.array for k, op in self.fields.items()}
-        return _product(self, x, arrays, self._site.arrays)
+        return _product(self, x, self._arrays, self._site.arrays)
 
     def __getitem__(self, ids: jax.Array) -> jax.Array:
-        return self._at(self._site, {k: op and op.array for k, op in self.fields.items()})[ids]
+        return self._at(self._site, self._arrays)[ids]
+
+    @property
+    def _arrays(self) -> dict[str, Any]:
+        return {k: None if op is None else op.array for k, op in self.fields.items()}
+
+    @property
+    def _first(self) -> Operand:
+        return next(op for op in self.fields.values() if op is not None)
 
     @property
     def _site(self) -> Site:
-        return next(op.site for op in self.fields.values() if op is not None)
+        return self._first.site
 
     def _at(self, site: Site, arrays: dict[str, Any]) -> Operand:
         """The matrix as an operand of the site."""
-        first = next(op for op in self.fields.values() if op is not None)
-        stack = tuple(role for role in first.roles if role == STACK)
+        stack = tuple(role for role in self._first.roles if role == STACK)
         matrix = self.decode(**arrays).astype(site.dtype)
         return BaseOperand(matrix, (*stack, IN, OUT), self.rows, self.cols, site)
 

@@ -8,7 +8,7 @@ import pytest
 
 from .methods import METHODS
 from .rows import ROWS
-from .rows.row import paths
+from .rows.row import marks, paths
 from .subject import frozen_call, lifted_call, on_mesh, real, scores, subject
 
 COLLECTIVE = re.compile(
@@ -49,9 +49,8 @@ def parts(s) -> set[str]:
 
 def on_mesh_rows():
     rows = [r for r in ROWS if "mesh" in r.name or r.name.startswith("shard_map")]
-    slow = [pytest.mark.conformance]
-    rows = [r for r in rows if not r.materializes and not r.gaps]
-    return [pytest.param(r, id=r.name, marks=[] if r.everyday else slow) for r in rows]
+    rows = [r for r in rows if not r.materializes]
+    return [pytest.param(r, id=r.name, marks=marks(r.everyday)) for r in rows]
 
 
 @pytest.mark.parametrize("row", on_mesh_rows())

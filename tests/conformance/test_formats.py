@@ -14,6 +14,7 @@ import jaxpeft as jp
 
 from .methods import METHODS
 from .rows import ROWS
+from .rows.row import marks
 from .subject import differentiated, in_mesh, lifted_call, score, scores, subject, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore::jaxpeft.MaterializedWarning")
@@ -54,9 +55,10 @@ def pairs(methods):
                 if not (lora or row.name in method.rows or name == "nf4+dq"):
                     continue
                 first = row.name == PLAIN or row.name in SPECIAL and name == "nf4+dq"
-                marks = [] if lora and first else [pytest.mark.conformance]
                 label = f"{name}: {method.name}: {row.name}"
-                listed.append(pytest.param(row, method, name, id=label, marks=marks))
+                listed.append(
+                    pytest.param(row, method, name, id=label, marks=marks(lora and first))
+                )
     return listed
 
 

@@ -38,7 +38,7 @@ from .walk import more_than, weight_sized
 pytestmark = pytest.mark.filterwarnings("ignore::jaxpeft.MaterializedWarning")
 
 
-def table(wanted=lambda row, method: True, everyday=lambda row, method: True, column="laws"):
+def table(wanted=lambda row, method: True, everyday=lambda row, method: True):
     """Rows crossed with methods; pairs outside the everyday suite carry the mark."""
     pairs = []
     for method in METHODS:
@@ -46,7 +46,7 @@ def table(wanted=lambda row, method: True, everyday=lambda row, method: True, co
             if not method.takes(row) or not wanted(row, method):
                 continue
             first = row.everyday if method is METHODS[0] else row.name in method.rows
-            known = marks(row, first and everyday(row, method), column)
+            known = marks(first and everyday(row, method))
             pairs.append(pytest.param(row, method, id=f"{method.name}: {row.name}", marks=known))
     return pytest.mark.parametrize(("row", "method"), pairs)
 
@@ -221,7 +221,7 @@ def test_a_method_has_each_row_once():
         assert not method.by_hand or set(method.rows) <= own
 
 
-@table(lambda row, method: method.factored and not row.materializes, column="formed")
+@table(lambda row, method: method.factored and not row.materializes)
 def test_nothing_of_a_weights_size_is_formed(row, method):
     s = subject(row, method)
     lifted, dense = weight_sized_results(s)
@@ -229,7 +229,7 @@ def test_nothing_of_a_weights_size_is_formed(row, method):
     assert not extra, "\n".join(map(str, extra))
 
 
-@pytest.mark.parametrize("row", all_rows("sites"))
+@pytest.mark.parametrize("row", all_rows())
 def test_sites_finds_what_each_weight_does(row):
     case = row.build()
     sites = jp.sites(case.fn, case.params, *case.args)
@@ -245,7 +245,7 @@ def test_sites_finds_what_each_weight_does(row):
     }
 
 
-@table(everyday=few, column="announced")
+@table(everyday=few)
 def test_sites_announces_what_lift_materializes(row, method):
     s = subject(row, method)
     events = []

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpeft.models import decoder
+from jaxpeft.models import decoder, layers
 
 BASE = decoder.Config(
     vocab=19, width=12, mlp_width=20, layers=3, heads=4, kv_heads=2, head_dim=6, context=64
@@ -264,7 +264,7 @@ def test_compute_and_logits_dtypes_are_as_asked():
 
 
 def test_the_norm_is_computed_in_float32():
-    norm = decoder.RMSNorm(4096, 1e-6, param_dtype=jnp.bfloat16)
+    norm = layers.RMSNorm(4096, 1e-6, param_dtype=jnp.bfloat16)
     x = jax.random.normal(jax.random.key(0), (4096,)).astype(jnp.bfloat16)
     y = x.astype(jnp.float32)
     want = (y / np.sqrt(np.mean(np.square(y, dtype=np.float64)))).astype(jnp.bfloat16)

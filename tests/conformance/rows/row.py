@@ -56,9 +56,6 @@ class Row:
     # A custom rule makes the dense gradient of these weights in the hand-written step too.
     rule: tuple[str, ...] = ()
     stopped: tuple[str, ...] = ()  # weights that the model takes no gradient through
-    # Columns that fall short here, and are expected to until someone removes the mark: "sites"
-    # (roles), "formed" (a weight's size), "announced", "laws" (everything). The row says why.
-    gaps: tuple[str, ...] = ()
     # Rows that stand for their kind in the everyday suite.
     everyday: bool = False
 
@@ -92,17 +89,13 @@ def matrices(row: Row, case: Case) -> list[str]:
     return [n if n in have else n + "/value" for n in row.matrices]
 
 
-def all_rows(column: str = "") -> list:
+def all_rows() -> list:
     """Every row as a test's parameter; those outside the everyday suite carry the mark."""
-    return [pytest.param(r, id=r.name, marks=marks(r, r.everyday, column)) for r in ROWS]
+    return [pytest.param(r, id=r.name, marks=marks(r.everyday)) for r in ROWS]
 
 
-def marks(row: Row, everyday: bool, column: str) -> list:
-    slow = [] if everyday else [pytest.mark.conformance]
-    gap = {column, "laws"} & set(row.gaps) if column else set()
-    # Every method is tried on a row, and a gap need not show under each of them.
-    known = pytest.mark.xfail(reason=f"known gap: {row.build.__doc__}", strict=column == "sites")
-    return slow + [known] * bool(gap)
+def marks(everyday: bool) -> list:
+    return [] if everyday else [pytest.mark.conformance]
 
 
 def random(*shape, seed: int = 0, scale: float = 0.4, dtype=jnp.float64):
