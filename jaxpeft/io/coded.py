@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, Sharding
 
-from jaxpeft.quant import fp4, nf4
 from jaxpeft.rules.sharding import acts_on_parts, field_specs
 from jaxpeft.weight import IN, OUT, STACK, View, Weight, roles_of
 
@@ -30,9 +29,6 @@ class Coded(NamedTuple):
 
     view: View  # of the whole; `jax.ShapeDtypeStruct`s stand for its fields
     layer: Callable[[int], Weight]  # one of the stack, or the single one, its fields numpy arrays
-    # With double quantization layers have float scales, of all of which this makes `scales`,
-    # `tiles` and `offset`, which follow after the codes.
-    double: Callable[[jax.Array], Sequence[jax.Array]] | None = None
 
 
 def view_of(path: str, shape: Sequence[int], dtype: Any, one: Weight) -> View:
@@ -65,21 +61,6 @@ def place(coded: Coded, sharding: Sharding) -> View:
     """
     shapes, treedef = jax.tree.flatten(coded.view.weight)
     shardings = _of_fields(coded.view, sharding)
-    if coded.double is None:
-        arrays = _filled(coded, shapes, shardings)
-    else:
-        # The scales of all layers on one device: the order in which a stack of them is summed up
-        # shows in their means.
-        here = SingleDeviceSharding(jax.local_devices()[0])
-        wide = jax.ShapeDtypeStruct(shapes[1].shape, shapes[2].dtype)
-        codes, scales = _filled(coded, [shapes[0], wide], [shardings[0], here])
-        late = zip(coded.double(scales), shardings[1:], strict=True)
-        arrays = [codes, *(_moved(array, where) for array, where in late)]
-    return dataclasses.replace(coded.view, weight=jax.tree.unflatten(treedef, arrays))
-
-
-def _filled(coded: Coded, shapes: Sequence[Any], shardings: Sequence[Sharding]) -> list[jax.Array]:
-    """The fields of all layers."""
     buffers: list[dict[Bounds, np.ndarray]] = []
     for x, where in zip(shapes, shardings, strict=True):
         indices = where.addressable_devices_indices_map(x.shape).values()
@@ -94,18 +75,11 @@ def _filled(coded: Coded, shapes: Sequence[Any], shardings: Sequence[Sharding]) 
         for field, parts in zip(fields, targets, strict=True):
             for bounds, target in parts:
                 target[...] = field[tuple(slice(*b) for b in bounds)]
-    return [
+    arrays = [
         jax.make_array_from_callback(x.shape, where, _giver(parts, x.shape))
         for x, where, parts in zip(shapes, shardings, buffers, strict=True)
     ]
-
-
-def _moved(array: jax.Array, sharding: Sharding) -> jax.Array:
-    """An array of one device in its place, which may be in part on devices of other processes."""
-    if len(sharding.device_set) == 1:
-        return jax.device_put(array, sharding)
-    values = np.asarray(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: values[index])
+    return dataclasses.replace(coded.view, weight=jax.tree.unflatten(treedef, arrays))
 
 
 def aligned(shape: Iterable[int], dtype: Any) -> np.ndarray:
@@ -118,46 +92,19 @@ def aligned(shape: Iterable[int], dtype: Any) -> np.ndarray:
 
 
 @functools.cache
-def encoding(
-    encode: Any,
-) -> tuple[
-    Callable[[np.ndarray], tuple[Weight, int]],
-    Callable[[jax.Array], Sequence[jax.Array]] | None,
-]:
-    """Compiles an encoder; what it gives is what it gives by itself for a stack, bit for bit.
-
-    For that, double quantization is neither compiled along nor done layer by layer: the mean of
-    the scales would be summed up in another order, or rounded otherwise. It depends on the scales
-    alone, so that it is left to a second call of the encoder, which takes them for a matrix in
-    blocks of one.
-
-    Returns:
-      A function from a matrix to its weight, of numpy arrays, and the number of its entries that
-      are infinite or NaN; and `Coded.double`.
-    """
-    options = dict(encode.keywords) if isinstance(encode, functools.partial) else {}
-    double = options.pop("double", False) and encode.func in (nf4, fp4)
-    first = functools.partial(encode.func, **options) if double else encode
+def encoding(encode: Encoder) -> Callable[[np.ndarray], tuple[Weight, int]]:
+    """Compiles an encoder: a function from a matrix to its weight, of numpy arrays, and to the
+    number of its entries that are infinite or NaN."""
 
     @jax.jit
     def compiled(matrix: jax.Array) -> tuple[Weight, jax.Array]:
-        return first(matrix), jnp.sum(~jnp.isfinite(matrix))
+        return encode(matrix), jnp.sum(~jnp.isfinite(matrix))
 
     def run(matrix: np.ndarray) -> tuple[Weight, int]:
         weight, bad = compiled(jax.device_put(matrix))
         return jax.tree.map(np.asarray, weight), int(bad)
 
-    # Op by op every shape would cost 60 MB, so this is compiled too; but on CPU without the
-    # optimizations that fuse a product with a sum, which round once less.
-    plain = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-
-    @functools.partial(jax.jit, compiler_options=plain)
-    def again(scales: jax.Array) -> Sequence[jax.Array]:
-        flat = options.get("layout") == "flat"
-        weight = encode(scales[..., None] if flat else scales, block=1)
-        return weight.scales, weight.tiles, weight.offset
-
-    return run, again if double else None
+    return run
 
 
 def _of_fields(view: View, sharding: Sharding) -> list[Sharding]:

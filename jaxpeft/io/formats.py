@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -44,7 +43,6 @@ def encoders(
     return {path: _encoder(chosen[path]) for path in plan if chosen.get(path) is not None}
 
 
-@functools.cache  # One function per name, which is then compiled once.
 def _encoder(format: Any) -> Encoder:
     if isinstance(format, str):
         return encoder(format)

@@ -173,7 +173,7 @@ def _encoded(
 ) -> Coded:
     """The weights of a stack, each encoded from its tensor when its turn comes."""
     shape = stack.shape[-2:]
-    run, double = encoding(encode)
+    run = encoding(encode)
 
     def layer(i: int) -> Weight:
         tensor = tensors[stack.names[i]]
@@ -189,7 +189,7 @@ def _encoded(
         return weight
 
     one = jax.eval_shape(encode, jax.ShapeDtypeStruct(shape, dtype))
-    return Coded(view_of(path, stack.shape, dtype, one), layer, double)
+    return Coded(view_of(path, stack.shape, dtype, one), layer)
 
 
 def _faults(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.quant import dynamic
-from jaxpeft.quant.book import GROUP, Book, relative, rounded
+from jaxpeft.quant.book import GROUP, Book, mean, relative, rounded
 from jaxpeft.quant.coded import Coded, checked_block, wide
 from jaxpeft.weight import axes, static, weight
 
@@ -61,7 +61,7 @@ def flat(matrix: jax.Array, book: Book, *, block: int, double: bool) -> Flat:
     packed = (codes[..., ::2] << 4 | codes[..., 1::2]).astype(jnp.uint8)
     tiles = offset = None
     if double:
-        offset = jnp.mean(scales, axis=-1)
+        offset = mean(scales)
         tiles, ratios = _in_blocks(scales - offset[..., None], GROUP)
         each = _each(tiles, GROUP, scales.shape[-1])
         scales = jnp.where(each > 0, dynamic.nearest(ratios), 0).astype(jnp.uint8)

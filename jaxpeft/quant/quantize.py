@@ -35,15 +35,16 @@ FORMATS: dict[str, Callable[..., Weight]] = {
 }
 
 
+@functools.cache  # One function per format, which is then compiled once per shape.
 def encoder(format: str, **options: Any) -> Callable[[jax.Array], Weight]:
-    """The function of a format's name from a matrix to a weight.
+    """The function of a format's name from a matrix to a weight, compiled.
 
     Raises:
       ValueError: There is no such format.
     """
     if format not in FORMATS:
         raise ValueError(f"`quantize('{format}')`: the formats are {sorted(FORMATS)}.")
-    return functools.partial(FORMATS[format], **options)
+    return jax.jit(functools.partial(FORMATS[format], **options))
 
 
 def quantize(format: str, sites: Sites, **options: Any) -> Method:

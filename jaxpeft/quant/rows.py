@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxpeft.quant import dynamic
 from jaxpeft.quant.blocks import cut, half, join, pack, unpack
-from jaxpeft.quant.book import GROUP, Book, relative, rounded
+from jaxpeft.quant.book import GROUP, Book, mean, relative, rounded
 from jaxpeft.quant.coded import Coded, checked_block, wide
 from jaxpeft.weight import Site, axes, static, weight
 
@@ -124,7 +124,7 @@ def compress(scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scales (*stack, blocks, out) as (codes, tiles, offset), see `Codebook`."""
     *stack, blocks, out = scales.shape
     height, width = _tile(blocks)
-    offset = jnp.mean(scales, axis=(-2, -1))
+    offset = mean(scales.reshape(*stack, -1))
     centred = scales - offset[..., None, None]
     pad = [(0, 0)] * len(stack) + [(0, -blocks % height), (0, -out % width)]
     tiled = jnp.pad(jnp.abs(centred), pad)

@@ -70,6 +70,18 @@ def test_double_quantization_moves_a_scale_by_a_hundredth_at_most(format, shape)
     assert np.nanmax(np.abs(ratio - 1)) > 0
 
 
+@pytest.mark.parametrize("layout", ["rows", "flat"])
+@pytest.mark.parametrize("shape", [(3, 300, 77), (2, 1000, 129)], ids=str)
+def test_codes_of_scales_are_the_same_eagerly_compiled_and_layer_by_layer(shape, layout):
+    w = gaussian(*shape, seed=2)
+    encode = lambda w: FORMATS["nf4+dq"](w, layout=layout)  # noqa: E731
+    eager, compiled = encode(w), jax.jit(encode)(w)
+    layers = jax.tree.map(lambda *xs: jnp.stack(xs), *map(jax.jit(encode), w))
+    for other in compiled, layers:
+        for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("format", sorted(FORMATS))
 def test_zeros_stay_zeros_and_negligible_numbers_become_them(format):
     w = gaussian(130, 4).at[:64, 1].set(0).at[5].set(0).at[:, 3].set(1e-40)
