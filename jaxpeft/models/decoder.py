@@ -570,20 +570,22 @@ def _layer_windows(config: Config) -> Array | None:
 # Parameters and files ----------------------------------------------------------------------------
 
 
-def pure(config: Config, **options: Any) -> Callable[..., Any]:
+def pure(config: Config, call: str = "__call__", **options: Any) -> Callable[..., Any]:
     """The model as a function `forward(params, tokens, **where) -> logits`.
 
     Args:
       config: Shape of the model.
+      call: The method to run, where it is not the whole: `"hidden"` gives what the head reads,
+        a trunk for the heads of `jaxpeft.models.heads`.
       **options: Those of `Decoder`.
     Returns:
       A function of the nested dict of arrays that `init` and `load` give, and of what
-      `Decoder.__call__` takes. On a mesh with Explicit axes, wrap it in `jax.sharding.auto_axes`.
+      the method takes. On a mesh with Explicit axes, wrap it in `jax.sharding.auto_axes`.
     """
     graphdef = nnx.graphdef(_abstract(config, **options))
 
     def forward(params: Params, tokens: Array, **where: Any) -> Any:
-        return nnx.merge(graphdef, params)(tokens, **where)
+        return getattr(nnx.merge(graphdef, params), call)(tokens, **where)
 
     return forward
 

@@ -381,26 +381,21 @@ class Encoder(nnx.Module):
 # Parameters and files ----------------------------------------------------------------------------
 
 
-def pure(config: Config, *, output: str = "hidden", **options: Any) -> Callable[..., Array]:
+def pure(config: Config, call: str = "__call__", **options: Any) -> Callable[..., Array]:
     """The model as a function `forward(params, tokens, **where) -> hidden states`.
 
     Args:
       config: Shape of the model.
-      output: "hidden" for (B, T, D) or, where there is a pooler, "pooled" for (B, D).
+      call: The method to run, where it is not the whole: "pooled".
       **options: Those of `Encoder`.
     Returns:
-      A function of the nested dict of arrays that `init` and `load` give, and of what
-      `Encoder.__call__` takes. On a mesh with Explicit axes, wrap it in `jax.sharding.auto_axes`.
-    Raises:
-      ValueError: An unknown `output`.
+      A function of the nested dict of arrays that `init` and `load` give, and of what the method
+      takes. On a mesh with Explicit axes, wrap it in `jax.sharding.auto_axes`.
     """
-    if output not in ("hidden", "pooled"):
-        raise ValueError(f"`output` must be 'hidden' or 'pooled', got {output!r}.")
     graphdef = nnx.graphdef(_abstract(config, **options))
 
     def forward(params: Params, tokens: Array, **where: Any) -> Array:
-        model = nnx.merge(graphdef, params)
-        return (model if output == "hidden" else model.pooled)(tokens, **where)
+        return getattr(nnx.merge(graphdef, params), call)(tokens, **where)
 
     return forward
 

@@ -294,6 +294,10 @@ def test_the_module_and_the_pure_function_are_one():
     np.testing.assert_array_equal(compiled(BASE)(params, ids()), want)
     pieces = nnx.jit(lambda model: model.logits(model.hidden(ids())))(model)
     np.testing.assert_array_equal(pieces, want)
+    hidden = compiled(BASE, call="hidden")(params, ids())
+    assert hidden.shape == (2, 10, BASE.width)
+    head = jax.jit(lambda x: x @ params["head"]["kernel"])(hidden)
+    np.testing.assert_allclose(head, want, atol=1e-5)
 
 
 # Parameters and files ----------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def test_token_types_and_pooler_agree(pair):
     want = theirs(model, tokens, token_type_ids=types)
     check(ours(config, params, tokens, types=types), want.last_hidden_state)
     assert config.pooler
-    pooled = jax.jit(encoder.pure(config, output="pooled"))(params, tokens, types=types)
+    pooled = jax.jit(encoder.pure(config, call="pooled"))(params, tokens, types=types)
     check(np.asarray(pooled), want.pooler_output)
 
 
@@ -194,5 +194,5 @@ def test_real_weights_agree():
     want = theirs(model, tokens, attention_mask=mask.astype(int))
     got = ours(config, params, tokens, mask=jnp.asarray(mask))
     check(got[mask], want.last_hidden_state.numpy()[mask])
-    pooled = encoder.pure(config, output="pooled")(params, jnp.asarray(tokens), mask=mask)
+    pooled = encoder.pure(config, call="pooled")(params, jnp.asarray(tokens), mask=mask)
     check(np.asarray(pooled), want.pooler_output)
