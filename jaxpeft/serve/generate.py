@@ -1,4 +1,4 @@
-"""Generation: the prompt in one pass, then one token at a time through a key-value cache."""
+"""Generation: the prompt or input in one pass, then token by token through a key-value cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["Generated", "generator", "sample"]
+__all__ = ["Generated", "generator", "sample", "translator"]
 
 
 class Generated(NamedTuple):
@@ -60,14 +60,90 @@ def generator(
       >>> write(params, jnp.ones((2, 5), int)).tokens.shape
       (2, 3)
     """
+
+    def begin(params: Any, tokens: Array, mask: Array) -> tuple[Array, Any]:
+        rows, length = tokens.shape
+        # The last token is written but never read.
+        cache = init_cache(rows, length + max_new - 1)
+        logits, cache = forward(params, tokens, mask=mask, cache=cache)
+        # Of the last real token, wherever the padding is.
+        last = length - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+        return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0], cache
+
+    return _writer(begin, forward, max_new, temperature, top_k, top_p, eos, pad)
+
+
+def translator(
+    encode: Callable[..., Any],
+    decode: Callable[..., Any],
+    init_cache: Callable[[int, int], Any],
+    *,
+    start: int,
+    max_new: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos: Sequence[int] = (),
+    pad: int = 0,
+) -> Callable[..., Generated]:
+    """A compiled function that answers inputs by an encoder-decoder.
+
+    Args:
+      encode: `encode(params, inputs, mask=) -> memory`, as `encoder_decoder.pure(config, "encode")`
+        gives, or `jaxpeft.lift` of it.
+      decode: `decode(params, targets, memory=None, mask=None, cache=) -> (logits, cache)`, as
+        `encoder_decoder.pure(config, "decode")` gives, or `jaxpeft.lift` of it. Memory and mask
+        come with the first call alone.
+      init_cache: `init_cache(rows, length)` gives an empty cache, as
+        `functools.partial(encoder_decoder.init_cache, config)` does.
+      start: What targets begin with; it is not part of what is written.
+      max_new, temperature, top_k, top_p, eos, pad: As in `generator`.
+    Returns:
+      A function of `(params, inputs, mask=None, key=None)`. The mask (B, S) is false on padding,
+      on whichever side; the rest as in `generator`.
+    Raises:
+      ValueError: As `generator`.
+    Example:
+      >>> from functools import partial
+      >>> from jaxpeft.models import encoder_decoder as t5
+      >>> config = t5.Config(vocab=9, width=8, mlp_width=8, layers=1, decoder_layers=1, heads=2,
+      ...                    head_dim=4)
+      >>> halves = t5.pure(config, "encode"), t5.pure(config, "decode")
+      >>> write = translator(*halves, partial(t5.init_cache, config), start=0, max_new=3)
+      >>> write(t5.init(config, jax.random.key(0)), jnp.ones((2, 5), int)).tokens.shape
+      (2, 3)
+    """
+
+    def begin(params: Any, inputs: Array, mask: Array) -> tuple[Array, Any]:
+        first = jnp.full((inputs.shape[0], 1), start, inputs.dtype)
+        memory = encode(params, inputs, mask=mask)
+        # `start` takes a slot, and the last token is written but never read.
+        cache = init_cache(inputs.shape[0], max_new)
+        logits, cache = decode(params, first, memory, mask=mask, cache=cache)
+        return logits[:, 0], cache
+
+    return _writer(begin, decode, max_new, temperature, top_k, top_p, eos, pad)
+
+
+def _writer(
+    begin: Callable[..., Any],
+    forward: Callable[..., Any],
+    max_new: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    eos: Sequence[int],
+    pad: int,
+) -> Callable[..., Generated]:
+    """The loop: `begin` gives the first logits (B, V) and the cache, `forward` goes on."""
     if max_new < 1 or temperature < 0:
         raise ValueError(
-            "`generator` needs max_new >= 1 and temperature >= 0, got "
+            "Generation needs max_new >= 1 and temperature >= 0, got "
             f"max_new={max_new}, temperature={temperature}."
         )
     if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(
-            f"`generator` needs top_k >= 1 and 0 < top_p <= 1, got top_k={top_k}, top_p={top_p}."
+            f"Generation needs top_k >= 1 and 0 < top_p <= 1, got top_k={top_k}, top_p={top_p}."
         )
     if temperature == 0 and (top_k, top_p) != (None, None):
         raise ValueError(
@@ -87,15 +163,9 @@ def generator(
 
     @jax.jit
     def run(params: Any, tokens: Array, mask: Array, key: Array | None) -> Generated:
-        rows, length = tokens.shape
-        # The last token is written but never read.
-        cache = init_cache(rows, length + max_new - 1)
-        logits, cache = forward(params, tokens, mask=mask, cache=cache)
-        # Of the last real token, wherever the padding is.
-        last = length - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-        logits = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
+        logits, cache = begin(params, tokens, mask)
         token = pick(logits, key, 0).astype(tokens.dtype)
-        written = jnp.full((rows, max_new), pad, tokens.dtype).at[:, 0].set(token)
+        written = jnp.full((len(token), max_new), pad, tokens.dtype).at[:, 0].set(token)
 
         def go_on(state: Any) -> Array:
             step, _, done, *_ = state
@@ -111,7 +181,7 @@ def generator(
             lengths = lengths + ~done
             return step + 1, token, done | ends(token), lengths, written, cache
 
-        lengths = jnp.ones((rows,), jnp.int32)
+        lengths = jnp.ones(token.shape, jnp.int32)
         state = jnp.int32(1), token, ends(token), lengths, written, cache
         *_, lengths, written, _ = jax.lax.while_loop(go_on, write, state)
         return Generated(written, lengths)
