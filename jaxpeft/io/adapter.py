@@ -122,7 +122,7 @@ def load_adapter(folder: str | Path, params: Any) -> Loaded:
             f"'{about}' has format {version}, written by jaxpeft {description['jaxpeft']}; this is "
             f"jaxpeft {jp.__version__}, which reads up to {_FORMAT}. Install a newer version."
         )
-    _same_base(description["base"], fingerprint(params), folder)
+    _same_base(description["base"], fingerprint(params), folder, description["adapter"])
     method = from_json(description["method"], factories())
     stored = description["key"]
     key = jax.random.wrap_key_data(jnp.asarray(stored["data"], jnp.uint32), impl=stored["impl"])
@@ -145,10 +145,17 @@ def load_adapter(folder: str | Path, params: Any) -> Loaded:
     return Loaded(method, frozen, adapter)
 
 
-def _same_base(stored: Mapping[str, list], found: Mapping[str, list], folder: Path) -> None:
+def _same_base(
+    stored: Mapping[str, list],
+    found: Mapping[str, list],
+    folder: Path,
+    trained: Mapping[str, list],
+) -> None:
     for path in [*stored, *(p for p in found if p not in stored)]:
         before, now = stored.get(path), found.get(path)
-        if before == now:
+        # An array that is trained itself (a new head) comes whole from the adapter.
+        whole = before if path in trained else None
+        if before == now or (whole and now and whole[:2] == now[:2]):
             continue
         if before is None or now is None:
             what = "only the given base has" if before is None else "the given base lacks"
@@ -159,7 +166,12 @@ def _same_base(stored: Mapping[str, list], found: Mapping[str, list], folder: Pa
                 (n, x, y) for n, x, y in zip(names, before, now, strict=True) if x != y
             )
             what = f"the {name} of '{path}' differ: trained on {a}, given {b}"
+        way_out = "Give the params it was trained on, in the same dtype."
+        if whole:
+            way_out = (
+                f"Give one of shape {whole[0]} in {whole[1]}, with any values: the adapter "
+                "brings its own."
+            )
         raise ValueError(
-            f"The adapter in '{folder}' was trained on another base: {what}. Give the params it "
-            "was trained on, in the same dtype."
+            f"The adapter in '{folder}' was trained on another base: {what}. {way_out}"
         )
