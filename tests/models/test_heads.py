@@ -145,15 +145,18 @@ def test_no_span_starts_or_ends_in_padding():
 
 
 def test_choices_are_rows_of_their_own():
-    head, model, params, tokens, mask = whole("choice")
-    types = ids(tokens.shape, 1) % 2
-    positions = np.arange(T)[None] + 1  # the same for all rows: not folded
-    got = model(params, tokens, mask=mask, types=types, positions=positions)
+    head, _, params, tokens, mask = whole("choice")
+    forward = TRUNKS["encoder"][0]
+    types, turn = ids(tokens.shape, 1) % 2, draw(np.zeros((D, D)))
+
+    def trunk(params, tokens, turn, **where):  # `turn` has no choices: it is not folded
+        return forward(params, tokens, **where) @ turn
+
+    got = head.on(trunk)(params, tokens, turn, mask=mask, types=types)
     assert got.shape == (2, 3)
-    alone = heads.sequence(D, 1).on(TRUNKS["encoder"][0])
+    alone = heads.sequence(D, 1).on(trunk)
     for row in range(2):
-        one = {"mask": mask[row], "types": types[row], "positions": positions}
-        want = alone(params, tokens[row], **one)[:, 0]
+        want = alone(params, tokens[row], turn, mask=mask[row], types=types[row])[:, 0]
         np.testing.assert_allclose(got[row], want, **SHARP)
 
 
