@@ -477,9 +477,9 @@ def test_a_folder_with_other_tensors_names_them(tmp_path):
 
 
 def test_params_of_another_config_are_not_saved(tmp_path):
-    message = re.escape("wrong shape: embed_norm/bias is (12,), should be (15,)")
+    message = re.escape("wrong shape: layers/mlp/up/bias is (3, 20), should be (3, 21)")
     with pytest.raises(ValueError, match=message):
-        encoder.save(tmp_path, dataclasses.replace(BASE, width=15), random_params(BASE))
+        encoder.save(tmp_path, dataclasses.replace(BASE, mlp_width=21), random_params(BASE))
     assert not list(tmp_path.iterdir())
 
 
