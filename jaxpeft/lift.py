@@ -20,6 +20,7 @@ from jax.extend import core as jex
 from jaxpeft import compat
 from jaxpeft.rules import COMPUTING, RULES
 from jaxpeft.rules.registry import Rule
+from jaxpeft.rules.residual import Frame, residual
 from jaxpeft.weight import Unsupported, View, Weight, chain_of, innermost, is_view, map_views
 
 F = TypeVar("F", bound=Callable)
@@ -53,11 +54,13 @@ class Evaluation:
       report: Called with every materialization.
       taps: What weights of this scope have left for each other, by name.
       sites: How many places a weight has acted at so far.
+      frames: The jaxprs of this scope that are under way, the innermost last.
     """
 
     report: Callable[[Materialized], None]
     taps: dict[str, Any] = dataclasses.field(default_factory=dict)
     sites: list[int] = dataclasses.field(default_factory=lambda: [0])
+    frames: list[Frame] = dataclasses.field(default_factory=list)
 
     def number(self) -> int:
         """A number for the next place where a weight acts."""
@@ -112,14 +115,21 @@ class Evaluation:
         def read(v: Any) -> Any:
             return v.val if isinstance(v, jex.Literal) else env[v]
 
-        for eqn in jaxpr.eqns:
+        frame = Frame(jaxpr, env)
+        self.frames.append(frame)
+        for frame.at, eqn in enumerate(jaxpr.eqns):
             values = [read(v) for v in eqn.invars]
             if any(is_view(v) for v in values):
                 outs = self.apply(eqn, values)
             else:
                 outs = compat.bind(eqn, values)
             env.update(zip(eqn.outvars, outs, strict=True))
+        self.frames.pop()
         return [read(v) for v in jaxpr.outvars]
+
+    def residual(self, path: str) -> jax.Array:
+        """The stream that the model adds to the product under evaluation."""
+        return residual(self.frames, path)
 
     def apply(self, eqn: jex.JaxprEqn, values: list) -> list:
         """One equation with views among its operands."""

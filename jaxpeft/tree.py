@@ -27,17 +27,20 @@ class Train:
     Attributes:
       value: The array, its initial value.
       fresh: Whether the method made it, so that nobody else holds it.
+      name: What the adapter calls it; `None` for its path. An array that other places share by
+        a `Hole` needs one, since a path grows when another method is put on top.
     """
 
     value: Any
     fresh: bool = True
+    name: str | None = None
 
     def tree_flatten_with_keys(self) -> tuple:
-        return ((_VALUE, self.value),), self.fresh
+        return ((_VALUE, self.value),), (self.fresh, self.name)
 
     @classmethod
-    def tree_unflatten(cls, fresh: bool, children: tuple) -> "Train":
-        return cls(children[0], fresh)
+    def tree_unflatten(cls, meta: tuple, children: tuple) -> "Train":
+        return cls(children[0], *meta)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -162,13 +165,19 @@ def split(tree: Any) -> tuple[Any, dict[str, jax.Array]]:
       ValueError: Nothing is trained.
     """
     flat, treedef = flatten(tree, is_leaf=_is_mark)
-    adapter = {name: _own(x) for name, x in flat.items() if isinstance(x, Train)}
+    names = {path: x.name or path for path, x in flat.items() if isinstance(x, Train)}
+    if len(twice := set(names.values())) < len(names):
+        raise ValueError(
+            f"The trained arrays at {list(names)} have only the names {sorted(twice)}: two "
+            "methods, each of which shares arrays among its weights, were given the same weights."
+        )
+    adapter = {name: _own(flat[path]) for path, name in names.items()}
     if not adapter:
         raise ValueError(
             "Nothing in this tree is trained. Apply a method first: "
             "`frozen, adapter = split(method(key, params))`."
         )
-    frozen = [Hole(name) if isinstance(x, Train) else x for name, x in flat.items()]
+    frozen = [Hole(names[path]) if path in names else x for path, x in flat.items()]
     return jax.tree.unflatten(treedef, frozen), adapter
 
 

@@ -55,12 +55,17 @@ def axes(*names: str, shared: bool = False, optional: bool = False) -> Any:
     return dataclasses.field(metadata=metadata)
 
 
+def arrays() -> Any:
+    """Declares a field that holds any tree of arrays, one for the whole stack."""
+    return dataclasses.field(metadata={"shared": True})
+
+
 def static(default: Any = dataclasses.MISSING) -> Any:
     """Declares a field that is part of the program, not of the data."""
     return dataclasses.field(default=default, metadata={"static": True})
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(base, axes, static))
+@dataclass_transform(frozen_default=True, field_specifiers=(base, axes, arrays, static))
 def weight(cls: type[T]) -> type[T]:
     """Registers a `Weight` class: a frozen dataclass that is a JAX pytree."""
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
@@ -158,9 +163,14 @@ def dense(w: Any) -> jax.Array:
     return w.materialize() if isinstance(w, Weight) else w
 
 
+def base_field(w: Weight) -> str | None:
+    """The name of the field that holds what the weight acts on, if it acts on something."""
+    return next((f.name for f in _fields(w) if f.metadata.get("base")), None)
+
+
 def base_of(w: Weight) -> Any:
     """What the weight acts on, or `None` where it acts on nothing (codes of a quantized array)."""
-    return next((getattr(w, f.name) for f in _fields(w) if f.metadata.get("base")), None)
+    return getattr(w, name) if (name := base_field(w)) else None
 
 
 def chain_of(w: Any) -> Iterator[Weight]:
@@ -179,9 +189,8 @@ def innermost(w: Any) -> Any:
 
 def with_innermost(w: Any, f: Callable[[Any], Any]) -> Any:
     """The same weight over `f(innermost)`."""
-    if not isinstance(w, Weight) or base_of(w) is None:
+    if not isinstance(w, Weight) or (name := base_field(w)) is None:
         return f(w)
-    name = next(f.name for f in _fields(w) if f.metadata.get("base"))
     return dataclasses.replace(w, **{name: with_innermost(getattr(w, name), f)})  # type: ignore
 
 
@@ -201,6 +210,7 @@ class Site:
       preferred: `preferred_element_type` of the program's own product, for the base only.
       salt: Number of this place, so that two uses of a weight draw different dropout masks.
       taps: Where weights of one program meet each other, by name; `None` where they cannot.
+      residual: Finds what the program adds to this product; `None` where it has no such place.
     """
 
     def __init__(
@@ -211,11 +221,24 @@ class Site:
         preferred: Any = None,
         salt: int = 0,
         taps: dict[str, Any] | None = None,
+        residual: Callable[[], jax.Array] | None = None,
     ):
         self.dtype, self.precision, self.preferred = dtype, precision, preferred
+        self._residual = residual
         self.salt, self.taps = salt, taps
         self.rows = 0  # of the table, at a lookup
         self.arrays: dict[str, jax.Array] = {}  # what a product depends on beside its factors
+
+    def residual(self, y: jax.Array) -> jax.Array:
+        """The stream that the program adds to its product y here, once a bias is added to it.
+
+        Raises:
+          ValueError: There is none, or it cannot be found; says why.
+        """
+        stream = None if self._residual is None else self._residual()
+        if stream is None or stream.size != y.size:
+            raise Unsupported("a residual stream beside its product")
+        return refold(stream, y.shape)
 
     def with_arrays(self, arrays: dict[str, jax.Array]) -> "Site":
         """The same site with its arrays traced elsewhere."""

@@ -22,6 +22,7 @@ def test_the_table_has_every_method_and_no_other():
     table = README.split("## Methods")[1].split("##")[0]
     first = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
     named = {name.split("(")[0] for cell in first for name in re.findall(r"`([^`]+)`", cell)}
-    helpers = {"check_ids", "check_prompt", "virtual_ids", "with_virtual", "without_virtual"}
+    helpers = {"check_ids", "check_prompt", "fold", "template", "virtual_ids"}
+    helpers |= {"with_prefixes", "with_virtual", "without_virtual"}
     assert named == set(methods.__all__) - helpers | {"quantize", "loftq"}
     assert all(hasattr(jp, name) for name in named)

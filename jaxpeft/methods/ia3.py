@@ -82,7 +82,8 @@ def ia3(sites: Sites, feedforward: Sites | None = None, *, dtype: Any = jnp.floa
     def scaled_out(key: jax.Array, site: Site, view: View) -> View:
         del key
         ones = jnp.ones((*site.stack, site.size("out")), dtype)
-        return dataclasses.replace(view, weight=ScaledOut(view.weight, Train(ones)))
+        scale = Train(ones, name=f"{site.path}/scale")  # the bias shares it
+        return dataclasses.replace(view, weight=ScaledOut(view.weight, scale))
 
     def scaled_in(key: jax.Array, site: Site, view: View) -> View:
         del key

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.method import Method
+from jaxpeft.methods.dropping import check_rate, dropout_key, dropped
 from jaxpeft.methods.placing import place
 from jaxpeft.sites import Part, Site, Sites, by_pattern
-from jaxpeft.tree import Hole, Train
+from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, dense, static, weight
 
 
@@ -35,11 +35,13 @@ class LowRank(Weight):
 
     def forward(self, x):
         """x @ (w + scale * a @ b) = x @ w + scale * (x @ a) @ b."""
-        return x @ self.w + self._columns(self.scale * (self._dropped(x) @ self.a @ self.b))
+        y = x @ self.w
+        low = dropped(x, self.key, self.dropout) @ self.a @ self.b
+        return y + self._columns(self.scale * low)
 
     def transposed(self, y):
         """y @ (w + scale * a @ b).T = y @ w.T + scale * (y @ b.T) @ a.T."""
-        chosen = self._chosen(self._dropped(y))
+        chosen = self._chosen(dropped(y, self.key, self.dropout))
         return y @ self.w.T + self.scale * (chosen @ self.b.T @ self.a.T)
 
     def lookup(self, ids):
@@ -48,15 +50,6 @@ class LowRank(Weight):
 
     def materialize(self):
         return dense(self.w) + self._columns(self.scale * self.a @ self.b)
-
-    def _dropped(self, x):
-        """x with entries dropped and the rest scaled up, where this call has a key."""
-        if self.key is None or not self.dropout:
-            return x
-        # Two uses of one weight draw two masks.
-        key = jax.random.fold_in(self.key.array, self.key.site.salt)
-        kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-        return jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
 
     def _columns(self, y):
         """The columns of the part, at their place among zeros."""
@@ -130,8 +123,7 @@ def lora(
       Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, 2023.
       https://arxiv.org/abs/2312.03732
     """
-    if not 0 <= dropout < 1:
-        raise ValueError(f"`lora(dropout={dropout})`: a probability in [0, 1) is needed.")
+    check_rate("lora", dropout)
     if init not in ("kaiming", "gaussian"):
         raise ValueError(f"`lora(init='{init}')`: choose 'kaiming' or 'gaussian'.")
     if scaling not in ("alpha/r", "alpha/sqrt(r)"):
@@ -152,7 +144,7 @@ def lora(
         low = LowRank(
             view.weight,
             *_factors(key, site, (n, m), r, init, dtype),
-            key=_dropout_key(site, view) if dropout else None,
+            key=dropout_key(site, view, dropout),
             scale=strength / (r if scaling == "alpha/r" or alpha is None else math.sqrt(r)),
             dropout=dropout,
             part=site.part,
@@ -186,9 +178,3 @@ def _factors(
     else:
         a = jax.random.normal(key, shape_a, dtype) / math.sqrt(n)
     return Train(a.astype(dtype)), Train(jnp.zeros(shape_b, dtype))
-
-
-def _dropout_key(site: Site, view: View) -> Hole:
-    return Hole(
-        "dropout", optional=True, fold=zlib.crc32(site.path.encode()), stack=view.sizes("stack")
-    )

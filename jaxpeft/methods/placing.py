@@ -76,3 +76,18 @@ def bias_of(site: Site, sites: Sites) -> Hole | None:
             f"in stacks {bias.stack} and {site.stack}. Leave '{site.path}' out of the targets."
         )
     return Hole(bias.path, stack=site.stack, axes=bias.axes)
+
+
+def vector_of(vector: Site, site: Site) -> Hole:
+    """A scale or a bias of the model for a field with axes ("out",) of a weight at `site`.
+
+    Raises:
+      ValueError: It has not one number for each output, or belongs to another stack.
+    """
+    if vector.size(OUT) != site.size(OUT) or vector.stack not in ((), site.stack):
+        raise ValueError(
+            f"'{vector.path}' of shape {vector.shape} does not have one number for each of the "
+            f"{site.size(OUT)} outputs of '{site.path}', in its stack {site.stack}. Choose the "
+            "norm that follows this weight."
+        )
+    return Hole(vector.path, stack=site.stack, axes=vector.axes)

@@ -1,11 +1,12 @@
 """Prefix tuning: trained keys and values at virtual positions in front of the input."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpeft.method import Method
 from jaxpeft.methods.placing import bias_of, place
@@ -14,16 +15,15 @@ from jaxpeft.tree import Hole, Train
 from jaxpeft.weight import OUT, View, Weight, axes, base, static, weight
 
 
-@weight
-class Prefix(Weight):
-    """A projection whose output at virtual position j is row j of `rows`, whatever its input."""
+class Virtual(Weight):
+    """A projection whose output at virtual position j is row j, whatever its input."""
 
-    w: Any = base()
-    rows: Any = axes("virtual", "out")
-    slots: Any = axes(shared=True)  # (batch, time): the virtual position, or -1
-    bias: Any = axes("out", optional=True)
-    rope: tuple[float, ...] | None = static(None)
-    path: str = static("")
+    w: Any
+    slots: Any  # (batch, time): the row, or -1
+    bias: Any
+    rope: tuple[float, ...] | None
+    lengths: tuple[int, ...]  # rows of each task
+    path: str
 
     is_matrix = False
 
@@ -38,19 +38,81 @@ class Prefix(Weight):
                 "example and use `jax.vmap`."
             )
         y = x @ self.w
-        rows = self.rows.array
+        rows = self.made()
         if self.rope is not None:
-            rows = _unrotate(rows, jnp.asarray(self.rope, rows.dtype))
+            rows = _unrotate(rows, np.asarray(self.rope), self.lengths)
+        virtual = self.weighed(jnp.take(rows, jnp.maximum(slots, 0), axis=0, mode="clip"), x)
         if self.bias is not None:
-            rows = rows - self.bias.array.astype(rows.dtype)
-        virtual = jnp.take(rows, jnp.maximum(slots, 0), axis=0, mode="clip")
+            virtual = virtual - self.bias.array.astype(rows.dtype)
         return jnp.where((slots >= 0)[..., None], virtual.astype(y.dtype), y)
 
+    def made(self):
+        """The rows (virtual, out)."""
+        raise NotImplementedError
 
-def _unrotate(rows: jax.Array, frequencies: jax.Array) -> jax.Array:
-    """Keys (n, heads * head_dim) before the rotation that position j of the model gives row j."""
-    half = frequencies.shape[0]
-    angle = jnp.arange(rows.shape[0], dtype=rows.dtype)[:, None, None] * frequencies
+    def weighed(self, virtual, x):
+        """Rows (batch, time, out) as they are used where the input is x: as they are."""
+        del x
+        return virtual
+
+
+@weight
+class Prefix(Virtual):
+    """Trained rows."""
+
+    w: Any = base()
+    rows: Any = axes("virtual", "out")
+    slots: Any = axes(shared=True)
+    bias: Any = axes("out", optional=True)
+    rope: tuple[float, ...] | None = static(None)
+    lengths: tuple[int, ...] = static(())
+    path: str = static("")
+
+    def made(self):
+        return self.rows.array
+
+
+@weight
+class EncodedPrefix(Virtual):
+    """Rows that a network makes of a table which all layers share.
+
+    rows = tanh(table @ down + down_bias) @ up + up_bias
+    """
+
+    w: Any = base()
+    table: Any = axes("virtual", "embed", shared=True)
+    down: Any = axes("embed", "hidden", shared=True)
+    down_bias: Any = axes("hidden", shared=True)
+    up: Any = axes("hidden", "out")
+    up_bias: Any = axes("out")
+    slots: Any = axes(shared=True)
+    bias: Any = axes("out", optional=True)
+    rope: tuple[float, ...] | None = static(None)
+    lengths: tuple[int, ...] = static(())
+    path: str = static("")
+
+    def made(self):
+        parts = (self.table, self.down, self.down_bias, self.up, self.up_bias)
+        return _encoded(*(part.array for part in parts))
+
+    def folded(self):
+        """The rows that training has come to, of the whole stack."""
+        return {"rows": _encoded(self.table, self.down, self.down_bias, self.up, self.up_bias)}
+
+    def fold(self, rows):
+        """The same prefix with rows of its own."""
+        return Prefix(self.w, rows, self.slots, self.bias, self.rope, self.lengths, self.path)
+
+
+def _encoded(table, down, down_bias, up, up_bias):
+    return jnp.tanh(table @ down + down_bias) @ up + up_bias[..., None, :]
+
+
+def _unrotate(rows: jax.Array, frequencies: np.ndarray, lengths: Sequence[int]) -> jax.Array:
+    """Keys (n, heads * head_dim) before the rotation that the model gives their positions."""
+    half = len(frequencies)
+    position = np.concatenate([np.arange(length) for length in lengths])
+    angle = jnp.asarray(position[:, None, None] * frequencies, rows.dtype)
     heads = rows.reshape(rows.shape[0], -1, 2 * half)
     left, right = heads[..., :half], heads[..., half:]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -59,12 +121,15 @@ def _unrotate(rows: jax.Array, frequencies: jax.Array) -> jax.Array:
 
 
 def prefix(
-    length: int,
+    length: int | Sequence[int],
     keys: Sites,
     values: Sites,
     *,
+    hidden: int | None = None,
+    embed: int | None = None,
     rope: Sequence[float] | None = None,
     std: float = 0.02,
+    slots: str = "virtual",
     dtype: Any = jnp.float32,
 ) -> Method:
     """Prefix tuning: every layer attends to `length` trained keys and values before its input.
@@ -77,31 +142,75 @@ def prefix(
     `combine(frozen, adapter, virtual=slots)`; a decoding step over a cache that holds the
     prefix has slots of -1.
 
+    With `hidden`, the rows of all layers are made by one network of a table of embeddings P,
+    tanh(P @ down + c) @ up + e, which trains more steadily than free rows at little data; `fold`
+    turns it into plain rows afterwards. Without, it is P-tuning v2: deep prompts with a length
+    for each task.
+
+    An encoder-decoder takes one for each attention: [PREFIX; x; PREFIX; y] is `chain` of a prefix
+    on the encoder's own attention and one on the decoder's, `slots="virtual_targets"`. The
+    decoder's attention to the encoder sees the encoder's virtual positions; a third prefix on
+    its keys and values gives them trained rows too.
+
     Args:
-      length: Virtual positions.
+      length: Virtual positions; several tasks that share the base have one length each, and
+        their slots one behind the other (`with_prefixes`).
       keys: The key projections.
       values: The value projections.
+      hidden: Inner width of the network. `None` trains the rows themselves.
+      embed: Width of the table P; `None` takes that of the first projection's input.
       rope: The model's rotary frequencies, radians per position for each pair (i, i + H/2)
         of a head. Trained keys are then those after the rotation, as prefixes are stored
         elsewhere. `None` for a model without rotary positions.
-      std: Rows start at Normal(0, std ** 2).
-      dtype: Of the rows.
+      std: Rows, or the table, start at Normal(0, std ** 2).
+      slots: What `combine` calls the positions.
+      dtype: Of what is trained.
 
     Returns:
-      A method with length * (out of keys + out of values) trained numbers per layer.
+      A method with length * (out of keys + out of values) trained numbers per layer; with
+      `hidden`, length * embed + hidden * (embed + 1) for all and (hidden + 1) * (out of keys +
+      out of values) per layer.
 
     Raises:
-      ValueError: The length is not positive, or the model merges batch and time before a
-        projection (when it is called).
+      ValueError: A length or width is not positive, a weight is no projection, rotary
+        frequencies do not divide its heads, or (when it is called) the model merges batch and
+        time before a projection.
 
     References:
       Li and Liang, Prefix-Tuning: Optimizing Continuous Prompts for Generation, 2021,
-      section 4.2. https://arxiv.org/abs/2101.00190
+      sections 4.2 and 4.3. https://arxiv.org/abs/2101.00190
+      Liu et al., P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across
+      Scales and Tasks, 2021, section 3. https://arxiv.org/abs/2110.07602
     """
-    if length < 1:
+    lengths = (length,) if isinstance(length, int) else tuple(length)
+    if not lengths or min(lengths) < 1:
         raise ValueError(f"`prefix(length={length})`: at least one virtual position is needed.")
+    if min(hidden or 1, embed or 1) < 1 or embed and not hidden:
+        raise ValueError(
+            f"`prefix(hidden={hidden}, embed={embed})`: widths are positive, and `embed` is the "
+            "width of the table which the network of `hidden` units reads."
+        )
     both = keys | values
     frequencies = None if rope is None else tuple(float(f) for f in rope)
+
+    def made(key: jax.Array, site: Site) -> tuple[Callable[..., Virtual], list[Any]]:
+        """The class of a weight, and what it has between `w` and `slots`."""
+        count, out = sum(lengths), site.size(OUT)
+        if hidden is None:
+            return Prefix, [Train(std * jax.random.normal(key, (*site.stack, count, out), dtype))]
+        first = next(iter(both.values()))
+        names = [f"{first.path}/{name}" for name in ("table", "down", "down_bias")]
+        up = jax.random.normal(key, (*site.stack, hidden, out), dtype) / hidden**0.5
+        own = [Train(up), Train(jnp.zeros((*site.stack, out), dtype))]
+        if site.path != first.path:
+            return EncodedPrefix, [*map(Hole, names), *own]
+        width = embed or first.size("in")
+        a, b = jax.random.split(jax.random.fold_in(key, 1))
+        table = std * jax.random.normal(a, (count, width), dtype)
+        down = jax.random.normal(b, (width, hidden), dtype) / width**0.5
+        arrays = (table, down, jnp.zeros((hidden,), dtype))
+        shared = [Train(x, name=name) for x, name in zip(arrays, names, strict=True)]
+        return EncodedPrefix, [*shared, *own]
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         if "linear" not in site.kinds:
@@ -112,17 +221,19 @@ def prefix(
                 f"`prefix(rope=...)` has {len(turns)} frequencies, one per pair, so heads of "
                 f"size {2 * len(turns)}, but '{site.path}' has {site.size(OUT)} outputs."
             )
-        rows = std * jax.random.normal(key, (*site.stack, length, site.size(OUT)), dtype)
-        bias = bias_of(site, both)
-        weight = Prefix(view.weight, Train(rows), Hole("virtual"), bias, turns, site.path)
-        return dataclasses.replace(view, weight=weight)
+        kind, fields = made(key, site)
+        rest = (Hole(slots), bias_of(site, both), turns, lengths, site.path)
+        return dataclasses.replace(view, weight=kind(view.weight, *fields, *rest))
 
     options = dict(
-        length=length,
+        length=length if isinstance(length, int) else list(lengths),
         keys=keys,
         values=values,
+        hidden=hidden,
+        embed=embed,
         rope=None if frequencies is None else list(frequencies),
         std=std,
+        slots=slots,
         dtype=dtype,
     )
     return Method("prefix", options, lambda key, tree: place(key, tree, both, make, who="prefix"))
@@ -136,10 +247,36 @@ def with_virtual(tokens: jax.Array, length: int, fill: int = 0) -> tuple[jax.Arr
       length: Virtual positions.
       fill: The placeholder: any id of the table.
     """
-    batch, time = tokens.shape
-    pad = jnp.full((batch, length), fill, tokens.dtype)
-    slots = jnp.concatenate([jnp.arange(length), jnp.full(time, -1)]).astype(jnp.int32)
-    return jnp.concatenate([pad, tokens], axis=1), jnp.broadcast_to(slots, (batch, length + time))
+    tokens, slots, _ = with_prefixes(tokens, (length,), jnp.zeros(len(tokens), int), fill)
+    return tokens, slots
+
+
+def with_prefixes(
+    tokens: jax.Array, lengths: Sequence[int], tasks: jax.Array, fill: int = 0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Examples of several tasks, each behind the placeholders of its own prefix.
+
+    Args:
+      tokens: (batch, time).
+      lengths: Virtual positions of each task, as the method was given them.
+      tasks: (batch,), the number of each example's task.
+      fill: The placeholder: any id of the table.
+
+    Returns:
+      Tokens, slots and a mask, each (batch, longest + time). Shorter prefixes stand at the right,
+      behind padding, where the mask is false; hand it to the model, with that of the tokens.
+    """
+    (batch, time), longest = tokens.shape, max(lengths)
+    ends = jnp.cumsum(jnp.asarray(lengths))
+    # Slots of a task end where those of the next begin.
+    slots = ends[tasks][:, None] - longest + jnp.arange(longest)
+    starts = ends - jnp.asarray(lengths)
+    slots = jnp.where(slots >= starts[tasks][:, None], slots, -1)
+    pad = jnp.full((batch, longest), fill, tokens.dtype)
+    real = jnp.full((batch, time), -1)
+    mask = jnp.concatenate([slots >= 0, jnp.ones((batch, time), bool)], axis=1)
+    slots = jnp.concatenate([slots, real], axis=1).astype(jnp.int32)
+    return jnp.concatenate([pad, tokens], axis=1), slots, mask
 
 
 def without_virtual(outputs: jax.Array, length: int) -> jax.Array:

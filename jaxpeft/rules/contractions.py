@@ -75,12 +75,15 @@ def _contract(
     x: jax.Array,
     dims: tuple[list[int], list[int]],
     x_dims: tuple[list[int], list[int]],
+    *,
+    first: bool,
 ) -> jax.Array | None:
     """(*batch, *x free, *view free) = x contracted with the view, in the equation's order.
 
     Args:
       dims: The view's contracted and batch dimensions.
       x_dims: Those of x, pairwise the same.
+      first: Whether the weight is the equation's first operand.
     """
     view = view.refined()
     (vc, vb), (xc, xb) = dims, x_dims
@@ -101,7 +104,10 @@ def _contract(
     x = permute(x, [*range(len(lead)), *(len(lead) + i for i in order)])
     x = refold(x, (*lead, math.prod(d.size for d in parts)))
 
-    site = site_of(run, view, eqn)
+    # Where y has the order of the equation's own result.
+    plain = not vb and not first and orientation == (IN, OUT)
+    beside = (lambda: run.residual(view.path)) if plain else None
+    site = site_of(run, view, eqn, residual=beside)
 
     def product(w: Any, x: jax.Array) -> jax.Array:
         w = bound(view, w, site)
@@ -128,9 +134,9 @@ def dot_general(run: Any, eqn: Any, lhs: Any, rhs: Any) -> list | None:
         rhs = run.dense(rhs, eqn, " with another weight")
     aval = eqn.outvars[0].aval
     if is_view(rhs):
-        y = _contract(run, eqn, rhs, lhs, (rc, rb), (lc, lb))
+        y = _contract(run, eqn, rhs, lhs, (rc, rb), (lc, lb), first=False)
     else:
-        y = _contract(run, eqn, lhs, rhs, (lc, lb), (rc, rb))
+        y = _contract(run, eqn, lhs, rhs, (lc, lb), (rc, rb), first=True)
         if y is not None:  # the weight came first: its free dimensions come before those of x
             batch, x_free = len(lb), rhs.ndim - len(rc) - len(rb)
             y = permute(

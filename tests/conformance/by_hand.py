@@ -2,7 +2,8 @@
 
 Nothing here goes through the library: loops are unrolled, layers are read off by index, and
 every product of a weight is a call `product(path, h, w, b, layer)`, which is `h @ w + b` with
-the method in it. A model is `model(p, product, *args)`, where `p` holds plain arrays by path;
+the method in it; `around(y)` is what the model makes of the output y of a sub-layer and of the
+stream around it. A model is `model(p, product, *args)`, where `p` holds plain arrays by path;
 one that looks rows up has `longer(path, table)`, the table with the method's rows behind it,
 in the place of `product`. A row that is not here is one whose model was not written twice.
 """
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from .rows.row import E, L, V, attend, norm
+from .rows import transformer
+from .rows.row import E, H, L, N, V, attend, norm
 
 # ---- methods
 
@@ -30,10 +32,24 @@ def fields(adapter, path, layer, *names):
 def bottleneck(adapter, given):
     """Behind each product and its bias."""
 
-    def product(path, h, w, b=0.0, layer=None):
+    def product(path, h, w, b=0.0, layer=None, around=None):
         y = h @ w + b
         down, c, up, e = fields(adapter, path, layer, "down", "down_bias", "up", "up_bias")
         return y + jnp.maximum(y @ down + c, 0) @ up + e
+
+    return product
+
+
+def on_the_sum(adapter, given):
+    """Behind a product, reading its sum with the stream."""
+
+    def product(path, h, w, b=0.0, layer=None, around=None):
+        y = h @ w + b
+        found = fields(adapter, path, layer, "down", "down_bias", "up", "up_bias")
+        if not found:
+            return y
+        down, c, up, e = found
+        return y + jnp.maximum(around(y) @ down + c, 0) @ up + e
 
     return product
 
@@ -42,8 +58,10 @@ def parallel(adapter, given):
     """From the input of `up` to the output of `down`."""
     inputs = {}
 
-    def product(path, h, w, b=0.0, layer=None):
+    def product(path, h, w, b=0.0, layer=None, around=None):
         here = path.split("/")
+        if fields(adapter, path, layer) is None:
+            return h @ w + b
         if "up" in here:
             down, c = fields(adapter, path, layer, "down", "down_bias")
             inputs[path, layer] = jnp.tanh(h @ down + c)
@@ -59,7 +77,7 @@ def prefix(adapter, given):
     """Trained rows in the place of what a projection gives at virtual positions."""
     slots = np.asarray(given["virtual"])
 
-    def product(path, h, w, b=0.0, layer=None):
+    def product(path, h, w, b=0.0, layer=None, around=None):
         y = h @ w + b
         found = fields(adapter, path, layer, "rows")
         for example, time in np.argwhere(slots >= 0) if found else ():
@@ -69,9 +87,99 @@ def prefix(adapter, given):
     return product
 
 
+def encoded_prefix(adapter, given):
+    """A prefix whose rows a network makes of a table."""
+    (start,) = {name.removesuffix("/table") for name in adapter if name.endswith("/table")}
+    hidden = adapter[f"{start}/table"] @ adapter[f"{start}/down"] + adapter[f"{start}/down_bias"]
+    ups = [name for name in adapter if name.endswith("/up")]
+    rows = {
+        name.removesuffix("up") + "rows": jnp.tanh(hidden) @ adapter[name]
+        + adapter[name + "_bias"][..., None, :]
+        for name in ups
+    }
+    return prefix(rows, given)
+
+
+def mam(adapter, given):
+    """A prefix at keys and values, and around the feed-forward block an adapter."""
+    rows = {name: v for name, v in adapter.items() if name.endswith("/rows")}
+    rest = {name: v for name, v in adapter.items() if name not in rows}
+    attend, beside = prefix(rows, given), parallel(rest, given)
+
+    def product(path, *args, **kwargs):
+        return (attend if f"{path}/rows" in rows else beside)(path, *args, **kwargs)
+
+    return product
+
+
+def unipelt(adapter, given):
+    """LoRA at q and v, a prefix at k and v, an adapter behind `down`, each times its gate."""
+    slots = np.asarray(given["virtual"])
+    real = jnp.asarray(slots < 0)[..., None]
+
+    def gate(x, name, layer):
+        v, c = (adapter[f"{name}/{part}"] for part in ("gate", "gate_bias"))
+        v, c = (v, c) if layer is None else (v[layer], c[layer])
+        opened = jnp.where(real, 1 / (1 + jnp.exp(-(x @ v[:, None] + c))), 0)
+        return opened.sum(1, keepdims=True) / real.sum(1, keepdims=True)
+
+    def product(path, h, w, b=0.0, layer=None, around=None):
+        y = h @ w + b
+        under = f"{path}/w" if path == "v" else path  # the prefix stands on top of LoRA
+        if path in "qv":
+            a, low = fields(adapter, under, layer, "a", "b")
+            y = y + gate(h, f"{path}/lora", layer) * (h @ a @ low)
+        if path in "kv":
+            (rows,) = fields(adapter, path, layer, "rows")
+            g = gate(h, "k/prefix", layer)
+            for example, time in np.argwhere(slots >= 0):
+                virtual = rows[slots[example, time]] * g[example, 0]
+                y = y.at[example, time].set(virtual)
+        if path == "down":
+            down, c, up, e = fields(adapter, path, layer, "down", "down_bias", "up", "up_bias")
+            z = around(y)
+            y = y + gate(z, "down/bottleneck", layer) * (jnp.maximum(z @ down + c, 0) @ up + e)
+        return y
+
+    return product
+
+
 def prompt(adapter, given):
     """Trained rows behind those of the table."""
     return lambda path, table: jnp.concatenate([table, adapter[f"{path}/rows"]])
+
+
+def p_tuning(adapter, given):
+    """Rows behind those of the table that an LSTM and a linear network make of trained ones."""
+    (table,) = {name.removesuffix("/rows") for name in adapter if name.endswith("/rows")}
+    network = {
+        name.removeprefix(f"{table}/encoder/"): v
+        for name, v in adapter.items()
+        if "/encoder/" in name
+    }
+    sigmoid = lambda x: 1 / (1 + jnp.exp(-x))  # noqa: E731
+
+    def lstm(xs, name):
+        w, u, a, b = (
+            network[f"{name}/{part}"] for part in ("input", "hidden", "input_bias", "hidden_bias")
+        )
+        h = c = jnp.zeros(u.shape[0])
+        out = []
+        for x in xs:
+            i, f, g, o = jnp.split(x @ w + a + h @ u + b, 4)
+            c = sigmoid(f) * c + sigmoid(i) * jnp.tanh(g)
+            h = sigmoid(o) * jnp.tanh(c)
+            out.append(h)
+        return out
+
+    rows = list(adapter[f"{table}/rows"])
+    for layer in ("lstm0", "lstm1"):
+        ahead = lstm(rows, f"{layer}/forward")
+        back = lstm(rows[::-1], f"{layer}/backward")[::-1]
+        rows = [jnp.concatenate(both) for both in zip(ahead, back, strict=True)]
+    h = jnp.stack(rows) @ network["mlp0/kernel"] + network["mlp0/bias"]
+    made = jnp.maximum(h, 0) @ network["mlp1/kernel"] + network["mlp1/bias"]
+    return lambda path, table: jnp.concatenate([table, made])
 
 
 # ---- feed-forward blocks
@@ -130,7 +238,7 @@ def block(x, p, product, layer=None):
     """The block of loops.py."""
     p = p if layer is None else {k: w[layer] for k, w in p.items()}
     h = product("up", norm(x, p["scale"]), p["up"], p["bias"], layer)
-    return x + product("down", jnp.tanh(h), p["down"], layer=layer)
+    return x + product("down", jnp.tanh(h), p["down"], layer=layer, around=lambda y: x + y)
 
 
 def blocks(*order):
@@ -168,7 +276,8 @@ def mlp(x, p, product, prefix="", norm="LayerNorm_0", layer=None, axis=0):
 
     def linear(name, h):
         path = f"{prefix}{name}/kernel"
-        return product(path, h, get(f"{name}/kernel"), get(f"{name}/bias"), layer)
+        around = lambda y: x + y  # noqa: E731
+        return product(path, h, get(f"{name}/kernel"), get(f"{name}/bias"), layer, around)
 
     h = layer_norm(x, get(f"{norm}/scale"), get(f"{norm}/bias"))
     return x + linear("down", jax.nn.gelu(linear("up", h)))
@@ -234,6 +343,9 @@ BATCH_ON_MESH = {
     "shard_map, weights gathered by each device before use": on_mesh,
 }
 
+
+RESIDUAL = {name: model for name, model in FEED_FORWARD.items() if model is not two_products}
+del RESIDUAL["a mesh with Automatic axes"]
 
 # ---- attention
 
@@ -328,4 +440,37 @@ LOOKUPS = {
     "tied head, table kept as (width, vocabulary)": tied_columns,
     "linen Embed.attend": linen_tied,
     "nnx Embed.attend": nnx_tied,
+}
+
+
+# ---- whole layers
+
+
+def post_norm(*layers):
+    """The layer of transformer.py, with the weights of these layers."""
+
+    def one(x, p, product, layer):
+        p = p if layer is None else {k: w[layer] for k, w in p.items()}
+
+        def normed(at, y, x):
+            return transformer.layer_norm(x + y, p[f"{at}_scale"], p[f"{at}_bias"])
+
+        def linear(name, h, around=None):
+            return product(name, h, p[name], p[f"{name}_bias"], layer, around)
+
+        q, k, v = (linear(n, x).reshape(*x.shape[:-1], N, H) for n in "qkv")
+        attended = linear("o", attend(q, k, v).reshape(*x.shape[:-1], -1))
+        x = normed("attn", attended, x)
+        h = linear("down", jnp.tanh(linear("up", x)), lambda y: normed("mlp", y, x))
+        return normed("mlp", h, x)
+
+    def model(p, product, x):
+        return functools.reduce(lambda x, layer: one(x, p, product, layer), layers, x)
+
+    return model
+
+
+TRANSFORMER = {
+    "post-norm layers, lax.scan": post_norm(0, 1, 2),
+    "post-norm layer, jit in remat": post_norm(None),
 }

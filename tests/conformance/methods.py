@@ -64,6 +64,14 @@ def _bottleneck(sites, dtype):
     return jp.bottleneck(3, sites.linear, dtype=dtype)
 
 
+def _on_the_sum(sites, dtype):
+    """Behind what ends a feed-forward block, with the norm of the sum where there is one."""
+    down = sites.linear.match(re.compile(r"\bdown\b"))
+    names = ("mlp_scale", "mlp_bias")
+    norms = sites.match(*names) if "mlp_scale" in sites else None
+    return jp.bottleneck(3, down, reads="sum", norms=norms, dtype=dtype)
+
+
 def _parallel(sites, dtype):
     first, last = (sites.match(re.compile(rf"\b{name}\b")) for name in ("up", "down"))
     first, last = first & sites.linear, last & sites.linear
@@ -76,6 +84,30 @@ def _prefix(sites, dtype):
     return jp.prefix(2, keys, keys - keys, dtype=dtype)
 
 
+def _encoded_prefix(sites, dtype):
+    keys = sites.linear.match(re.compile(r"(^|/)(up|[kv]|(key|value)/kernel)\b"))
+    return jp.prefix(2, keys, keys - keys, hidden=5, embed=4, dtype=dtype)
+
+
+def _mam(sites, dtype):
+    return jp.mam(
+        2, 3, *map(sites.match, ("k", "v", "up", "down")), scale=1.5, activation="tanh", dtype=dtype
+    )
+
+
+def _unipelt(sites, dtype):
+    norms = sites.match("mlp_scale", "mlp_bias")
+    return jp.unipelt(
+        sites.match("q", "v"),
+        *map(sites.match, ("k", "v", "down")),
+        rank=2,
+        length=2,
+        width=3,
+        norms=norms,
+        dtype=dtype,
+    )
+
+
 def _virtual_positions(args):
     """Two in each of the first two examples, at different places; none in the others."""
     x = next(a for a in args if getattr(a, "ndim", 0) == 3)
@@ -86,6 +118,15 @@ def _virtual_positions(args):
 
 def _prompt(sites, dtype):
     return jp.prompt(2, sites.embedding or sites.match("table"), dtype=dtype)
+
+
+def _p_tuning(sites, dtype):
+    table = sites.embedding or sites.match("table")
+    return jp.p_tuning(2, table, hidden=3, embed=4, dtype=dtype)
+
+
+def _trainable_tokens(sites, dtype):
+    return jp.trainable_tokens(range(1, 12), sites.embedding, dtype=dtype)
 
 
 def _virtual_ids(args, sites):
@@ -166,5 +207,51 @@ METHODS = [
             "take, wrapped": "look them up in 'table'",
         },
         args=_virtual_ids,
+    ),
+    Method(
+        "bottleneck on the sum",
+        _on_the_sum,
+        rows=("lax.scan over layers", "post-norm layers, lax.scan"),
+        by_hand=by_hand.on_the_sum,
+        models=by_hand.RESIDUAL | by_hand.TRANSFORMER,
+        refused={"x @ w": r"residual stream.*is read at 0 places"},
+    ),
+    Method(
+        "encoded prefix",
+        _encoded_prefix,
+        rows=("(d, heads, head_dim) kernels", "lax.scan over layers"),
+        by_hand=by_hand.encoded_prefix,
+        models=by_hand.FEED_FORWARD | by_hand.ATTENTION,
+        given=_virtual_positions,
+    ),
+    Method(
+        "p_tuning",
+        _p_tuning,
+        rows=("table[ids]", "tied head"),
+        by_hand=by_hand.p_tuning,
+        models=by_hand.LOOKUPS,
+        args=_virtual_ids,
+    ),
+    Method(
+        "trainable tokens",
+        _trainable_tokens,
+        roles=("embedding",),
+        rows=("table[ids]", "tied head"),
+    ),
+    Method(
+        "mam",
+        _mam,
+        rows=("post-norm layers, lax.scan",),
+        by_hand=by_hand.mam,
+        models=by_hand.TRANSFORMER,
+        given=_virtual_positions,
+    ),
+    Method(
+        "unipelt",
+        _unipelt,
+        rows=("post-norm layers, lax.scan",),
+        by_hand=by_hand.unipelt,
+        models=by_hand.TRANSFORMER,
+        given=_virtual_positions,
     ),
 ]

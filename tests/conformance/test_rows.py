@@ -57,7 +57,8 @@ def test_every_matrix_of_a_row_is_named(row):
 
 def is_matrix(name):
     parts = name.removesuffix("/value").split("/")
-    return parts[-1] not in ("bias", "bq", "bk", "bv", "scale", "positions")
+    vectors = ("bias", "scale", "positions")
+    return not parts[-1].endswith(vectors) and parts[-1] not in ("bq", "bk", "bv")
 
 
 def is_real(y):

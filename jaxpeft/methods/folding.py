@@ -1,0 +1,68 @@
+"""Folding: networks that only help training leave plain arrays behind."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jaxpeft.tree import Hole, flatten
+from jaxpeft.weight import Weight, base_field, is_view
+
+
+def fold(frozen: Any, adapter: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Replaces what an encoder computes of trained arrays by what it has come to.
+
+    A prompt or a prefix with an encoder becomes one without, with the same outputs to the last
+    bit but rounding; the rest stays as it is. Training can go on from there, or from the adapter
+    that is given, which stays as it was.
+
+    Args:
+      frozen: From `split`.
+      adapter: `{path: array}`, of the same paths.
+
+    Returns:
+      A frozen tree and an adapter, those of the plain method: rows in the place of encoders.
+
+    Raises:
+      ValueError: Nothing in the tree can be folded.
+    """
+    flat, treedef = flatten(frozen, is_leaf=is_view)
+    rows: dict[str, Any] = {}
+
+    def plain(w: Any, path: str) -> Any:
+        if not isinstance(w, Weight):
+            return w
+        if name := base_field(w):
+            w = dataclasses.replace(w, **{name: plain(getattr(w, name), f"{path}/{name}")})  # type: ignore[type-var]
+        if not hasattr(w, "fold"):
+            return w
+        made = _filled(w, adapter).folded()
+        names = {field: f"{path}/{field}" for field in made}
+        rows.update({names[field]: array for field, array in made.items()})
+        return w.fold(**{field: Hole(name) for field, name in names.items()})
+
+    for path, leaf in flat.items():
+        if is_view(leaf):
+            flat[path] = dataclasses.replace(leaf, weight=plain(leaf.weight, path))
+    if not rows:
+        raise ValueError(
+            "Nothing in this tree has an encoder that could be folded away. Prompts and prefixes "
+            "have one where they were given it: `p_tuning(...)`, `prefix(hidden=...)`."
+        )
+    folded = jax.tree.unflatten(treedef, list(flat.values()))
+    kept = {x.name for x in jax.tree.leaves(folded, is_leaf=_is_hole) if _is_hole(x)}
+    return folded, {**{k: v for k, v in adapter.items() if k in kept}, **rows}
+
+
+def _is_hole(x: Any) -> bool:
+    return isinstance(x, Hole)
+
+
+def _filled(w: Weight, adapter: Mapping[str, Any]) -> Any:
+    """The weight with its trained arrays, without what a call gives."""
+
+    def value(x: Any) -> Any:
+        return x.fill(adapter[x.name]) if _is_hole(x) and x.name in adapter else x
+
+    return jax.tree.map(value, w, is_leaf=_is_hole)

@@ -1,0 +1,275 @@
+"""Hybrids: methods that are several others at once."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.method import Method, chain
+from jaxpeft.methods.bottleneck import Bottleneck, bottleneck, parallel
+from jaxpeft.methods.lora import lora
+from jaxpeft.methods.placing import place
+from jaxpeft.methods.prefix import Virtual, prefix
+from jaxpeft.sites import Site, Sites
+from jaxpeft.tree import Hole, Train
+from jaxpeft.weight import IN, OUT, View, Weight, axes, base, static, weight
+
+
+def mam(
+    length: int,
+    width: int,
+    keys: Sites,
+    values: Sites,
+    inputs: Sites,
+    outputs: Sites,
+    *,
+    hidden: int | None = None,
+    rope: Sequence[float] | None = None,
+    scale: float = 4.0,
+    activation: str = "relu",
+    dropout: float = 0.0,
+    dtype: Any = jnp.float32,
+) -> Method:
+    """Mix-and-match adapter: a prefix at attention, a scaled parallel adapter at the feed-forward.
+
+    Args:
+      length: Virtual positions of the prefix; the paper takes 30.
+      width: Of the parallel adapter; the paper takes 512.
+      keys, values: The projections of attention.
+      inputs, outputs: The first and the last kernel of each feed-forward block.
+      hidden: Inner width of the network that makes the prefix; `None` trains its rows.
+      rope: As for `prefix`.
+      scale: Of the parallel adapter.
+      activation, dropout: Of the parallel adapter.
+      dtype: Of what is trained.
+
+    Returns:
+      `chain` of the two, with their trained numbers.
+
+    References:
+      He et al., Towards a Unified View of Parameter-Efficient Transfer Learning, 2021,
+      section 4.6. https://arxiv.org/abs/2110.04366
+    """
+    at_attention = prefix(length, keys, values, hidden=hidden, rope=rope, dtype=dtype)
+    beside = parallel(
+        width, inputs, outputs, scale=scale, activation=activation, dropout=dropout, dtype=dtype
+    )
+    options = dict(
+        length=length,
+        width=width,
+        keys=keys,
+        values=values,
+        inputs=inputs,
+        outputs=outputs,
+        hidden=hidden,
+        rope=None if rope is None else [float(f) for f in rope],
+        scale=scale,
+        activation=activation,
+        dropout=dropout,
+        dtype=dtype,
+    )
+    return Method("mam", options, chain(at_attention, beside).apply)
+
+
+# --- UniPELT -------------------------------------------------------------------------------
+
+
+def gate(x: jax.Array, kernel: Any, bias: Any, slots: Any, path: str) -> jax.Array:
+    """sigmoid(x @ kernel + bias), its mean over the real positions: (batch, 1, 1).
+
+    Args:
+      x: (batch, time, n).
+      kernel, bias: Operands with axes (n) and (1).
+      slots: Operand (batch, time), -1 at real positions.
+      path: Of the weight, for messages.
+
+    Raises:
+      ValueError: x has other leading axes than the slots.
+    """
+    slots = slots.array
+    if slots.shape != x.shape[:-1]:
+        raise ValueError(
+            f"The gate at '{path}' is told of virtual positions {slots.shape} (batch, time), but "
+            f"its input has leading axes {x.shape[:-1]}: the model merges or moves batch and "
+            "time before it. Lift it over one example and use `jax.vmap`."
+        )
+    real = (slots < 0)[..., None]
+    open_ = jnp.where(real, jax.nn.sigmoid(x @ kernel + bias), 0)
+    return jnp.sum(open_, -2, keepdims=True) / jnp.sum(real, -2, keepdims=True)
+
+
+@weight
+class GatedLowRank(Weight):
+    """x @ w + g(x) * x @ a @ b."""
+
+    w: Any = base()
+    a: Any = axes("in", "rank")
+    b: Any = axes("rank", "out")
+    gate: Any = axes("in")
+    gate_bias: Any = axes("one")
+    slots: Any = axes(shared=True)
+    path: str = static("")
+
+    is_matrix = False
+
+    def forward(self, x):
+        g = gate(x, self.gate, self.gate_bias, self.slots, self.path)
+        return x @ self.w + (g * (x @ self.a @ self.b)).astype(x.dtype)
+
+
+@weight
+class GatedPrefix(Virtual):
+    """Trained rows times g(x)."""
+
+    w: Any = base()
+    rows: Any = axes("virtual", "out")
+    gate: Any = axes("in")
+    gate_bias: Any = axes("one")
+    slots: Any = axes(shared=True)
+    bias: Any = axes("out", optional=True)
+    rope: tuple[float, ...] | None = static(None)
+    lengths: tuple[int, ...] = static(())
+    path: str = static("")
+
+    def made(self):
+        return self.rows.array
+
+    def weighed(self, virtual, x):
+        return virtual * gate(x, self.gate, self.gate_bias, self.slots, self.path)
+
+
+@weight
+class GatedBottleneck(Bottleneck):
+    """y + g(z) * change(z)."""
+
+    gate: Any = axes("out", optional=True)
+    gate_bias: Any = axes("one", optional=True)
+    slots: Any = axes(shared=True, optional=True)
+    path: str = static("")
+
+    def change(self, z):
+        g = gate(z, self.gate, self.gate_bias, self.slots, self.path)
+        return (g * super().change(z)).astype(z.dtype)
+
+
+def unipelt(
+    lora_sites: Sites,
+    keys: Sites,
+    values: Sites,
+    outputs: Sites,
+    *,
+    rank: int = 8,
+    length: int = 10,
+    width: int = 48,
+    norms: Sites | None = None,
+    eps: float = 1e-12,
+    rope: Sequence[float] | None = None,
+    activation: str = "relu",
+    dropout: float = 0.0,
+    dtype: Any = jnp.float32,
+) -> Method:
+    """UniPELT: LoRA, a prefix and Pfeiffer's adapter, each behind a gate of its own.
+
+    Of the input z of each (batch, time, n), a gate g = mean over time of sigmoid(z @ v + c) is one
+    number per example and layer, which multiplies
+
+    - LoRA's x @ a @ b, in the place of alpha / r, with z = x;
+    - the prefix's keys and values, with z the input of their projections, one gate for both;
+    - the adapter's act(z @ down + c) @ up + e, with z = LN(h + r).
+
+    The mean leaves virtual positions out. It counts padding, as the paper does, so an example's
+    outputs depend on how far it is padded; and in cached decoding it is that of the new token.
+
+    Args:
+      lora_sites: For LoRA; the paper takes the query and value projections.
+      keys, values: The projections that get a prefix.
+      outputs: The last kernel of each feed-forward block, for the adapter.
+      rank, length, width: Sizes of the three; the paper takes 8, 10 and 48.
+      norms, eps: The LayerNorms behind the feed-forward blocks, as for `bottleneck`.
+      rope: As for `prefix`.
+      activation, dropout: Of the adapter.
+      dtype: Of what is trained.
+
+    Returns:
+      A method with the trained numbers of the three, and n + 1 for each gate.
+
+    References:
+      Mao et al., UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning,
+      2022, section 3. https://arxiv.org/abs/2110.07577
+    """
+    low = lora(rank, lora_sites, dtype=dtype)
+    virtual = prefix(length, keys, values, rope=rope, dtype=dtype)
+    behind = bottleneck(
+        width,
+        outputs,
+        reads="sum",
+        norms=norms,
+        eps=eps,
+        activation=activation,
+        dropout=dropout,
+        dtype=dtype,
+    )
+
+    def parts(key: jax.Array, site: Site, size: int, name: str) -> dict[str, Any]:
+        kernel = 0.02 * jax.random.normal(key, (*site.stack, size), dtype)
+        return {
+            "gate": Train(kernel, name=f"{name}/gate"),
+            "gate_bias": Train(jnp.zeros((*site.stack, 1), dtype), name=f"{name}/gate_bias"),
+            "slots": Hole("virtual"),
+            "path": site.path,
+        }
+
+    def gated_lora(key: jax.Array, site: Site, view: View) -> View:
+        old: Any = view.weight
+        fields = parts(key, site, site.size(IN), f"{site.path}/lora")
+        return dataclasses.replace(view, weight=GatedLowRank(old.w, old.a, old.b, **fields))
+
+    owner = dict(zip([*keys, *values], [*keys, *keys], strict=True))
+
+    def gated_prefix(key: jax.Array, site: Site, view: View) -> View:
+        old: Any = view.weight
+        name = f"{owner[site.path]}/prefix"
+        fields = parts(key, site, site.size(IN), name)
+        if owner[site.path] != site.path:
+            fields |= {field: Hole(f"{name}/{field}") for field in ("gate", "gate_bias")}
+        weight = GatedPrefix(
+            old.w, old.rows, bias=old.bias, rope=old.rope, lengths=old.lengths, **fields
+        )
+        return dataclasses.replace(view, weight=weight)
+
+    def gated_bottleneck(key: jax.Array, site: Site, view: View) -> View:
+        old: Any = view.weight
+        kept = {field.name: getattr(old, field.name) for field in dataclasses.fields(old)}
+        fields = parts(key, site, site.size(OUT), f"{site.path}/bottleneck")
+        return dataclasses.replace(view, weight=GatedBottleneck(**kept, **fields))
+
+    def apply(key: jax.Array, tree: Any) -> Any:
+        for i, (method, sites, make) in enumerate(
+            [
+                (low, lora_sites, gated_lora),
+                (virtual, keys | values, gated_prefix),
+                (behind, outputs, gated_bottleneck),
+            ]
+        ):
+            first, second = jax.random.split(jax.random.fold_in(key, i))
+            tree = place(second, method(first, tree), sites, make, who="unipelt")
+        return tree
+
+    options = dict(
+        lora_sites=lora_sites,
+        keys=keys,
+        values=values,
+        outputs=outputs,
+        rank=rank,
+        length=length,
+        width=width,
+        norms=norms,
+        eps=eps,
+        rope=None if rope is None else [float(f) for f in rope],
+        activation=activation,
+        dropout=dropout,
+        dtype=dtype,
+    )
+    return Method("unipelt", options, apply)

@@ -1,0 +1,96 @@
+"""What a model adds to a product: the residual stream beside a sub-layer.
+
+A sub-layer ends in a product, a bias, and a sum with the stream that went around it. Where a
+weight stands in that product, the stream is a value that exists already: it is found by
+following the product to the sum.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend import core as jex
+from jax.extend.core import primitives as p
+
+from jaxpeft import compat
+from jaxpeft.weight import is_view
+
+#: What a product may go through on its way, its elements in the same order.
+_PASSING = {p.reshape_p, p.convert_element_type_p, p.squeeze_p, p.copy_p, p.name_p}
+_PASSING |= {p.reduce_precision_p, p.sharding_constraint_p, compat.optimization_barrier_p}
+
+
+@dataclasses.dataclass
+class Frame:
+    """A jaxpr under evaluation: its values so far, and the equation that it has reached."""
+
+    jaxpr: Any
+    env: dict[Any, Any]
+    at: int = 0
+
+    @property
+    def eqn(self) -> Any:
+        return self.jaxpr.eqns[self.at]
+
+
+def residual(frames: Sequence[Frame], path: str) -> jax.Array:
+    """The stream that is added to the product of the equation under evaluation.
+
+    Args:
+      frames: The jaxpr of that equation last, before it those that it was inlined into.
+      path: Of the weight, for messages.
+
+    Raises:
+      ValueError: The product is not added to a value that exists already, or something else
+        happens to it before; says what, and where.
+    """
+    depth = len(frames) - 1
+    value = frames[depth].eqn.outvars[0]
+    while True:
+        frame = frames[depth]
+        users = [eqn for eqn in frame.jaxpr.eqns[frame.at + 1 :] if value in _variables(eqn)]
+        if not users and value in frame.jaxpr.outvars and depth:
+            depth -= 1
+            value = frames[depth].eqn.outvars[frame.jaxpr.outvars.index(value)]
+            continue
+        if len(users) != 1 or value in frame.jaxpr.outvars:
+            raise _lost(path, f"is read at {len(users)} places of its scope")
+        (eqn,) = users
+        if eqn.primitive in _PASSING:
+            value = eqn.outvars[eqn.invars.index(value) if len(eqn.outvars) > 1 else 0]
+            continue
+        if eqn.primitive not in (p.add_p, p.add_jaxvals_p):
+            raise _lost(path, f"meets `{eqn.primitive.name}` ({compat.source(eqn)})")
+        other = next((v for v in eqn.invars if v is not value), None)
+        if other is None:
+            raise _lost(path, f"is added to itself ({compat.source(eqn)})")
+        if _is_bias(frame, other, value):
+            value = eqn.outvars[0]
+            continue
+        if other not in frame.env or is_view(frame.env[other]):
+            raise _lost(path, f"is added to what is computed after it ({compat.source(eqn)})")
+        return frame.env[other]
+
+
+def _variables(eqn: Any) -> list:
+    return [v for v in eqn.invars if not isinstance(v, jex.Literal)]
+
+
+def _is_bias(frame: Frame, other: Any, product: Any) -> bool:
+    """Whether it is fewer numbers than the product, repeated: no stream."""
+    if isinstance(other, jex.Literal) or other.aval.size < product.aval.size:
+        return True
+    for eqn in frame.jaxpr.eqns:
+        if other in eqn.outvars:
+            repeated = eqn.primitive is p.broadcast_in_dim_p
+            return repeated and eqn.invars[0].aval.size < other.aval.size
+    return False
+
+
+def _lost(path: str, what: str) -> ValueError:
+    return ValueError(
+        f"The adapter at '{path}' reads the residual stream that the model adds to the output of "
+        f"its sub-layer, but that output {what} before. Choose the kernel that ends the sub-layer, "
+        "in the same function as the sum; or an adapter that reads the output alone."
+    )
