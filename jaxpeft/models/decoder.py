@@ -576,7 +576,7 @@ def pure(config: Config, call: str = "__call__", **options: Any) -> Callable[...
     Args:
       config: Shape of the model.
       call: The method to run, where it is not the whole: `"hidden"` gives what the head reads,
-        a trunk for the heads of `jaxpeft.models.heads`.
+        a trunk for the heads of `jaxpeft.train.heads`.
       **options: Those of `Decoder`.
     Returns:
       A function of the nested dict of arrays that `init` and `load` give, and of what

@@ -7,6 +7,7 @@ for batch in batches:
     state, metrics = step(state, frozen, batch, key)
 """
 
+from jaxpeft.train import heads
 from jaxpeft.train.adam8bit import adamw8bit, scale_by_adam8bit
 from jaxpeft.train.checkpoint import Checkpoints
 from jaxpeft.train.data import Batches, Chat, Completion, Examples, Text, read_examples
@@ -38,6 +39,7 @@ __all__ = [
     "evaluate",
     "fill_float0",
     "fit",
+    "heads",
     "init",
     "loss_figure",
     "next_token",

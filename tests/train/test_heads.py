@@ -11,9 +11,9 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft.io.adapter import load_adapter, save_adapter
-from jaxpeft.models import decoder, encoder, heads
+from jaxpeft.models import decoder, encoder
 from jaxpeft.serve.generate import generator
-from jaxpeft.train import train_step
+from jaxpeft.train import heads, train_step
 from jaxpeft.train.step import init as init_state
 
 D, B, T = 12, 3, 7
