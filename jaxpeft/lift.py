@@ -242,7 +242,7 @@ def lift(
 
         jaxpr = jax.make_jaxpr(with_arrays)(*[_abstract(flat[i]) for i in at])
         evaluation = Evaluation(report)
-        views = [flat[i].unfolded() for i in at]
+        views = [flat[i].unfolded().acting(_whole) for i in at]
         outs = iter(evaluation.run(jaxpr, views))
         evaluation.closed("the function")
         given = {id(view): flat[i] for view, i in zip(views, at, strict=True)}
@@ -253,6 +253,16 @@ def lift(
         return jax.tree.unflatten(result["tree"], values)
 
     return lifted  # type: ignore[return-value]
+
+
+def _whole(f: Callable[[View], Any], view: View) -> Any:
+    """f(view); on a mesh with Explicit axes the results are whole on every device."""
+    typed = (compat.typed_sharding(jax.typeof(x)) for x in jax.tree.leaves(view.weight))
+    sharding = next((s for s in typed if s is not None), None)
+    if sharding is None:
+        return f(view)
+    everywhere = jax.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.sharding.auto_axes(f, out_sharding=everywhere)(view)
 
 
 def _is_array(x: Any) -> bool:

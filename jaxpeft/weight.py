@@ -99,6 +99,8 @@ class Weight:
     local_in: ClassVar[bool] = False
     #: Whether it is right on a shard of `out`.
     local_out: ClassVar[bool] = False
+    #: Whether what it derives may stay in its place for good, as after training (`fold`).
+    folds: ClassVar[bool] = False
 
     __array_ufunc__ = None  # numpy arrays leave `x @ weight` to us
 
@@ -110,6 +112,18 @@ class Weight:
         """
         del field, axis
         return 1, 1
+
+    def derived(self) -> dict[str, jax.Array] | None:
+        """Arrays that follow from the fields alone, computed once before the program runs.
+
+        Fields are bound to an ordinary product, one slice of the stack at a time. `None` for a
+        weight that acts as it is.
+        """
+        return None
+
+    def acting(self, **derived: jax.Array) -> "Weight":
+        """The weight that acts in this one's place; it has what `derived` gave, by stack."""
+        raise NotImplementedError(f"{type(self).__name__} derives nothing")
 
     @property
     def extra_rows(self) -> int:
@@ -580,6 +594,49 @@ class View:
         in_axes = (self.stack_positions(stack[0]), None if x is None else 0)
         return jax.vmap(slice_of, in_axes=in_axes)(leaves, x)
 
+    def over_each(self, f: Callable[["View"], Any]) -> Any:
+        """f(view of one slice) for each slice of the stack in turn; results lead with the stack.
+
+        One after the other, so that of a quantized stack one matrix at a time is decoded.
+        """
+        stack = self.indices(STACK)
+        if not stack:
+            return f(self)
+        leaves, treedef = jax.tree.flatten(self.weight)
+        at = self.stack_positions(stack[0])
+        rest = self.without(stack[0], self.weight)
+
+        def one(moving: list) -> Any:
+            slices = iter(moving)
+            own = [x if p is None else next(slices) for x, p in zip(leaves, at, strict=True)]
+            slice_ = dataclasses.replace(rest, weight=jax.tree.unflatten(treedef, own))
+            return slice_.over_each(f)
+
+        moving = [(x, p) for x, p in zip(leaves, at, strict=True) if p is not None]
+        return lax.map(one, [jnp.moveaxis(x, p, 0) for x, p in moving])
+
+    def derived(self) -> dict[str, jax.Array]:
+        """What the weight derives from its fields, for the whole stack; `None` if nothing."""
+        return self.over_each(_derived)
+
+    def acting(self, call: Callable = lambda f, view: f(view)) -> "View":
+        """The view with the weights that act in the place of those that derive something.
+
+        Args:
+          call: `call(f, view)` computes f(view), where shardings are part of the types.
+        """
+
+        def replaced(w: Any) -> Any:
+            if not isinstance(w, Weight):
+                return w
+            if name := base_field(w):
+                w = dataclasses.replace(w, **{name: replaced(getattr(w, name))})  # type: ignore
+            if type(w).derived is Weight.derived:
+                return w
+            return w.acting(**call(View.derived, dataclasses.replace(self, weight=w)))
+
+        return dataclasses.replace(self, weight=replaced(self.weight))
+
     def field_axes(self) -> list[list[tuple[int, ...]]]:
         """Per leaf of the weight, per dimension: the axes of the replaced array it runs over."""
         return [[axes for axes, _ in runs] for runs in self._runs()]
@@ -659,6 +716,11 @@ class View:
         if any(dim is None for dim in dims):
             return None
         return dataclasses.replace(self, dims=tuple(dims))  # type: ignore[arg-type]
+
+
+def _derived(view: View) -> dict[str, jax.Array]:
+    roles = [axis.role for axis in view.axes] if view.natural else [IN, OUT]
+    return bind(view.weight, Site(view.dtype), roles, view.dtype).derived()
 
 
 def is_view(x: Any) -> bool:

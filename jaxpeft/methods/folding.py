@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxpeft.tree import Hole, flatten
-from jaxpeft.weight import Weight, base_field, is_view
+from jaxpeft.weight import View, Weight, base_field, is_view
 
 
 def fold(frozen: Any, adapter: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -30,21 +30,23 @@ def fold(frozen: Any, adapter: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     flat, treedef = flatten(frozen, is_leaf=is_view)
     rows: dict[str, Any] = {}
 
-    def plain(w: Any, path: str) -> Any:
+    def plain(view: View, w: Any, path: str) -> Any:
         if not isinstance(w, Weight):
             return w
         if name := base_field(w):
-            w = dataclasses.replace(w, **{name: plain(getattr(w, name), f"{path}/{name}")})  # type: ignore[type-var]
-        if not hasattr(w, "fold"):
+            inner = plain(view, getattr(w, name), f"{path}/{name}")
+            w = dataclasses.replace(w, **{name: inner})  # type: ignore[type-var]
+        if not w.folds:
             return w
-        made = _filled(w, adapter).folded()
+        made = dataclasses.replace(view, weight=_filled(w, adapter)).derived()
         names = {field: f"{path}/{field}" for field in made}
         rows.update({names[field]: array for field, array in made.items()})
-        return w.fold(**{field: Hole(name) for field, name in names.items()})
+        return w.acting(**{field: Hole(name) for field, name in names.items()})
 
     for path, leaf in flat.items():
         if is_view(leaf):
-            flat[path] = dataclasses.replace(leaf, weight=plain(leaf.weight, path))
+            weight = plain(leaf, leaf.weight, path)
+            flat[path] = dataclasses.replace(leaf, weight=weight)
     if not rows:
         raise ValueError(
             "Nothing in this tree has an encoder that could be folded away. Prompts and prefixes "
@@ -60,9 +62,11 @@ def _is_hole(x: Any) -> bool:
 
 
 def _filled(w: Weight, adapter: Mapping[str, Any]) -> Any:
-    """The weight with its trained arrays, without what a call gives."""
+    """The weight with its trained arrays, and nothing where a call or the model gives something."""
 
     def value(x: Any) -> Any:
-        return x.fill(adapter[x.name]) if _is_hole(x) and x.name in adapter else x
+        if not _is_hole(x):
+            return x
+        return x.fill(adapter[x.name]) if x.name in adapter else None
 
     return jax.tree.map(value, w, is_leaf=_is_hole)

@@ -11,7 +11,7 @@ from jaxpeft.method import Method, chain
 from jaxpeft.methods.bottleneck import Bottleneck, bottleneck, parallel
 from jaxpeft.methods.lora import lora
 from jaxpeft.methods.placing import place
-from jaxpeft.methods.prefix import Virtual, prefix
+from jaxpeft.methods.prefix import Prefix, prefix
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, static, weight
@@ -120,21 +120,11 @@ class GatedLowRank(Weight):
 
 
 @weight
-class GatedPrefix(Virtual):
+class GatedPrefix(Prefix):
     """Trained rows times g(x)."""
 
-    w: Any = base()
-    rows: Any = axes("virtual", "out")
-    gate: Any = axes("in")
-    gate_bias: Any = axes("one")
-    slots: Any = axes(shared=True)
-    bias: Any = axes("out", optional=True)
-    rope: tuple[float, ...] | None = static(None)
-    lengths: tuple[int, ...] = static(())
-    path: str = static("")
-
-    def made(self):
-        return self.rows.array
+    gate: Any = axes("in", optional=True)
+    gate_bias: Any = axes("one", optional=True)
 
     def weighed(self, virtual, x):
         return virtual * gate(x, self.gate, self.gate_bias, self.slots, self.path)
@@ -234,16 +224,12 @@ def unipelt(
         fields = parts(key, site, site.size(IN), name)
         if owner[site.path] != site.path:
             fields |= {field: Hole(f"{name}/{field}") for field in ("gate", "gate_bias")}
-        weight = GatedPrefix(
-            old.w, old.rows, bias=old.bias, rope=old.rope, lengths=old.lengths, **fields
-        )
-        return dataclasses.replace(view, weight=weight)
+        return dataclasses.replace(view, weight=GatedPrefix(**(_fields(old) | fields)))
 
     def gated_bottleneck(key: jax.Array, site: Site, view: View) -> View:
         old: Any = view.weight
-        kept = {field.name: getattr(old, field.name) for field in dataclasses.fields(old)}
         fields = parts(key, site, site.size(OUT), f"{site.path}/bottleneck")
-        return dataclasses.replace(view, weight=GatedBottleneck(**kept, **fields))
+        return dataclasses.replace(view, weight=GatedBottleneck(**(_fields(old) | fields)))
 
     def apply(key: jax.Array, tree: Any) -> Any:
         for i, (method, sites, make) in enumerate(
@@ -273,3 +259,7 @@ def unipelt(
         dtype=dtype,
     )
     return Method("unipelt", options, apply)
+
+
+def _fields(w: Any) -> dict[str, Any]:
+    return {field.name: getattr(w, field.name) for field in dataclasses.fields(w)}

@@ -15,15 +15,17 @@ from jaxpeft.tree import Hole, Train
 from jaxpeft.weight import OUT, View, Weight, axes, base, static, weight
 
 
-class Virtual(Weight):
-    """A projection whose output at virtual position j is row j, whatever its input."""
+@weight
+class Prefix(Weight):
+    """A projection whose output at virtual position j is row j of `rows`, whatever its input."""
 
-    w: Any
-    slots: Any  # (batch, time): the row, or -1
-    bias: Any
-    rope: tuple[float, ...] | None
-    lengths: tuple[int, ...]  # rows of each task
-    path: str
+    w: Any = base()
+    rows: Any = axes("virtual", "out")
+    slots: Any = axes(shared=True)  # (batch, time): the row, or -1
+    bias: Any = axes("out", optional=True)
+    rope: tuple[float, ...] | None = static(None)
+    lengths: tuple[int, ...] = static(())  # rows of each task
+    path: str = static("")
 
     is_matrix = False
 
@@ -38,17 +40,13 @@ class Virtual(Weight):
                 "example and use `jax.vmap`."
             )
         y = x @ self.w
-        rows = self.made()
+        rows = self.rows.array
         if self.rope is not None:
             rows = _unrotate(rows, np.asarray(self.rope), self.lengths)
         virtual = self.weighed(jnp.take(rows, jnp.maximum(slots, 0), axis=0, mode="clip"), x)
         if self.bias is not None:
             virtual = virtual - self.bias.array.astype(rows.dtype)
         return jnp.where((slots >= 0)[..., None], virtual.astype(y.dtype), y)
-
-    def made(self):
-        """The rows (virtual, out)."""
-        raise NotImplementedError
 
     def weighed(self, virtual, x):
         """Rows (batch, time, out) as they are used where the input is x: as they are."""
@@ -57,24 +55,8 @@ class Virtual(Weight):
 
 
 @weight
-class Prefix(Virtual):
-    """Trained rows."""
-
-    w: Any = base()
-    rows: Any = axes("virtual", "out")
-    slots: Any = axes(shared=True)
-    bias: Any = axes("out", optional=True)
-    rope: tuple[float, ...] | None = static(None)
-    lengths: tuple[int, ...] = static(())
-    path: str = static("")
-
-    def made(self):
-        return self.rows.array
-
-
-@weight
-class EncodedPrefix(Virtual):
-    """Rows that a network makes of a table which all layers share.
+class EncodedPrefix(Weight):
+    """A prefix whose rows a network makes of a table which all layers share.
 
     rows = tanh(table @ down + down_bias) @ up + up_bias
     """
@@ -91,21 +73,16 @@ class EncodedPrefix(Virtual):
     lengths: tuple[int, ...] = static(())
     path: str = static("")
 
-    def made(self):
-        parts = (self.table, self.down, self.down_bias, self.up, self.up_bias)
-        return _encoded(*(part.array for part in parts))
+    is_matrix = False
+    folds = True
 
-    def folded(self):
-        """The rows that training has come to, of the whole stack."""
-        return {"rows": _encoded(self.table, self.down, self.down_bias, self.up, self.up_bias)}
+    def derived(self):
+        hidden = jnp.tanh(self.table.array @ self.down + self.down_bias)
+        return {"rows": hidden @ self.up + self.up_bias}
 
-    def fold(self, rows):
-        """The same prefix with rows of its own."""
+    def acting(self, **derived):
+        rows = derived["rows"]
         return Prefix(self.w, rows, self.slots, self.bias, self.rope, self.lengths, self.path)
-
-
-def _encoded(table, down, down_bias, up, up_bias):
-    return jnp.tanh(table @ down + down_bias) @ up + up_bias[..., None, :]
 
 
 def _unrotate(rows: jax.Array, frequencies: np.ndarray, lengths: Sequence[int]) -> jax.Array:
@@ -193,7 +170,7 @@ def prefix(
     both = keys | values
     frequencies = None if rope is None else tuple(float(f) for f in rope)
 
-    def made(key: jax.Array, site: Site) -> tuple[Callable[..., Virtual], list[Any]]:
+    def made(key: jax.Array, site: Site) -> tuple[Callable[..., Weight], list[Any]]:
         """The class of a weight, and what it has between `w` and `slots`."""
         count, out = sum(lengths), site.size(OUT)
         if hidden is None:

@@ -18,22 +18,19 @@ from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, View, Weight, arrays, axes, base, dense, is_view, static, weight
 
 
-class LongerTable(Weight):
+@weight
+class SoftPrompt(Weight):
     """An embedding table with more rows: ids from `in` on are virtual tokens."""
 
-    w: Any
-    rows: Any
+    w: Any = base()
+    rows: Any = axes("virtual", "out")
 
     is_matrix = False
 
     @property
     def extra_rows(self) -> int:
         """Virtual tokens on top of those that the base serves."""
-        return self._rows_below + self.rows.shape[-2]
-
-    @property
-    def _rows_below(self) -> int:
-        return self.w.extra_rows if isinstance(self.w, Weight) else 0
+        return _extra(self.w) + self.rows.shape[-2]
 
     def forward(self, x):
         """A product over the real rows."""
@@ -45,30 +42,15 @@ class LongerTable(Weight):
 
     def lookup(self, ids):
         """Rows of the table, or of the prompt for ids beyond it."""
-        first = self.rows.site.rows + self._rows_below
+        first = self.rows.site.rows + _extra(self.w)
         real = self.w[jnp.minimum(ids, first - 1)]
-        virtual = self.virtual(jnp.clip(ids - first, 0, self.rows.shape[-2] - 1))
+        virtual = self.rows[jnp.clip(ids - first, 0, self.rows.shape[-2] - 1)]
         return jnp.where((ids >= first)[..., None], virtual.astype(real.dtype), real)
 
-    def virtual(self, at):
-        """The rows of virtual tokens by number."""
-        raise NotImplementedError
-
 
 @weight
-class SoftPrompt(LongerTable):
-    """Trained rows."""
-
-    w: Any = base()
-    rows: Any = axes("virtual", "out")
-
-    def virtual(self, at):
-        return self.rows[at]
-
-
-@weight
-class EncodedPrompt(LongerTable):
-    """Rows that a network makes of trained ones, those of each task by themselves."""
+class EncodedPrompt(Weight):
+    """A prompt whose rows a network makes of trained ones, those of each task by themselves."""
 
     w: Any = base()
     rows: Any = axes("virtual", "embed")
@@ -76,16 +58,23 @@ class EncodedPrompt(LongerTable):
     kind: str = static("lstm")
     lengths: tuple[int, ...] = static(())
 
-    def virtual(self, at):
-        return encode(self.kind, self.encoder, self.rows.array, self.lengths)[at]
+    is_matrix = False
+    folds = True
 
-    def folded(self):
-        """The rows that training has come to."""
-        return {"rows": encode(self.kind, self.encoder, self.rows, self.lengths)}
+    @property
+    def extra_rows(self) -> int:
+        """Virtual tokens on top of those that the base serves."""
+        return _extra(self.w) + self.rows.shape[-2]
 
-    def fold(self, rows):
-        """The same prompt with these rows."""
-        return SoftPrompt(self.w, rows)
+    def derived(self):
+        return {"rows": encode(self.kind, self.encoder, self.rows.array, self.lengths)}
+
+    def acting(self, **derived):
+        return SoftPrompt(self.w, **derived)
+
+
+def _extra(w: Any) -> int:
+    return w.extra_rows if isinstance(w, Weight) else 0
 
 
 def prompt(
