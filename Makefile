@@ -5,6 +5,7 @@
 #   make test         the everyday suite
 #   make conformance  every method on every style of model
 #   make parity       comparisons with transformers and peft (installs torch)
+#   make adapters     comparisons with the adapters package (installs torch once more)
 #   make newest       the core's tests on the newest Python of this machine
 #   make lint, types  ruff, mypy
 #   make tpu-check    compile the examples' steps for TPUs, without a TPU
@@ -21,7 +22,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 comma := ,
 
-.PHONY: demo test conformance parity newest lint types tpu-check
+.PHONY: demo test conformance parity adapters newest lint types tpu-check
 
 demo: $(VENV)/installed-train
 	$(VENV)/bin/python examples/demo/run.py $(ARGS)
@@ -34,6 +35,15 @@ conformance: $(VENV)/installed-train-test
 
 parity: $(VENV)/installed-train-test-parity
 	$(RUN) pytest -n $(WORKERS) tests/parity
+
+# The adapters package wants a transformers older than that of `make parity`.
+adapters: .venv-adapters/installed
+	.venv-adapters/bin/python -m pytest tests/adapters_oracle
+
+.venv-adapters/installed: pyproject.toml
+	test -x .venv-adapters/bin/python || $(PYTHON) -m venv .venv-adapters
+	.venv-adapters/bin/python -m pip install --quiet --editable . pytest adapters==1.3.0 torch==2.13.0
+	touch $@
 
 lint: $(VENV)/installed-lint
 	$(RUN) ruff check .
