@@ -225,8 +225,9 @@ class Sites(Mapping[str, Site]):
 
     def __or__(self, other: "Sites") -> "Sites":
         both = {**self._selected, **other._selected}
-        order = [path for path in self._every if path in both]
-        return Sites({path: both[path] for path in order}, self._every)
+        # A selection that was read from a file knows no other parameters.
+        every = {**self._every, **{p: s for p, s in other._every.items() if p not in self._every}}
+        return Sites({path: both[path] for path in every if path in both}, every)
 
     def __and__(self, other: "Sites") -> "Sites":
         return self._keep(lambda site: site.path in other)

@@ -175,7 +175,8 @@ def prefix(
         count, out = sum(lengths), site.size(OUT)
         if hidden is None:
             return Prefix, [Train(std * jax.random.normal(key, (*site.stack, count, out), dtype))]
-        first = next(iter(both.values()))
+        # Not the first of both, whose order a file does not keep.
+        first = next(iter((*keys.values(), *values.values())))
         names = [f"{first.path}/{name}" for name in ("table", "down", "down_bias")]
         up = jax.random.normal(key, (*site.stack, hidden, out), dtype) / hidden**0.5
         own = [Train(up), Train(jnp.zeros((*site.stack, out), dtype))]

@@ -14,8 +14,21 @@ from jaxpeft.method import Method
 from jaxpeft.methods.encoders import ENCODERS, encode, init_encoder
 from jaxpeft.methods.placing import place
 from jaxpeft.sites import Site, Sites
-from jaxpeft.tree import Train
-from jaxpeft.weight import IN, OUT, View, Weight, arrays, axes, base, dense, is_view, static, weight
+from jaxpeft.tree import Hole, Train
+from jaxpeft.weight import (
+    IN,
+    OUT,
+    View,
+    Weight,
+    arrays,
+    axes,
+    base,
+    base_field,
+    dense,
+    is_view,
+    static,
+    weight,
+)
 
 
 @weight
@@ -243,8 +256,29 @@ def _check_table(who: str, site: Site) -> None:
 
 
 def embeddings(view: View, ids: Any) -> jax.Array:
-    """Rows of the table as the model has them now."""
-    return jnp.take(dense(view.canonical()), ids, axis=0)
+    """Rows of the table as the model has them now, whatever other methods stand there already."""
+    view = jax.tree.map(_value, view, is_leaf=_is_mark)
+    real = dataclasses.replace(view, weight=_real(view.weight))
+    return jnp.take(dense(real.canonical()), ids, axis=0)
+
+
+def _is_mark(x: Any) -> bool:
+    return isinstance(x, (Train, Hole))
+
+
+def _value(x: Any) -> Any:
+    """A trained array where it starts; nothing of what a call gives."""
+    return x.value if isinstance(x, Train) else None if isinstance(x, Hole) else x
+
+
+def _real(w: Any) -> Any:
+    """The weight without prompts, which have no part in the matrix of real rows."""
+    if not isinstance(w, Weight) or (name := base_field(w)) is None:
+        return w
+    below = _real(getattr(w, name))
+    if isinstance(w, (SoftPrompt, EncodedPrompt)):
+        return below
+    return dataclasses.replace(w, **{name: below})  # type: ignore[type-var]
 
 
 def _text_ids(text: str, tokenizer: Any, init: Any) -> list[int]:
