@@ -127,9 +127,9 @@ class Evaluation:
         self.frames.pop()
         return [read(v) for v in jaxpr.outvars]
 
-    def residual(self, path: str) -> jax.Array:
-        """The stream that the model adds to the product under evaluation."""
-        return residual(self.frames, path)
+    def residual(self, path: str, row: int | None) -> list[jax.Array]:
+        """The stream that the model adds to the product under evaluation, maybe with a bias."""
+        return residual(self.frames, path, row)
 
     def apply(self, eqn: jex.JaxprEqn, values: list) -> list:
         """One equation with views among its operands."""

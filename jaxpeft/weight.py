@@ -224,7 +224,8 @@ class Site:
       preferred: `preferred_element_type` of the program's own product, for the base only.
       salt: Number of this place, so that two uses of a weight draw different dropout masks.
       taps: Where weights of one program meet each other, by name; `None` where they cannot.
-      residual: Finds what the program adds to this product; `None` where it has no such place.
+      residual: Finds what the program adds to this product, given the numbers of one row where
+        it adds a bias too; `None` where it has no such place.
     """
 
     def __init__(
@@ -235,7 +236,7 @@ class Site:
         preferred: Any = None,
         salt: int = 0,
         taps: dict[str, Any] | None = None,
-        residual: Callable[[], jax.Array] | None = None,
+        residual: Callable[[int | None], list[jax.Array]] | None = None,
     ):
         self.dtype, self.precision, self.preferred = dtype, precision, preferred
         self._residual = residual
@@ -243,16 +244,21 @@ class Site:
         self.rows = 0  # of the table, at a lookup
         self.arrays: dict[str, jax.Array] = {}  # what a product depends on beside its factors
 
-    def residual(self, y: jax.Array) -> jax.Array:
-        """The stream that the program adds to its product y here, once a bias is added to it.
+    def residual(self, y: jax.Array, bias: "Operand | None") -> jax.Array:
+        """The stream that the program adds to its product y here, and to the bias, if it has one.
 
         Raises:
           ValueError: There is none, or it cannot be found; says why.
         """
-        stream = None if self._residual is None else self._residual()
-        if stream is None or stream.size != y.size:
+        if self._residual is None:
             raise Unsupported("a residual stream beside its product")
-        return refold(stream, y.shape)
+        found = self._residual(None if bias is None else y.shape[-1])
+        first, last = (refold(found[i], y.shape) for i in (0, -1))
+        if bias is None or len(found) == 1:
+            return first
+        # One of the two is the bias, in whichever precision the program adds it.
+        off = [jnp.sum(jnp.abs(x - bias.matrix)) for x in (first, last)]
+        return jnp.where(off[0] < off[1], last, first)
 
     def with_arrays(self, arrays: dict[str, jax.Array]) -> "Site":
         """The same site with its arrays traced elsewhere."""

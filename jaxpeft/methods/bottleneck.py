@@ -58,7 +58,7 @@ class Bottleneck(Weight):
         h = y if self.bias is None else y + self.bias
         if self.reads == "output":
             return h
-        stream = self.down.site.residual(y)
+        stream = self.down.site.residual(y, self.bias)
         if self.reads == "residual":
             return stream
         return self._norm(h + stream)

@@ -104,10 +104,19 @@ def _contract(
     x = permute(x, [*range(len(lead)), *(len(lead) + i for i in order)])
     x = refold(x, (*lead, math.prod(d.size for d in parts)))
 
-    # Where y has the order of the equation's own result.
+    # y is (*stack, *free, m); m is cut into the axes of the weight, then into the program's dims
+    view_free = [i for i in range(view.ndim) if i not in vc and i not in vb]
+    parts = [d for i in view_free for d in view.dims[i]]
+    order = _sorting([d.axis for d in parts])
+
+    def beside(row: int | None) -> list[jax.Array]:
+        found = [refold(r, (*lead, *(d.size for d in parts))) for r in run.residual(view.path, row)]
+        to_weight = [*range(len(lead)), *(len(lead) + i for i in order)]
+        return [permute(r, to_weight) for r in found]
+
+    # Where y has the order of the equation's own result, but for that of its outputs.
     plain = not vb and not first and orientation == (IN, OUT)
-    beside = (lambda: run.residual(view.path)) if plain else None
-    site = site_of(run, view, eqn, residual=beside)
+    site = site_of(run, view, eqn, residual=beside if plain else None)
 
     def product(w: Any, x: jax.Array) -> jax.Array:
         w = bound(view, w, site)
@@ -117,10 +126,6 @@ def _contract(
         return None  # a stack of size 1 that the program has squeezed away
     y = view.over_stack(product, x)
 
-    # y is (*stack, *free, m); m is cut into the axes of the weight, then into the program's dims
-    view_free = [i for i in range(view.ndim) if i not in vc and i not in vb]
-    parts = [d for i in view_free for d in view.dims[i]]
-    order = _sorting([d.axis for d in parts])
     y = refold(y, (*lead, *(parts[i].size for i in order)))
     back = [len(lead) + i for i in _sorting(order)]
     y = permute(y, [*_sorting(stack_order), *range(len(xb), len(lead)), *back])

@@ -34,19 +34,27 @@ class Frame:
         return self.jaxpr.eqns[self.at]
 
 
-def residual(frames: Sequence[Frame], path: str) -> jax.Array:
+def residual(frames: Sequence[Frame], path: str, row: int | None) -> list[jax.Array]:
     """The stream that is added to the product of the equation under evaluation.
+
+    A bias is told from it by its size, which one row alone leaves open.
 
     Args:
       frames: The jaxpr of that equation last, before it those that it was inlined into.
       path: Of the weight, for messages.
+      row: Numbers in one row of the product, where the model is known to add a bias to it.
+
+    Returns:
+      The stream alone, or of one row the bias and the stream, in the program's order.
 
     Raises:
       ValueError: The product is not added to a value that exists already, or something else
-        happens to it before; says what, and where.
+        happens to it first; says what, and where.
     """
     depth = len(frames) - 1
     value = frames[depth].eqn.outvars[0]
+    alike = 2 if row == value.aval.size else 1  # partners of the product's size to come
+    found: list[jax.Array] = []
     while True:
         frame = frames[depth]
         users = [eqn for eqn in frame.jaxpr.eqns[frame.at + 1 :] if value in _variables(eqn)]
@@ -55,22 +63,25 @@ def residual(frames: Sequence[Frame], path: str) -> jax.Array:
             value = frames[depth].eqn.outvars[frame.jaxpr.outvars.index(value)]
             continue
         if len(users) != 1 or value in frame.jaxpr.outvars:
-            raise _lost(path, f"is read at {len(users)} places of its scope")
+            raise _lost(path, f"is read at {len(users)} places of its scope, and not by one sum")
         (eqn,) = users
         if eqn.primitive in _PASSING:
             value = eqn.outvars[eqn.invars.index(value) if len(eqn.outvars) > 1 else 0]
             continue
         if eqn.primitive not in (p.add_p, p.add_jaxvals_p):
-            raise _lost(path, f"meets `{eqn.primitive.name}` ({compat.source(eqn)})")
+            raise _lost(path, f"meets `{eqn.primitive.name}` first ({compat.source(eqn)})")
         other = next((v for v in eqn.invars if v is not value), None)
         if other is None:
             raise _lost(path, f"is added to itself ({compat.source(eqn)})")
-        if _is_bias(frame, other, value):
-            value = eqn.outvars[0]
-            continue
-        if other not in frame.env or is_view(frame.env[other]):
-            raise _lost(path, f"is added to what is computed after it ({compat.source(eqn)})")
-        return frame.env[other]
+        if not _is_bias(frame, other, value):
+            alike -= 1
+            if other in frame.env and not is_view(frame.env[other]):
+                found.append(frame.env[other])
+            elif not alike and not found:
+                raise _lost(path, f"is added to what is computed after it ({compat.source(eqn)})")
+            if not alike:
+                return found
+        value = eqn.outvars[0]
 
 
 def _variables(eqn: Any) -> list:
@@ -91,6 +102,6 @@ def _is_bias(frame: Frame, other: Any, product: Any) -> bool:
 def _lost(path: str, what: str) -> ValueError:
     return ValueError(
         f"The adapter at '{path}' reads the residual stream that the model adds to the output of "
-        f"its sub-layer, but that output {what} before. Choose the kernel that ends the sub-layer, "
+        f"its sub-layer, but that output {what}. Choose the kernel that ends the sub-layer, "
         "in the same function as the sum; or an adapter that reads the output alone."
     )
