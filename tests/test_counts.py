@@ -169,3 +169,46 @@ def test_lora_on_the_linears_of_bert_base_trains_r_times_in_plus_out():
     per_layer = 4 * (D + D) + 2 * (D + F)
     assert counts.trainable == 4 * (LAYERS * per_layer + 2 * D)
     assert np.isclose(counts.total - counts.trainable, 109_482_240, rtol=0)
+
+
+# Prompts on the embedding of BLOOMZ 560M ----------------------------------------------------------
+
+BLOOMZ = 559_214_592  # numbers of the whole model
+
+
+def prompts_on_bloomz(method):
+    """(trainable, total, percent trainable) of a method on its table, the rest counted."""
+    table = {"table": jax.ShapeDtypeStruct((250_880, 1024), jnp.float32)}
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    sites = jp.sites(lambda params, tokens: params["table"][tokens], table, tokens)
+    counts = jp.count(*split_shapes(method(sites.match("table")), table))
+    total = counts.total + BLOOMZ - 250_880 * 1024
+    return counts.trainable, total, 100 * counts.trainable / total
+
+
+def test_8_virtual_tokens_on_bloomz_560m_train_8192_numbers():
+    found = prompts_on_bloomz(lambda table: jp.prompt(8, table))
+    assert found == (8_192, 559_222_784, 0.0014648902430985358)
+
+
+def test_p_tuning_with_20_tokens_and_an_lstm_of_128_units_trains_1926400_numbers():
+    method = functools.partial(jp.p_tuning, 20, encoder="lstm", hidden=128, layers=2)
+    assert prompts_on_bloomz(method) == (1_926_400, 561_140_992, 0.343300530074267)
+
+
+@pytest.mark.parametrize(
+    "options, numbers",
+    [
+        # 20 * 1024; 1024 -> 1024 -> 1024 -> 1024 with biases.
+        (dict(encoder="mlp"), 20_480 + 3 * 1024 * 1025),
+        (dict(encoder="mlp", hidden=300, embed=96), 20 * 96 + 97 * 300 + 301 * 300 + 301 * 1024),
+        # Four gates in two directions, with two biases; then 600 -> 600 -> 1024.
+        (
+            dict(hidden=300, embed=96, layers=1),
+            20 * 96 + 2 * 1200 * (96 + 300 + 2) + 601 * 600 + 601 * 1024,
+        ),
+    ],
+)
+def test_other_widths_of_the_prompt_encoder(options, numbers):
+    found = prompts_on_bloomz(lambda table: jp.p_tuning(20, table, **options))
+    assert found[0] == numbers
