@@ -700,8 +700,11 @@ class View:
                 return None
             if shapes_only:
                 continue
-            split = leaf.reshape(*leaf.shape[:at], before, -1, *leaf.shape[at + 1 :])
             first, last = (n * unit // entries * elements for n in (start, stop))
+            if before == 1:
+                out.append(lax.slice_in_dim(leaf, first, last, axis=at))
+                continue
+            split = leaf.reshape(*leaf.shape[:at], before, -1, *leaf.shape[at + 1 :])
             part = lax.slice_in_dim(split, first, last, axis=at + 1)
             out.append(part.reshape(*leaf.shape[:at], -1, *leaf.shape[at + 1 :]))
         if shapes_only:

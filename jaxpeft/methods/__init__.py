@@ -1,6 +1,7 @@
 """Fine-tuning methods, one file per method or tight family."""
 
 from jaxpeft.methods.bottleneck import bottleneck, parallel
+from jaxpeft.methods.dora import dora
 from jaxpeft.methods.folding import fold
 from jaxpeft.methods.hybrids import mam, unipelt
 from jaxpeft.methods.ia3 import ia3
@@ -22,6 +23,7 @@ __all__ = [
     "bottleneck",
     "check_ids",
     "check_prompt",
+    "dora",
     "fold",
     "full",
     "ia3",

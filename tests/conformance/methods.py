@@ -60,6 +60,10 @@ def _lora_on_nf4(sites, dtype):
     )
 
 
+def _dora(sites, dtype):
+    return jp.dora(2, sites.matrices, alpha=3.0, dtype=dtype)
+
+
 def _bottleneck(sites, dtype):
     return jp.bottleneck(3, sites.linear, dtype=dtype)
 
@@ -165,6 +169,7 @@ METHODS = [
     Method("lora", _lora),
     Method("ia3", lambda sites, dtype: jp.ia3(sites.linear, dtype=dtype), roles=_LINEAR),
     Method("lora on nf4", _lora_on_nf4, roles=_LINEAR, factored=False),
+    Method("dora", _dora, rows=("x @ w", "lax.scan over layers")),
     Method(
         "bottleneck",
         _bottleneck,
