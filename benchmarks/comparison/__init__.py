@@ -1,0 +1,13 @@
+"""Fine-tuning methods side by side on real weights and data; `benchmarks/methods.py` runs it.
+
+    files.py     the data folder: texts, and which of them stand in two parts
+    tasks.py     a task: a model with a head, arrays of examples, and a score
+    rows.py      the methods, with the rates they are swept over
+    cell.py      one method on one task: compiled once, then run at any rate from any seed
+    costs.py     what a method costs: time, FLOPs, memory, and what the model forgets
+    records.py   finished runs, one line each, and the hash of the code that made them
+    protocol.py  which runs there are, and how a rate is chosen
+    report.py    summary, table and figures, from the finished runs alone
+
+N examples, B rows, T tokens, S numbers that an example contributes to a score.
+"""

@@ -1,0 +1,213 @@
+"""Which runs there are: rates swept where a task has a validation part, then seeds on test."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from comparison import costs
+from comparison.cell import Cell, Run, Trained
+from comparison.records import Results, code_hash, gap, pack, unpack
+from comparison.rows import ROWS, row
+from comparison.tasks import TASKS, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How much is run.
+
+    Attributes:
+      steps: Optimizer steps of a run.
+      seeds: The first one is swept with.
+      sweep: Whether rates are swept; without, each family's centre is taken.
+      methods, tasks: By name.
+      repeats: Timed calls of each kind.
+    """
+
+    steps: int = 150
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sweep: bool = True
+    methods: tuple[str, ...] = tuple(row.name for row in ROWS)
+    tasks: tuple[str, ...] = tuple(TASKS)
+    repeats: int = 5
+
+    def cells(self) -> Iterator[tuple[str, str]]:
+        """(task, method) of all cells; the probe, which others are compared with, comes first."""
+        for task in self.tasks:
+            for method in self.methods:
+                # Banking77 is a parity row: there is nothing to contest.
+                if task != "banking77" or method in PARITY:
+                    yield task, method
+
+
+PARITY = ("probe", "lora")
+WHOLE = Plan()
+SHORT = Plan(
+    steps=20,
+    seeds=(0,),
+    sweep=False,
+    methods=("probe", "full", "lora", "houlsby", "prompt", "p-tuning v2"),
+    tasks=("snips", "e2e"),
+    repeats=2,
+)
+
+
+#: Tasks without a validation part take the rates of one with the same model.
+RATE_FROM = {"trec": "snips", "banking77": "snips"}
+
+
+def unfit(task: str, method: str) -> str | None:
+    """Why a method has no row on a task."""
+    return row(method).decoder if task == "e2e" else None
+
+
+class Protocol:
+    """The runs of a plan, each of which is done once for a state of the code.
+
+    Args:
+      plan: How much is run.
+      results: The finished runs, read and added to.
+      say: What is told of progress goes here.
+    """
+
+    def __init__(self, plan: Plan, results: Results, say: Callable[[str], None] = print):
+        self.plan, self.results, self.say = plan, results, say
+
+    def run(self) -> None:
+        """All that is missing."""
+        for task, method in self.plan.cells():
+            if unfit(task, method) is None:
+                self.cell(task, method)
+
+    def cell(self, task: str, method: str) -> None:
+        """What is missing of a cell: its sweep, then a run of each seed on test."""
+        work = _Work(self, task, method)
+        rate = work.rate()
+        for seed in self.plan.seeds:
+            work.line("test", rate, seed)
+
+    def redo(self, task: str, method: str) -> None:
+        """A cell, whether or not it is there.
+
+        Raises:
+          ValueError: There is no such cell; says why.
+        """
+        if task not in TASKS:
+            raise ValueError(f"There is no task '{task}'; there are {', '.join(TASKS)}.")
+        if why := unfit(task, method):
+            raise ValueError(f"There is no row of '{method}' on '{task}': {why}.")
+        self.results.forget(task=task, method=method, code=code_hash(), steps=self.plan.steps)
+        self.cell(task, method)
+
+    def lines(self, **fields: Any) -> list[dict[str, Any]]:
+        """Finished runs of this plan's length, of the code as it is."""
+        return self.results.of(code=code_hash(), steps=self.plan.steps, **fields)
+
+    def task(self, name: str) -> Task:
+        """A task; the first time, says how many sentences were dropped."""
+        fresh = name not in _loaded
+        task = _task(name)
+        if fresh:
+            self.say(f"{name}: {task.dropped} sentences of train stand in test too: dropped")
+        return task
+
+
+_loaded: set[str] = set()
+
+
+@functools.cache
+def _task(name: str) -> Task:
+    _loaded.add(name)
+    return TASKS[name]()
+
+
+@functools.lru_cache(maxsize=1)
+def _full(task: str, steps: int) -> Cell:
+    """Full fine-tuning, whose step is what others are timed against."""
+    return Cell(_task(task), row("full"), steps)
+
+
+class _Work:
+    """A cell in progress. Data, programs and measurements are made where a line is missing."""
+
+    def __init__(self, protocol: Protocol, task: str, method: str):
+        self.protocol, self.name, self.method = protocol, task, method
+        self.trained: dict[tuple[float, int], Trained] = {}
+
+    def rate(self) -> float:
+        """The best rate of the sweep, or the one that another task has found."""
+        rates = row(self.method).rates
+        if not self.protocol.plan.sweep and rates:
+            return rates[1]
+        if source := RATE_FROM.get(self.name):
+            return _Work(self.protocol, source, self.method).rate() if rates else 0.0
+        found = {rate: self.line("validation", rate)["score"] for rate in rates or (0.0,)}
+        best = max(found, key=found.__getitem__)
+        if best in (beyond := {min(found): best / 3, max(found): best * 3}) and best:
+            found[beyond[best]] = self.line("validation", beyond[best])["score"]
+        return max(found, key=found.__getitem__)
+
+    def line(self, part: str, rate: float, seed: int | None = None) -> dict[str, Any]:
+        """A finished run: the one that is there, or a new one."""
+        seed = self.protocol.plan.seeds[0] if seed is None else seed
+        where = dict(task=self.name, method=self.method, part=part, rate=rate, seed=seed)
+        found = self.protocol.lines(**where)
+        return found[0] if found else self._finish(part, rate, seed)
+
+    def _finish(self, part: str, rate: float, seed: int) -> dict[str, Any]:
+        """Trains, unless it has been trained for the other part, and writes the line."""
+        task = self.protocol.task(self.name)
+        if (rate, seed) not in self.trained:
+            self.trained[rate, seed] = self.cell.train(rate, seed)
+        run = Run(self.cell, self.trained[rate, seed])
+        questions = task.questions[part]
+        outcomes = task.outcomes(run, questions.answers)
+        difference, error = self._gap(task, part, seed, outcomes)
+        line = {
+            "method": self.method,
+            "task": self.name,
+            "part": part,
+            "rate": rate,
+            "seed": seed,
+            "steps": self.protocol.plan.steps,
+            "code": code_hash(),
+            "metric": task.metric,
+            "score": float(task.score(outcomes.sum(axis=0))),
+            # On all of the part; a sweep has no use for it.
+            "loss": run.predict(questions.split)[1] if part == "test" else None,
+            "probe_gap": difference,
+            "probe_gap_error": error,
+            **self.costs,
+            "forgetting": costs.forgetting(run),
+            "forgetting_of_base": costs.unforgotten(task),
+            "dropped_from_train": task.dropped,
+            "outcomes": pack(outcomes),
+        }
+        self.protocol.say(
+            f"{self.name:<10} {self.method:<12} {part:<11} rate {rate:<8.2g} seed {seed}: "
+            f"{task.metric} {line['score']:.2f}, {difference:+.2f} on the probe"
+        )
+        return self.protocol.results.add(line)
+
+    def _gap(self, task: Task, part: str, seed: int, outcomes: np.ndarray) -> tuple[float, float]:
+        if self.method == "probe":
+            return 0.0, 0.0
+        probe = _Work(self.protocol, self.name, "probe").line(part, 0.0, seed)
+        return gap(outcomes, unpack(probe["outcomes"]), task.score)
+
+    @functools.cached_property
+    def cell(self) -> Cell:
+        task, steps = self.protocol.task(self.name), self.protocol.plan.steps
+        full = self.method == "full"
+        return _full(self.name, steps) if full else Cell(task, row(self.method), steps)
+
+    @functools.cached_property
+    def costs(self) -> dict[str, Any]:
+        """What does not differ between the runs of a cell: measured once."""
+        lines = self.protocol.lines(task=self.name, method=self.method)
+        if lines:
+            return {name: lines[0][name] for name in costs.FIELDS}
+        plan = self.protocol.plan
+        return costs.measure(self.cell, _full(self.name, plan.steps), plan.repeats)

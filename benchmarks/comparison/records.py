@@ -1,0 +1,133 @@
+"""Finished runs: a file of JSON lines, and the hash of the code that made them."""
+
+import ast
+import base64
+import functools
+import hashlib
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comparison.files import ROOT
+
+#: What a result depends on: what trains, scores and measures, not what reads results.
+SOURCES = (
+    "jaxpeft/*.py",
+    "jaxpeft/methods/*.py",
+    "jaxpeft/rules/*.py",
+    "jaxpeft/models/layers.py",
+    "jaxpeft/models/encoder.py",
+    "jaxpeft/models/decoder.py",
+    "jaxpeft/serve/generate.py",
+    "jaxpeft/train/heads.py",
+    "jaxpeft/train/loss.py",
+    "jaxpeft/train/step.py",
+    "benchmarks/comparison/files.py",
+    "benchmarks/comparison/tasks.py",
+    "benchmarks/comparison/rows.py",
+    "benchmarks/comparison/cell.py",
+    "benchmarks/comparison/costs.py",
+)
+
+
+@functools.cache
+def code_hash(root: Path = ROOT) -> str:
+    """A hash of what results depend on; comments, docstrings and formatting do not count."""
+    digest = hashlib.sha256()
+    for pattern in SOURCES:
+        for path in sorted(root.glob(pattern)):
+            digest.update(f"{path.relative_to(root)}\n{program(path.read_text())}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def program(source: str) -> str:
+    """What a source says to the interpreter, without its docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and body:
+            first = body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body = body[1:] or [ast.Pass()]
+    return ast.dump(tree)
+
+
+class Results:
+    """The lines of a results file. A later line of the same run takes the place of an earlier."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        if path.exists():
+            # A line that was cut off when the process was killed is no finished run.
+            whole = path.read_text().rpartition("\n")[0]
+            self.lines = [json.loads(line) for line in whole.splitlines()]
+
+    def of(self, **fields: Any) -> list[dict[str, Any]]:
+        """The lines with these fields, one for each run."""
+        found = {}
+        for line in self.lines:
+            if _has(line, fields):
+                run = ("method", "task", "part", "rate", "seed", "steps", "code")
+                found[tuple(line[name] for name in run)] = line
+        return list(found.values())
+
+    def forget(self, **fields: Any) -> None:
+        """Leaves lines out, so that their runs are done again; the file keeps them till then."""
+        self.lines = [line for line in self.lines if not _has(line, fields)]
+
+    def add(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Appends a finished run."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = self.path.read_text() if self.path.exists() else ""
+        if text and not text.endswith("\n"):
+            self.path.write_text(text[: text.rfind("\n") + 1])
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.lines.append(line)
+        return line
+
+
+def _has(line: dict[str, Any], fields: dict[str, Any]) -> bool:
+    return all(line[name] == value for name, value in fields.items())
+
+
+def pack(outcomes: np.ndarray) -> str:
+    """Small numbers (N, S) as text, so that a line holds what each example came to."""
+    array = np.asarray(outcomes, np.int16)
+    code = base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()
+    return f"{array.shape[0]}x{array.shape[1]}:{code}"
+
+
+def unpack(text: str) -> np.ndarray:
+    """The numbers (N, S) of `pack`."""
+    shape, code = text.split(":", 1)
+    flat = np.frombuffer(zlib.decompress(base64.b64decode(code)), np.int16)
+    return flat.reshape([int(n) for n in shape.split("x")]).astype(np.int64)
+
+
+def gap(mine: np.ndarray, theirs: np.ndarray, score: Any, draws: int = 400) -> tuple[float, float]:
+    """Difference of two scores on the same examples, and its standard error.
+
+    The error is the deviation over draws of N examples with replacement, the same for both.
+
+    Args:
+      mine, theirs: Outcomes (N, S), or (seeds, N, S) whose scores are averaged.
+      score: From sums (..., S) to scores (...).
+      draws: How often.
+    """
+    mine, theirs = (x if x.ndim == 3 else x[None] for x in (mine, theirs))
+    count = mine.shape[1]
+    rng = np.random.default_rng(0)
+    weights = np.concatenate(
+        [np.ones((1, count), int), rng.multinomial(count, np.full(count, 1 / count), draws)]
+    )
+
+    def scores(outcomes: np.ndarray) -> np.ndarray:
+        return score(np.einsum("dn,ens->eds", weights, outcomes)).mean(axis=0)
+
+    difference = scores(mine) - scores(theirs)
+    return float(difference[0]), float(np.std(difference[1:], ddof=1))

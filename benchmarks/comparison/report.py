@@ -1,0 +1,196 @@
+"""Summary, table and figures, from the finished runs alone."""
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comparison.protocol import PARITY, Plan, unfit
+from comparison.records import Results, gap, unpack
+from comparison.rows import FAMILIES, row
+from comparison.tasks import METRICS
+
+
+def latest(results: Results, steps: int) -> list[dict[str, Any]]:
+    """The finished runs of this length that the newest code has made."""
+    lines = results.of(steps=steps)
+    return [line for line in lines if line["code"] == lines[-1]["code"]]
+
+
+def summary(lines: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
+    """Each method on each task, over its seeds, and the rows that were not run.
+
+    A gap's error has two parts, added as squares: that of the test examples (the same ones drawn
+    for both methods and all seeds), and that of the mean over seeds.
+    """
+    tasks: dict[str, Any] = {}
+    missing = []
+    for task, method in plan.cells():
+        if why := unfit(task, method):
+            missing.append({"task": task, "method": method, "why": why})
+            continue
+        mine = _of(lines, task, method)
+        if not mine:
+            missing.append({"task": task, "method": method, "why": "not finished"})
+            continue
+        cell = _cell(mine, _of(lines, task, "probe"))
+        tasks.setdefault(task, {})[method] = cell
+        if len(mine) < len(plan.seeds):
+            found = f"{len(mine)} of {len(plan.seeds)} seeds"
+            missing.append({"task": task, "method": method, "why": found})
+    return {
+        "code": lines[-1]["code"] if lines else None,
+        "steps": plan.steps,
+        "seeds": len(plan.seeds),
+        "tasks": tasks,
+        "not_run": missing,
+        "below_probe": [
+            f"{method} on {task}"
+            for task, cells in tasks.items()
+            for method, cell in cells.items()
+            if task != "banking77" and (cell["probe_gap"] or 0) < 0
+        ],
+    }
+
+
+def _of(lines: list[dict[str, Any]], task: str, method: str) -> list[dict[str, Any]]:
+    """The runs on test, by seed; of the rate that was run last, should there be several."""
+    found = [
+        line
+        for line in lines
+        if (line["task"], line["method"], line["part"]) == (task, method, "test")
+    ]
+    found = [line for line in found if line["rate"] == found[-1]["rate"]]
+    return sorted(found, key=lambda line: line["seed"])
+
+
+def _cell(mine: list[dict[str, Any]], probe: list[dict[str, Any]]) -> dict[str, Any]:
+    last = mine[-1]
+    kept = ("metric", "rate", "trainable", "trainable_with_head", "peak_bytes")
+    kept += ("step_time_vs_full", "latency_vs_base", "flops_vs_base", "context_used")
+    kept += ("forgetting_of_base", "dropped_from_train")
+    scores = [line["score"] for line in mine]
+    difference, error = _gap(mine, probe)
+    return {
+        "score": statistics.fmean(scores),
+        "score_deviation": statistics.stdev(scores) if len(scores) > 1 else None,
+        "seeds": [line["seed"] for line in mine],
+        "probe_gap": difference,
+        "probe_gap_error": error,
+        "loss": statistics.fmean(line["loss"] for line in mine),
+        "forgetting": statistics.fmean(line["forgetting"] for line in mine),
+        **{name: last[name] for name in kept},
+    }
+
+
+def _gap(mine: list, probe: list) -> tuple[float | None, float | None]:
+    """The gap over the seeds that both have, and its error."""
+    theirs = {line["seed"]: line for line in probe}
+    both = [(line, theirs[line["seed"]]) for line in mine if line["seed"] in theirs]
+    if not both:
+        return None, None
+    score = METRICS[mine[0]["metric"]]
+    ours, others = (np.stack([unpack(pair[i]["outcomes"]) for pair in both]) for i in (0, 1))
+    difference, error = gap(ours, others, score)
+    if len(both) > 1:
+        gaps = [line["score"] - other["score"] for line, other in both]
+        error = math.hypot(error, statistics.stdev(gaps) / len(gaps) ** 0.5)
+    return difference, error
+
+
+# Table -------------------------------------------------------------------------------------------
+
+_COLUMNS = ("method", "trainable", "score", "gap to the probe", "rate", "peak", "step", "1 x 16")
+_COLUMNS += ("32 x 128", "FLOPs", "context", "forgetting")
+
+
+def table(found: dict[str, Any]) -> str:
+    """The summary in Markdown."""
+    seeds = f"{found['seeds']} seed" + "s" * (found["seeds"] > 1)
+    parts = [
+        "# Methods side by side",
+        f"{found['steps']} optimizer steps, means over {seeds}; code {found['code']}. Written by "
+        "`python benchmarks/methods.py --table` from the finished runs.",
+        "Score: accuracy, span F1 or BLEU on test. Gap: difference to the head alone on the same "
+        "examples, with its standard error (examples and seeds). Trainable: without the head. "
+        "Peak: of the compiled step. Step: its time over that of full fine-tuning. 1 x 16 and 32 "
+        "x 128: time of a call over the base's, unmerged / merged (prompts and prefixes with a "
+        "network: folded). Context: virtual positions. Forgetting: MiniLM, mean cosine to the "
+        "base's embeddings of Banking77; stories260k, loss on the base's own stories (the base's "
+        "in brackets). Rates in brackets are an end of what was swept.",
+    ]
+    for task, cells in found["tasks"].items():
+        first = next(iter(cells.values()))
+        title = f"## {task}: {first['metric']}"
+        note = f"{first['dropped_from_train']} sentences of train, which stand in test, dropped."
+        if task == "banking77":
+            note += " A parity row: this base gains nothing over the probe here."
+        lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+        lines += [_table_row(method, cell) for method, cell in cells.items()]
+        parts += [title, note, "\n".join(lines)]
+    if found["not_run"]:
+        rows = [f"- {x['method']} on {x['task']}: {x['why']}" for x in found["not_run"]]
+        parts += ["## Not run", "\n".join(rows)]
+    rows = [f"| {name} | {f.centre:g} | {f.source} |" for name, f in FAMILIES.items() if f.centre]
+    sources = "\n".join(["| family | centre | source |", "|---|---|---|", *rows])
+    parts += ["## Rates", "Three a factor of three apart, one more beyond an edge.", sources]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table_row(method: str, cell: dict[str, Any]) -> str:
+    rates = row(method).rates
+    edge = rates and not min(rates) < cell["rate"] < max(rates)
+    rate = "" if not rates else f"({cell['rate']:.2g})" if edge else f"{cell['rate']:.2g}"
+    spread = cell["score_deviation"]
+    error = cell["probe_gap_error"]
+    story = f" ({cell['forgetting_of_base']:.3f})" if cell["metric"] == "BLEU" else ""
+    values = (
+        f"{method} ({row(method).paper})",
+        f"{cell['trainable']:,}",
+        f"{cell['score']:.1f}" + (f" ± {spread:.1f}" if spread is not None else ""),
+        "" if method == "probe" or error is None else f"{cell['probe_gap']:+.1f} ± {error:.1f}",
+        rate,
+        f"{cell['peak_bytes'] / 2**20:,.0f} MiB",
+        f"{cell['step_time_vs_full']:.2f}",
+        *(_both(cell["latency_vs_base"][shape]) for shape in ("1x16", "32x128")),
+        f"{cell['flops_vs_base']:.3f}",
+        str(cell["context_used"]),
+        f"{cell['forgetting']:.3f}{story}",
+    )
+    return "| " + " | ".join(values) + " |"
+
+
+def _both(ratios: dict[str, float | None]) -> str:
+    merged = ratios["merged"]
+    return f"{ratios['unmerged']:.2f} / " + ("-" if merged is None else f"{merged:.2f}")
+
+
+# Figures -----------------------------------------------------------------------------------------
+
+
+def figure(found: dict[str, Any], path: Path) -> None:
+    """Quality against parameters, memory and time, a row of panels for each task."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("The figures need matplotlib: pip install 'jaxpeft[figure]'.") from None
+    tasks = {task: cells for task, cells in found["tasks"].items() if set(cells) - set(PARITY)}
+    against = {
+        "trainable numbers, without the head": lambda cell: max(cell["trainable"], 1),
+        "peak bytes of a step": lambda cell: cell["peak_bytes"],
+        "time of a step over full fine-tuning's": lambda cell: cell["step_time_vs_full"],
+    }
+    canvas = Figure(figsize=(15, 4.5 * max(len(tasks), 1)), layout="constrained")
+    panels = canvas.subplots(max(len(tasks), 1), len(against), squeeze=False)
+    for line, (task, cells) in zip(panels, tasks.items(), strict=False):
+        for axes, (label, value) in zip(line, against.items(), strict=True):
+            for method, cell in cells.items():
+                x, y, error = value(cell), cell["score"], cell["score_deviation"]
+                axes.errorbar(x, y, error or 0.0, fmt="o", markersize=4)
+                axes.annotate(method, (x, y), xytext=(4, 3), textcoords="offset points", size=8)
+            if "time" not in label:
+                axes.set_xscale("log")
+            axes.set(xlabel=label, ylabel=f"{task}: {next(iter(cells.values()))['metric']}")
+    canvas.savefig(path, dpi=120)

@@ -1,0 +1,194 @@
+"""The methods: how each is made on both models, and the rates it is swept over."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jaxpeft as jp
+
+RANK = 8
+VIRTUAL = 20  # virtual tokens, where they are all there is
+
+
+class Places(NamedTuple):
+    """The sites of a model by what they do in a layer, and the sizes that go with it."""
+
+    sites: jp.Sites
+    queries: jp.Sites
+    keys: jp.Sites
+    values: jp.Sites
+    attended: jp.Sites  # ends attention
+    inputs: jp.Sites  # begins the feed-forward block
+    outputs: jp.Sites  # ends it
+    kernels: jp.Sites
+    norms: jp.Sites
+    summed: jp.Sites | None  # the norm of the feed-forward block's sum, where it is behind it
+    table: jp.Sites
+    width: int  # of the adapters: an eighth of the model's
+    eps: float
+
+
+def places(sites: jp.Sites, config: Any) -> Places:
+    """The places of a reference encoder or decoder under "trunk"."""
+    layer = "trunk/layers"
+    behind = f"{layer}/mlp_norm/bias" in sites  # a decoder norms before its blocks
+    first = "up" if f"{layer}/mlp/gate/kernel" not in sites else "gate"
+    names = [f"{layer}/attn/{x}/kernel" for x in "qkvo"]
+    names += [f"{layer}/mlp/{x}/kernel" for x in (first, "down")]
+    return Places(
+        sites,
+        *(sites.match(name) for name in names),
+        kernels=sites.match(f"{layer}/*kernel"),
+        norms=sites.match(f"{layer}/*_norm/*"),
+        summed=sites.match(f"{layer}/mlp_norm/*") if behind else None,
+        table=sites.match("trunk/embed/embedding"),
+        width=max(config.width // 8, 1),
+        eps=config.eps,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Methods that are trained at rates of one size.
+
+    Attributes:
+      centre: The middle of the three rates.
+      source: Where it is from. The papers train for thousands of steps, so where they name a
+        range its upper end is taken, and where that was found in shorter training a higher one.
+    """
+
+    centre: float
+    source: str
+
+    @property
+    def rates(self) -> tuple[float, float, float]:
+        """Three rates, a factor of three apart."""
+        return self.centre / 3, self.centre, self.centre * 3
+
+
+FAMILIES = {
+    "head": Family(0.0, "the head's own rate; nothing is swept"),
+    "weights": Family(1.5e-4, "Devlin et al. 2019, A.3: up to 5e-5, for ten times the steps"),
+    "biases": Family(1e-3, "Ben Zaken et al. 2021, A.1: 1e-4 to 1e-3"),
+    "low rank": Family(1.5e-3, "Hu et al. 2021, D.1: 4e-4 to 5e-4, ten times that of all weights"),
+    "scales": Family(1e-2, "Liu et al. 2022 (IA3), 3.5: 3e-3"),
+    "adapters": Family(1e-3, "Houlsby et al. 2019, 3.1: 3e-5 to 3e-3"),
+    "prompts": Family(3e-2, "Lester et al. 2021, 3: 0.3 with Adafactor, relative to the rows"),
+    "prompt networks": Family(1e-3, "Liu et al. 2021 (P-tuning): Adam, 1e-5 to 1e-3"),
+    "prefix networks": Family(1e-3, "Li and Liang 2021, 5.3: 5e-5; He et al. 2021: 5e-5 to 1e-4"),
+    "deep prompts": Family(1e-2, "Liu et al. 2021 (P-tuning v2), B: 5e-3 to 1e-2"),
+    "hybrids": Family(1e-3, "Mao et al. 2022 (UniPELT), 4.1: 1e-4 to 5e-4 by part"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method of the table.
+
+    Attributes:
+      name: As in the results.
+      paper: Whose method it is.
+      family: Its rates, of FAMILIES.
+      make: From the places of a model to the method, without the head.
+      length: Virtual positions in front of the input.
+      virtual: What stands there: "ids" beyond the table, or placeholders with "slots".
+      decoder: Why it has no row on the decoder; `None` where it has one.
+    """
+
+    name: str
+    paper: str
+    family: str
+    make: Callable[[Places], Any] | None
+    length: int = 0
+    virtual: Literal["ids", "slots"] = "ids"
+    decoder: str | None = None
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Those of its family; the probe has none."""
+        return () if self.make is None else FAMILIES[self.family].rates
+
+
+def _houlsby(p: Places) -> Any:
+    adapters = jp.bottleneck(p.width, p.attended | p.outputs, activation="gelu", init="normal")
+    return jp.chain(adapters, jp.norm_tuning(p.norms))
+
+
+def _pfeiffer(p: Places) -> Any:
+    return jp.bottleneck(p.width, p.outputs, reads="sum", norms=p.summed, eps=p.eps)
+
+
+def _mam(p: Places) -> Any:
+    return jp.mam(VIRTUAL, p.width, p.keys, p.values, p.inputs, p.outputs, hidden=256)
+
+
+def _unipelt(p: Places) -> Any:
+    at = (p.queries | p.values, p.keys, p.values, p.outputs)
+    return jp.unipelt(*at, rank=RANK, length=10, width=p.width, norms=p.summed, eps=p.eps)
+
+
+ROWS = [
+    Row("probe", "the head alone", "head", None),
+    Row("full", "full fine-tuning", "weights", lambda p: jp.full(p.sites)),
+    Row(
+        "bitfit",
+        "Ben Zaken et al. 2021",
+        "biases",
+        lambda p: jp.bitfit(p.sites),
+        decoder="the decoder of this benchmark has no biases",
+    ),
+    Row("lora", "Hu et al. 2021", "low rank", lambda p: jp.lora(RANK, p.kernels, alpha=2 * RANK)),
+    Row("ia3", "Liu et al. 2022", "scales", lambda p: jp.ia3(p.keys | p.values, p.outputs)),
+    Row("houlsby", "Houlsby et al. 2019", "adapters", _houlsby),
+    Row("pfeiffer", "Pfeiffer et al. 2021", "adapters", _pfeiffer),
+    Row(
+        "parallel",
+        "He et al. 2021",
+        "adapters",
+        lambda p: jp.parallel(p.width, p.inputs, p.outputs, scale=4.0),
+    ),
+    Row(
+        "prompt",
+        "Lester et al. 2021",
+        "prompts",
+        lambda p: jp.prompt(VIRTUAL, p.table, init="vocabulary"),
+        length=VIRTUAL,
+    ),
+    Row(
+        "p-tuning",
+        "Liu et al. 2021",
+        "prompt networks",
+        lambda p: jp.p_tuning(VIRTUAL, p.table, hidden=128),
+        length=VIRTUAL,
+    ),
+    Row(
+        "prefix",
+        "Li and Liang 2021",
+        "prefix networks",
+        lambda p: jp.prefix(VIRTUAL, p.keys, p.values, hidden=256),
+        length=VIRTUAL,
+        virtual="slots",
+    ),
+    Row(
+        "p-tuning v2",
+        "Liu et al. 2021",
+        "deep prompts",
+        lambda p: jp.prefix(VIRTUAL, p.keys, p.values),
+        length=VIRTUAL,
+        virtual="slots",
+    ),
+    Row("mam", "He et al. 2021", "hybrids", _mam, length=VIRTUAL, virtual="slots"),
+    Row("unipelt", "Mao et al. 2022", "hybrids", _unipelt, length=10, virtual="slots"),
+]
+
+
+def row(name: str) -> Row:
+    """The method of this name.
+
+    Raises:
+      ValueError: There is none; names those there are.
+    """
+    found = {row.name: row for row in ROWS}
+    if name not in found:
+        raise ValueError(f"There is no method '{name}' in the table; it has {', '.join(found)}.")
+    return found[name]

@@ -1,0 +1,83 @@
+"""Fine-tuning methods side by side on real weights and data: python benchmarks/methods.py --json
+
+MiniLM on SNIPS (slots, span F1), TREC (questions, accuracy) and, as a parity row, Banking77;
+stories260k on E2E NLG (BLEU on 200 meaning representations, loss on all). The data folder is
+JAXPEFT_DATA, ../shared/data without it.
+
+A run is 150 optimizer steps of 32 sequences of at most 48 tokens (E2E: 16 of at most 160). Every
+method trains the same head from the same start at the same rate; the probe is that head alone (on
+E2E the final norm and an untied copy of the head). Three rates a factor of three apart around a
+centre per family (comparison/rows.py has them with their sources), and one more where the best is
+an edge, are swept on the validation parts of SNIPS and E2E with seed 0; TREC takes the encoder's
+rate. Then seeds 0, 1 and 2 on test.
+
+A finished run is a line of results/methods.jsonl, so a repeated command goes on where it was
+killed; a change of code that results depend on starts anew.
+
+    --cell METHOD TASK   does one again
+    --short              a tenth of the steps, fewer methods, no sweep: 10 minutes, into
+                         results/methods.short.jsonl, and no quality to speak of
+    --table              writes results/methods.md and methods.png from the runs and runs nothing
+    --json               the last line is the summary
+
+About two hours on 2 idle cores.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # before jax starts
+    # The default scheduler trades memory for overlap: it would be measured instead.
+    os.environ["XLA_FLAGS"] = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from comparison import report
+from comparison.protocol import SHORT, WHOLE, Protocol
+from comparison.records import Results
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print the summary as the last line")
+    parser.add_argument("--short", action="store_true", help="10 minutes, a file of its own")
+    parser.add_argument("--cell", nargs=2, metavar=("METHOD", "TASK"), help="do one again")
+    parser.add_argument("--table", action="store_true", help="write the table and figures")
+    options = parser.parse_args(arguments)
+
+    plan, name = (SHORT, "methods.short") if options.short else (WHOLE, "methods")
+    results = Results(RESULTS / f"{name}.jsonl")
+    try:
+        if options.cell:
+            method, task = options.cell
+            Protocol(plan, results, _say).redo(task, method)
+        elif not options.table:
+            Protocol(plan, results, _say).run()
+        found = report.summary(report.latest(results, plan.steps), plan)
+        if options.table:
+            write_table(found, RESULTS / name)
+    except (FileNotFoundError, ValueError, ImportError) as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(found))
+    return 0
+
+
+def write_table(found: dict, path: Path) -> None:
+    """The Markdown table and the figure, beside the results."""
+    report.figure(found, path.with_name(f"{path.name}.png"))
+    text = report.table(found) + f"\n![Quality against what it costs]({path.name}.png)\n"
+    path.with_name(f"{path.name}.md").write_text(text)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,424 @@
+"""The comparison of methods on a handful of examples and models of a few thousand numbers."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+tokenizers = pytest.importorskip("tokenizers", reason="the models' tokenizers need it")
+pytest.importorskip("seqeval", reason="span F1 needs it: pip install 'jaxpeft[bench]'")
+pytest.importorskip("sacrebleu", reason="BLEU needs it: pip install 'jaxpeft[bench]'")
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import methods as command  # noqa: E402
+from comparison import cell, costs, files, protocol, records, report, rows, tasks  # noqa: E402
+
+from jaxpeft.models import decoder, encoder  # noqa: E402
+
+SENTENCES = [
+    (("play", "some", "jazz"), ("O", "O", "B-genre")),
+    (("book", "the", "blue", "spice"), ("O", "O", "B-name", "I-name")),
+    (("rate", "this", "book", "five"), ("O", "O", "O", "B-rating")),
+    (("play", "blue", "moon", "now"), ("O", "B-track", "I-track", "O")),
+]
+MEANINGS = [
+    ("name[Blue Spice], eatType[pub]", ["Blue Spice is a pub.", "A pub: Blue Spice."]),
+    ("name[Zizzi], near[The Mill], familyFriendly[yes]", ["Zizzi is for kids."]),
+]
+
+
+@pytest.fixture(autouse=True)
+def in_float32():
+    with jax.enable_x64(False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data folder like the real one, with models drawn at random."""
+    folder = tmp_path_factory.mktemp("data")
+    texts = [" ".join(words) for words, _ in SENTENCES]
+    for name, lines in (("train", texts * 3), ("test", [f"{text} ?" for text in texts[:2]])):
+        kinds = ("NUM:count", "HUM:ind")
+        lines = [f"{kinds[i % 2]} {line}" for i, line in enumerate(lines)]
+        _write(folder / f"trec/TREC.{name}", "\n".join(lines))
+        _table(
+            folder / f"banking77/{name}.csv",
+            "text,category",
+            [x.split(" ", 1)[::-1] for x in lines],
+        )
+    for name, chosen in (("train", SENTENCES), ("valid", SENTENCES[:2]), ("test", SENTENCES[3:])):
+        _write(folder / f"snips/{name}/seq.in", "\n".join(" ".join(w) for w, _ in chosen))
+        _write(folder / f"snips/{name}/seq.out", "\n".join(" ".join(t) for _, t in chosen))
+    for name in ("trainset", "devset", "testset_w_refs"):
+        pairs = [(mr, f"{name[:2]} {ref}") for mr, refs in MEANINGS for ref in refs]
+        _table(folder / f"e2e_nlg/{name}.csv", "mr,ref", pairs)
+    with jax.enable_x64(False):
+        _minilm(folder / "minilm-l6", texts)
+        _stories(folder / "stories260k", [ref for _, refs in MEANINGS for ref in refs])
+    patch = pytest.MonkeyPatch()
+    patch.setenv("JAXPEFT_DATA", str(folder))
+    patch.setitem(tasks.LONGEST, "stories260k", 48)
+    patch.setattr(cell, "MAX_NEW", 4)
+    patch.setattr(cell, "ASKED", 2)
+    patch.setattr(costs, "SHAPES", {"1x16": (1, 4), "32x128": (2, 8)})
+    patch.setattr(costs, "STORIES", 2)
+    patch.setattr(tasks, "BATCH", {"minilm": 2, "stories260k": 2})
+    yield folder
+    patch.undo()
+
+
+def _write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+
+
+def _table(path, header, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header.split(","), *lines])
+
+
+def _minilm(folder, texts):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=60, special_tokens=special)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    config = encoder.Config(tokenizer.get_vocab_size(), 16, 32, 2, 2, context=80, pooler=True)
+    encoder.save(folder, config, encoder.init(config, jax.random.key(0)))
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _stories(folder, texts):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    config = decoder.Config(
+        tokenizer.get_vocab_size(), 16, 32, 2, 2, 1, 8, tied=True, context=128, eos=(2,)
+    )
+    decoder.save(folder, config, decoder.init(config, jax.random.key(0)))
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def task(data):
+    """A task by name, made once."""
+    with jax.enable_x64(False):
+        made = {name: make() for name, make in tasks.TASKS.items()}
+    yield made.__getitem__
+    for cached in (tasks.base, protocol._task, costs.sentences, costs.stories):
+        cached.cache_clear()
+
+
+CELLS = [
+    (row.name, name)
+    for row in rows.ROWS
+    for name in ("snips", "e2e")
+    if protocol.unfit(name, row.name) is None
+]
+
+
+# What a row is -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method, name", CELLS)
+def test_every_method_takes_a_step_that_moves_its_numbers_and_the_head(task, method, name):
+    work = cell.Cell(task(name), rows.row(method), steps=1)
+    before = work.untrained(0).adapter
+    after = work.train(1e-2, seed=0).adapter
+    moved = {work.labels[path] for path in before if not np.array_equal(before[path], after[path])}
+    assert moved == ({"head"} if method == "probe" else {"head", "adapter"})
+
+
+def test_every_row_has_the_same_head_and_batches_for_a_seed(task):
+    cells = [cell.Cell(task("snips"), rows.row(m), steps=2) for m in ("probe", "lora", "prefix")]
+    kernels = [np.asarray(work.untrained(3).adapter["head/kernel"]) for work in cells]
+    assert all(np.array_equal(kernels[0], kernel) for kernel in kernels)
+    assert not np.array_equal(kernels[0], cells[0].untrained(4).adapter["head/kernel"])
+    batches = [np.stack([batch.tokens for batch in work.batches(3)]) for work in cells]
+    assert all(np.array_equal(batches[0], batch) for batch in batches)
+
+
+def test_the_head_moves_at_its_own_rate_whatever_the_methods_is(task):
+    work = cell.Cell(task("snips"), rows.row("lora"), steps=1)
+    heads = [work.train(rate, 0).adapter["head/bias"] for rate in (1e-4, 1e-1)]
+    assert np.array_equal(*heads) and np.any(heads[0])
+    assert np.allclose(np.abs(heads[0][heads[0] != 0]), cell.HEAD_RATE, rtol=1e-3)
+
+
+def test_one_program_serves_all_rates_and_seeds(task):
+    work = cell.Cell(task("snips"), rows.row("prefix"), steps=1)
+    first = work.step
+    results = [work.train(rate, seed).adapter for rate, seed in ((1e-3, 0), (1e-2, 0), (1e-3, 1))]
+    assert work.step is first  # a compiled program, which takes no other shapes
+    a, b, c = (result["trunk/layers/attn/k/kernel/up"] for result in results)
+    assert not np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_generation_through_the_cache_says_what_whole_passes_would(task, method):
+    work = cell.Cell(task("e2e"), rows.row(method), steps=1)
+    run = cell.Run(work, work.train(1e-1, 0))
+    prompt = [1, 7, 20, 11]
+    (said,) = run.write([prompt])
+    again = []
+    for _ in range(4):
+        ids = np.zeros((1, 8), np.int32)
+        ids[0, : 4 + len(again)] = prompt + again
+        logits = work.compiled(*run.trained, ids, np.arange(8)[None] < 4 + len(again))
+        again.append(int(jnp.argmax(logits[0, 3 + len(again)])))
+    assert said == [token for token in again if token != 2]
+
+
+def test_padding_on_the_left_changes_nothing_that_is_written(task):
+    work = cell.Cell(task("e2e"), rows.row("prefix"), steps=1)
+    run = cell.Run(work, work.untrained(0))
+    short, longer = [1, 7, 20], [1, 9, 30, 31, 32, 33]
+    assert run.write([short, longer])[0] == run.write([short])[0]
+
+
+# Data and scores ---------------------------------------------------------------------------------
+
+
+def test_sentences_of_test_are_dropped_from_train_letters_and_digits_compared():
+    train = [files.Labelled("What's 2+2 ?", "a"), files.Labelled("Who?", "b")]
+    parts = files.without_overlap(train, [], [files.Labelled("what s 22", "c")])
+    assert [x.text for x in parts.train] == ["Who?"] and parts.dropped == 1
+
+
+def test_a_meaning_is_shortened_to_its_values():
+    text = "name[The Mill], eatType[pub], near[Zizzi], familyFriendly[no]"
+    assert files.shorter(text) == "The Mill, pub, near Zizzi, kids no"
+
+
+def test_a_missing_data_folder_says_what_it_lacks_and_how_to_give_it(monkeypatch, capsys):
+    monkeypatch.setenv("JAXPEFT_DATA", "/nowhere/at/all")
+    with pytest.raises(FileNotFoundError, match="'trec/TREC.train'.*/nowhere/at/all.*JAXPEFT_DATA"):
+        files.trec()
+
+
+def test_tags_stand_at_the_first_token_of_a_word(task):
+    snips = task("snips")
+    gold = snips.questions["test"].answers
+    assert [len(at) for at in gold.starts] == [len(tags) for tags in gold.tags]
+    for row, at in enumerate(gold.starts):
+        labelled = np.flatnonzero(gold.split.labels[row] != -100)
+        assert set(labelled) <= set(at) and gold.split.labels[row, 0] == -100
+
+
+def test_span_counts_add_up_to_seqevals_score():
+    from seqeval.metrics import f1_score
+
+    true = [["B-a", "I-a", "O", "B-b"], ["O", "B-c"], ["B-a", "B-a"]]
+    said = [["B-a", "O", "O", "B-b"], ["I-c", "I-c"], ["B-a", "I-a"]]
+    total = sum(np.array(tasks.span_counts(s, t)) for s, t in zip(said, true, strict=True))
+    assert tasks.f1(total) == pytest.approx(100 * f1_score(true, said))
+
+
+def test_ngram_counts_add_up_to_sacrebleus_score():
+    from sacrebleu.metrics import BLEU
+
+    said = ["the cat sat on the mat today", "a dog ran home fast"]
+    true = [["the cat sat on a mat today", "cats sit"], ["the dog ran home fast", "a dog ran"]]
+    total = sum(np.array(tasks.ngram_counts(s, t)) for s, t in zip(said, true, strict=True))
+    expected = BLEU().corpus_score(said, [list(x) for x in zip(*true, strict=True)]).score
+    assert tasks.bleu(total) == pytest.approx(expected) and expected > 20
+
+
+def test_the_error_of_a_gap_is_that_of_a_mean_of_paired_differences():
+    rng = np.random.default_rng(1)
+    mine, theirs = (rng.random((2, 500)) < [[0.9], [0.8]]).astype(int)
+    outcomes = [np.stack([x, np.ones_like(x)], axis=-1) for x in (mine, theirs)]
+    difference, error = records.gap(*outcomes, tasks.accuracy)
+    assert difference == pytest.approx(100 * (mine - theirs).mean())
+    assert error == pytest.approx(100 * np.std(mine - theirs) / 500**0.5, rel=0.1)
+
+
+def test_outcomes_survive_the_file():
+    outcomes = np.array([[1, 2, 300], [0, 5, 6]])
+    assert np.array_equal(records.unpack(records.pack(outcomes)), outcomes)
+
+
+# Runs --------------------------------------------------------------------------------------------
+
+PLAN = protocol.Plan(
+    steps=2,
+    seeds=(0, 1),
+    methods=("probe", "full", "bitfit", "prefix"),
+    tasks=("snips", "e2e", "trec"),
+    repeats=1,
+)
+FIELDS = """method task rate seed steps code score probe_gap probe_gap_error trainable
+trainable_with_head peak_bytes step_time_vs_full latency_vs_base flops_vs_base context_used
+forgetting""".split()
+
+
+@pytest.fixture(scope="module")
+def finished(task, tmp_path_factory):
+    """A whole plan, run: the file and what was said."""
+    path, said = tmp_path_factory.mktemp("results") / "methods.jsonl", []
+    with jax.enable_x64(False):
+        protocol.Protocol(PLAN, records.Results(path), said.append).run()
+    return path, said
+
+
+def test_every_line_has_all_that_is_asked_of_it(finished):
+    lines = [json.loads(line) for line in finished[0].read_text().splitlines()]
+    assert {(line["task"], line["method"]) for line in lines} == {
+        (task, method) for task, method in PLAN.cells() if (task, method) != ("e2e", "bitfit")
+    }
+    for line in lines:
+        assert set(FIELDS) <= set(line)
+        assert line["peak_bytes"] > 0 and line["step_time_vs_full"] > 0
+        assert set(line["latency_vs_base"]) == {"1x16", "32x128"}
+        merged = [times["merged"] for times in line["latency_vs_base"].values()]
+        assert all(x is not None for x in merged)  # dense, or folded
+        assert line["flops_vs_base"] == pytest.approx(1) or line["method"] == "prefix"
+        assert (line["trainable"] == 0) == (line["method"] == "probe")
+        if line["method"] == "probe" and line["task"] == "snips":
+            assert line["forgetting"] == pytest.approx(1)
+
+
+def test_what_is_dropped_from_train_is_said_once_for_each_task(finished):
+    said = [text for text in finished[1] if "dropped" in text]
+    assert said == [
+        "snips: 1 sentences of train stand in test too: dropped",
+        "e2e: 0 sentences of train stand in test too: dropped",
+        "trec: 6 sentences of train stand in test too: dropped",
+    ]
+
+
+def test_three_rates_are_swept_and_one_more_beyond_an_edge(finished):
+    results = records.Results(finished[0])
+    for task in ("snips", "e2e"):
+        for method in ("full", "prefix"):
+            swept = results.of(task=task, method=method, part="validation")
+            rates = [line["rate"] for line in swept]
+            assert rates[:3] == list(rows.row(method).rates) and len(rates) in (3, 4)
+            scores = {line["rate"]: line["score"] for line in swept}
+            if max(rates[:3], key=scores.__getitem__) == rates[1]:
+                assert len(rates) == 3
+            else:
+                assert len(rates) == 4
+            best = max(rates, key=scores.__getitem__)
+            tested = results.of(task=task, method=method, part="test")
+            assert {(x["rate"], x["seed"]) for x in tested} == {(best, 0), (best, 1)}
+
+
+def test_trec_takes_the_rate_of_the_encoder(finished):
+    results = records.Results(finished[0])
+    for method in ("full", "bitfit", "prefix"):
+        mine, theirs = (results.of(task=t, method=method, part="test") for t in ("trec", "snips"))
+        assert {x["rate"] for x in mine} == {x["rate"] for x in theirs}
+    assert not results.of(task="trec", part="validation")
+
+
+def test_a_repeated_command_runs_nothing_and_a_killed_one_goes_on(finished, tmp_path, monkeypatch):
+    whole = finished[0].read_text()
+    path = tmp_path / "methods.jsonl"
+    path.write_text(whole)
+
+    def refuse(*args):
+        raise AssertionError("trained again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cell.Cell, "train", refuse)
+        protocol.Protocol(PLAN, records.Results(path), str).run()
+    assert path.read_text() == whole
+
+    lines = whole.splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]) + lines[-1][:40])  # killed while it wrote the last one
+    protocol.Protocol(PLAN, records.Results(path), str).run()
+    again = path.read_text().splitlines(keepends=True)
+    assert again[:-1] == lines[:-1]
+    first, second = json.loads(lines[-1]), json.loads(again[-1])
+    for name in ("method", "task", "seed", "score", "outcomes", "peak_bytes"):
+        assert first[name] == second[name]
+
+
+def test_a_cell_is_redone_and_takes_the_place_of_the_old_one(finished, tmp_path):
+    path = tmp_path / "methods.jsonl"
+    path.write_text(finished[0].read_text())
+    before = len(records.Results(path).lines)
+    results = records.Results(path)
+    protocol.Protocol(PLAN, results, str).redo("trec", "probe")
+    assert len(records.Results(path).lines) == before + len(PLAN.seeds)
+    assert len(records.Results(path).of(task="trec", method="probe")) == len(PLAN.seeds)
+
+
+def test_a_cell_that_does_not_exist_is_refused(tmp_path):
+    work = protocol.Protocol(PLAN, records.Results(tmp_path / "x.jsonl"))
+    with pytest.raises(ValueError, match="no task 'treck'; there are snips, e2e, trec"):
+        work.redo("treck", "lora")
+    with pytest.raises(ValueError, match="no method 'lorra' in the table; it has probe, full"):
+        work.redo("trec", "lorra")
+    with pytest.raises(ValueError, match="no row of 'bitfit' on 'e2e': the decoder.*no biases"):
+        work.redo("e2e", "bitfit")
+
+
+def test_a_result_depends_on_the_program_and_not_on_its_words():
+    source = 'def f(x):\n    """What."""\n    return x + 1  # why\n'
+    assert records.program(source) == records.program("def f(x):\n    return (x + 1)\n")
+    assert records.program(source) != records.program("def f(x):\n    return x + 2\n")
+    assert len(records.code_hash()) == 12
+
+
+# Reports -----------------------------------------------------------------------------------------
+
+
+def test_the_summary_has_gaps_with_errors_and_says_what_was_not_run(finished):
+    lines = report.latest(records.Results(finished[0]), PLAN.steps)
+    found = report.summary(lines, PLAN)
+    assert found["not_run"] == [
+        {
+            "task": "e2e",
+            "method": "bitfit",
+            "why": "the decoder of this benchmark has no biases",
+        }
+    ]
+    full, probe = (found["tasks"]["snips"][method] for method in ("full", "probe"))
+    assert full["probe_gap"] == pytest.approx(full["score"] - probe["score"])
+    assert probe["probe_gap"] == probe["probe_gap_error"] == 0
+    assert json.loads(json.dumps(found)) == found
+    less = [line for line in lines if line["method"] != "full"]
+    why = [x["why"] for x in report.summary(less, PLAN)["not_run"] if x["method"] == "full"]
+    assert why == ["not finished"] * 3
+
+
+def test_the_table_and_the_figure_are_made_from_the_file_alone(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXPEFT_DATA", "/nowhere/at/all")
+    lines = report.latest(records.Results(finished[0]), PLAN.steps)
+    found = report.summary(lines, PLAN)
+    text = report.table(found)
+    assert "| full (full fine-tuning) | " in text and "bitfit on e2e: the decoder" in text
+    assert all(line.count("|") == 13 for line in text.splitlines() if line.startswith("| full"))
+    pytest.importorskip("matplotlib")
+    report.figure(found, tmp_path / "methods.png")
+    assert (tmp_path / "methods.png").stat().st_size > 10_000
+
+
+def test_the_command_says_what_data_it_lacks(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("JAXPEFT_DATA", str(tmp_path / "nothing"))
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    protocol._task.cache_clear(), tasks.base.cache_clear()
+    assert command.main(["--short", "--cell", "probe", "snips"]) == 2
+    assert "'minilm-l6', which is not in" in capsys.readouterr().err
