@@ -48,13 +48,19 @@ def residual(frames: Sequence[Frame], path: str, row: int | None) -> list[jax.Ar
       The stream alone, or of one row the bias and the stream, in the program's order.
 
     Raises:
-      ValueError: The product is not added to a value that exists already, or something else
+      ValueError: The product is not added to one value that exists already, or something else
         happens to it first; says what, and where.
     """
     depth = len(frames) - 1
     value = frames[depth].eqn.outvars[0]
     alike = 2 if row == value.aval.size else 1  # partners of the product's size to come
     found: list[jax.Array] = []
+
+    def end(what: str) -> list[jax.Array]:
+        if alike:
+            raise _lost(path, what)
+        return found
+
     while True:
         frame = frames[depth]
         users = [eqn for eqn in frame.jaxpr.eqns[frame.at + 1 :] if value in _variables(eqn)]
@@ -63,24 +69,25 @@ def residual(frames: Sequence[Frame], path: str, row: int | None) -> list[jax.Ar
             value = frames[depth].eqn.outvars[frame.jaxpr.outvars.index(value)]
             continue
         if len(users) != 1 or value in frame.jaxpr.outvars:
-            raise _lost(path, f"is read at {len(users)} places of its scope, and not by one sum")
+            return end(f"is read at {len(users)} places of its scope, and not by one sum")
         (eqn,) = users
         if eqn.primitive in _PASSING:
             value = eqn.outvars[eqn.invars.index(value) if len(eqn.outvars) > 1 else 0]
             continue
         if eqn.primitive not in (p.add_p, p.add_jaxvals_p):
-            raise _lost(path, f"meets `{eqn.primitive.name}` first ({compat.source(eqn)})")
+            return end(f"meets `{eqn.primitive.name}` first ({compat.source(eqn)})")
         other = next((v for v in eqn.invars if v is not value), None)
         if other is None:
-            raise _lost(path, f"is added to itself ({compat.source(eqn)})")
+            return end(f"is added to itself ({compat.source(eqn)})")
         if not _is_bias(frame, other, value):
-            alike -= 1
-            if other in frame.env and not is_view(frame.env[other]):
+            exists = other in frame.env and not is_view(frame.env[other])
+            if not alike and exists:
+                raise _lost(path, f"is added to several values ({compat.source(eqn)})")
+            alike = max(alike - 1, 0)
+            if exists:
                 found.append(frame.env[other])
             elif not alike and not found:
                 raise _lost(path, f"is added to what is computed after it ({compat.source(eqn)})")
-            if not alike:
-                return found
         value = eqn.outvars[0]
 
 

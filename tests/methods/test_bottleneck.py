@@ -192,6 +192,7 @@ WAYS = {
     "plain": plain,
     "the stream first": lambda p, x: x + hidden(p, x) @ p["w"] + p["b"],
     "the bias first": lambda p, x: p["b"] + hidden(p, x) @ p["w"] + x,
+    "another sub-layer later": lambda p, x: jax.lax.sub(plain(p, x) + jnp.tanh(x), jnp.tanh(x)),
     "jit": lambda p, x: jax.jit(plain)(p, x),
     "jit around the product": lambda p, x: x + (jax.jit(jnp.matmul)(hidden(p, x), p["w"]) + p["b"]),
     "jit in jit": lambda p, x: x
@@ -292,6 +293,11 @@ def to_a_later_value(p, x):
     return y + jnp.tanh(x)
 
 
+def beside_another_sublayer(p, x):
+    other = jnp.tanh(x)
+    return other + x @ p["w"] + x
+
+
 HERE = r"\(\S*test_bottleneck\.py:\d+"
 LOST = {
     "two readers": (two_readers, "is read at 2 places of its scope"),
@@ -300,6 +306,10 @@ LOST = {
     "no sum": (lambda p, x: x @ p["w"], "is read at 0 places of its scope"),
     "scaled": (lambda p, x: x + 0.5 * (x @ p["w"]), rf"meets `mul` first {HERE}"),
     "to itself": (to_itself, rf"is added to itself {HERE}"),
+    "to another sub-layer too": (
+        beside_another_sublayer,
+        rf"is added to several values {HERE}",
+    ),
     "to a later value": (to_a_later_value, rf"added to what is computed after it {HERE}"),
 }
 
