@@ -374,14 +374,14 @@ def check_ids(tree: Any, site: Site, ids: Any) -> None:
       ValueError: An id is out of range; names it and what there is.
     """
     views = (x for x in jax.tree.leaves(tree, is_leaf=is_view) if is_view(x))
-    found = next(view for view in views if view.path == site.path)
-    count = site.size(IN) + found.weight.extra_rows
+    extra = next((_extra(view.weight) for view in views if view.path == site.path), 0)
+    count = site.size(IN) + extra
     ids = np.asarray(ids)
     if ids.size and not (0 <= ids.min() and ids.max() < count):
         wrong = int(ids.max() if ids.max() >= count else ids.min())
         raise ValueError(
             f"Token id {wrong} has no row: '{site.path}' has {site.size(IN)} rows and "
-            f"{found.weight.extra_rows} virtual tokens, so ids go up to {count - 1}."
+            f"{extra} virtual tokens, so ids go up to {count - 1}."
         )
 
 
