@@ -245,6 +245,31 @@ def test_the_stream_is_found_in_flax_modules(kind, reads):
         close(out, x + h + network(x + h if reads == "sum" else x, adapter, "w/kernel"))
 
 
+@pytest.mark.parametrize("reads", ["sum", "residual"])
+def test_an_adapter_on_the_stream_stands_on_codes_and_on_lora_under_vmap_and_grad(reads):
+    p = {"u": normal(0, D, F), "w": normal(1, F, D), "b": normal(2, D)}
+    x, w = normal(3, T, D), jp.sites(plain, p, normal(3, T, D)).match("w")
+    below = jp.chain(jp.quantize("int8", w), jp.lora(2, w, dtype=F8))
+    method = jp.chain(below, jp.bottleneck(M, w, reads=reads, dtype=F8))
+    frozen, adapter = jp.split(method(KEY, p))
+    adapter = perturbed(adapter)
+    factors = {f"w/{name}": adapter[f"w/w/{name}"] for name in "ab"}
+    dense = jp.merge(jp.combine(jp.split(below(KEY, p))[0], factors))
+
+    def lifted(adapter, x):
+        return jp.lift(plain)(jp.combine(frozen, adapter), x)
+
+    def by_hand(adapter, x):
+        h = plain(dense, x) - x
+        return x + h + network(x + h if reads == "sum" else x, adapter, "w")
+
+    close(lifted(adapter, x), by_hand(adapter, x))
+    close(jax.vmap(lifted, (None, 0))(adapter, x), by_hand(adapter, x))
+    got, want = (jax.grad(lambda a, f=f: (f(a, x) ** 2).sum())(adapter) for f in (lifted, by_hand))
+    for name in ("down", "down_bias", "up", "up_bias"):
+        close(got[f"w/{name}"], want[f"w/{name}"])
+
+
 @pytest.mark.parametrize("rows", [T, 1])
 @pytest.mark.parametrize("reads", ["output", "sum", "residual"])
 def test_a_model_in_bfloat16_keeps_its_dtype(reads, rows):
