@@ -12,7 +12,7 @@ from jaxpeft.method import Method
 from jaxpeft.methods.placing import bias_of, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
-from jaxpeft.weight import OUT, View, Weight, axes, base, static, weight
+from jaxpeft.weight import OUT, View, Weight, axes, base, chain_of, static, weight
 
 
 @weight
@@ -43,7 +43,9 @@ class Prefix(Weight):
         rows = self.rows.array
         if self.rope is not None:
             rows = _unrotate(rows, np.asarray(self.rope), self.lengths)
-        virtual = self.weighed(jnp.take(rows, jnp.maximum(slots, 0), axis=0, mode="clip"), x)
+        # A slot without a row must not pass for the last one.
+        virtual = jnp.take(rows, jnp.maximum(slots, 0), axis=0, mode="fill", fill_value=jnp.nan)
+        virtual = self.weighed(virtual, x)
         if self.bias is not None:
             virtual = virtual - self.bias.array.astype(rows.dtype)
         return jnp.where((slots >= 0)[..., None], virtual.astype(y.dtype), y)
@@ -85,6 +87,11 @@ class EncodedPrefix(Weight):
         return Prefix(self.w, rows, self.slots, self.bias, self.rope, self.lengths, self.path)
 
 
+def _same(w: Weight, slots: str) -> bool:
+    """Whether a weight below has a prefix at the same positions."""
+    return isinstance(w, (Prefix, EncodedPrefix)) and getattr(w.slots, "name", slots) == slots
+
+
 def _unrotate(rows: jax.Array, frequencies: np.ndarray, lengths: Sequence[int]) -> jax.Array:
     """Keys (n, heads * head_dim) before the rotation that the model gives their positions."""
     half = len(frequencies)
@@ -113,9 +120,9 @@ def prefix(
 
     No change of the model and no cache is needed: `length` placeholder tokens are put in
     front of the input (`with_virtual`), and at their positions the key and value projections
-    give the trained rows. Real tokens stand `length` positions later. What the model computes
-    at virtual positions is read by nothing: drop it from the output (`without_virtual`), so
-    that no head reads it. Training and prefill give the slots,
+    give the trained rows (NaN for a slot that has none). Real tokens stand `length` positions
+    later. What the model computes at virtual positions is read by nothing: drop it from the
+    output (`without_virtual`), so that no head reads it. Training and prefill give the slots,
     `combine(frozen, adapter, virtual=slots)`; a decoding step over a cache that holds the
     prefix has slots of -1.
 
@@ -149,9 +156,9 @@ def prefix(
       out of values) per layer.
 
     Raises:
-      ValueError: A length or width is not positive, a weight is no projection, rotary
-        frequencies do not divide its heads, or (when it is called) the model merges batch and
-        time before a projection.
+      ValueError: A length or width is not positive, a weight is no projection, is key and value
+        at once or has a prefix already, rotary frequencies do not divide its heads, or (when it
+        is called) the model merges batch and time before a projection.
 
     References:
       Li and Liang, Prefix-Tuning: Optimizing Continuous Prompts for Generation, 2021,
@@ -162,10 +169,16 @@ def prefix(
     lengths = (length,) if isinstance(length, int) else tuple(length)
     if not lengths or min(lengths) < 1:
         raise ValueError(f"`prefix(length={length})`: at least one virtual position is needed.")
-    if min(hidden or 1, embed or 1) < 1 or embed and not hidden:
+    widths = [n for n in (hidden, embed) if n is not None]
+    if min(widths, default=1) < 1 or embed is not None and hidden is None:
         raise ValueError(
             f"`prefix(hidden={hidden}, embed={embed})`: widths are positive, and `embed` is the "
             "width of the table which the network of `hidden` units reads."
+        )
+    if twice := list(keys & values):
+        raise ValueError(
+            f"`prefix`: {twice} are among the keys and among the values. A weight that gives both "
+            "at once cannot have a prefix; split it into one for each."
         )
     both = keys | values
     frequencies = None if rope is None else tuple(float(f) for f in rope)
@@ -191,8 +204,18 @@ def prefix(
         return EncodedPrefix, [*shared, *own]
 
     def make(key: jax.Array, site: Site, view: View) -> View:
-        if "linear" not in site.kinds:
+        if "linear" not in site.kinds or "embedding" in site.kinds:
             raise ValueError(f"`prefix`: '{site.path}' is no projection but {sorted(site.kinds)}.")
+        if site.part is not None:
+            raise ValueError(
+                f"`prefix`: a part of the columns of '{site.path}' is selected ({site.part}), but "
+                "rows stand in the place of all of its outputs."
+            )
+        if any(_same(w, slots) for w in chain_of(view.weight)):
+            raise ValueError(
+                f"`prefix`: '{site.path}' has a prefix at the positions '{slots}' already, which "
+                "this one would hide. Give several tasks one prefix, `length=[...]`."
+            )
         turns = frequencies if site.path in keys else None
         if turns is not None and site.size(OUT) % (2 * len(turns)):
             raise ValueError(
@@ -243,8 +266,19 @@ def with_prefixes(
     Returns:
       Tokens, slots and a mask, each (batch, longest + time). Shorter prefixes stand at the right,
       behind padding, where the mask is false; hand it to the model, with that of the tokens.
+
+    Raises:
+      ValueError: There is no such task, or not one for each example.
     """
     (batch, time), longest = tokens.shape, max(lengths)
+    tasks = jnp.asarray(tasks)
+    known = not isinstance(tasks, jax.core.Tracer)
+    if tasks.shape != (batch,) or known and ((tasks < 0) | (tasks >= len(lengths))).any():
+        shown = tasks.tolist() if known else tasks.shape
+        raise ValueError(
+            f"`with_prefixes`: tasks {shown} of {batch} examples; give each a number from 0 to "
+            f"{len(lengths) - 1}, for prefixes of lengths {list(lengths)}."
+        )
     ends = jnp.cumsum(jnp.asarray(lengths))
     # Slots of a task end where those of the next begin.
     slots = ends[tasks][:, None] - longest + jnp.arange(longest)
