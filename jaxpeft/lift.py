@@ -83,6 +83,13 @@ class Evaluation:
         self.report(Materialized(x.path, primitive, where))
         return self.materialized(x, eqn)
 
+    def decoded(self, view: View, eqn: Any, why: str = "") -> View:
+        """The view over the array that its codes stand for, if it stands on codes."""
+        if not isinstance(innermost(view.weight), Weight):
+            return view
+        self.report(Materialized(view.path, eqn.primitive.name + why, compat.source(eqn)))
+        return view.decoded()
+
     def materialized(self, view: View, eqn: Any) -> jax.Array:
         """The array of a view, sharded as the program's types say."""
         target = None

@@ -504,6 +504,13 @@ class View:
         array = jnp.transpose(array, [where[axis] for axis in wanted + dropped])
         return array.reshape(view.shape).astype(view.dtype)
 
+    def decoded(self) -> "View":
+        """The same weight over the array that the codes at its bottom stand for."""
+        codes = dataclasses.replace(self, weight=innermost(self.weight))
+        matrix = codes.over_stack(lambda w, _: dense(w), None).astype(self.dtype)
+        weight = with_innermost(self.weight, lambda _: matrix)
+        return dataclasses.replace(self, weight=weight, natural=False)
+
     # Layout ------------------------------------------------------------------------------
 
     def unfolded(self) -> "View":

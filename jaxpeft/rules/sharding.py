@@ -133,6 +133,10 @@ def _entering(
         return [x], [spec], lambda leaves: leaves[0]
     view = x.refined()
     specs, by_axis = field_specs(view, spec), _spec_by_axis(view, spec)
+    if by_axis is not None and not _divides(view, by_axis, mesh):
+        # Codes that the devices would cut inside a block: what is put on them still divides.
+        view = run.decoded(view, eqn, _UNFIT)
+        specs = field_specs(view, spec)
     roles = {view.axes[axis].role for axis in by_axis or ()}
     # What is no matrix may be gathered before its use: `refuse_parts` asks again there.
     fits = acts_on_parts(view, roles) or not view.is_matrix
