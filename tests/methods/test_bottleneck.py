@@ -192,6 +192,7 @@ WAYS = {
     "plain": plain,
     "the stream first": lambda p, x: x + hidden(p, x) @ p["w"] + p["b"],
     "the bias first": lambda p, x: p["b"] + hidden(p, x) @ p["w"] + x,
+    "a repeated bias": lambda p, x: x + (hidden(p, x) @ p["w"] + jnp.broadcast_to(p["b"], x.shape)),
     "another sub-layer later": lambda p, x: jax.lax.sub(plain(p, x) + jnp.tanh(x), jnp.tanh(x)),
     "jit": lambda p, x: jax.jit(plain)(p, x),
     "jit around the product": lambda p, x: x + (jax.jit(jnp.matmul)(hidden(p, x), p["w"]) + p["b"]),
@@ -288,7 +289,8 @@ def test_a_model_in_bfloat16_keeps_its_dtype(reads, rows):
     h = hidden(wide, x) @ wide["w"] + wide["b"]
     z = {"output": h, "sum": x + h, "residual": x}[reads]
     want = x + h + network(z, adapter, "w")
-    np.testing.assert_allclose(out.astype(F8), want, atol=0.05)
+    # A few roundings to eight bits, of h, z and the sum.
+    assert jnp.abs(out.astype(F8) - want).max() < 0.01 * jnp.abs(want).max()
 
 
 # ---- Where the stream is not found
@@ -399,7 +401,7 @@ def test_normal_starts_near_the_model():
         drawn = np.asarray(adapter[f"w/{name}"])
         assert np.abs(drawn).max() <= 0.02 and abs(drawn.std() / 0.008796 - 1) < 0.05
         assert np.abs(drawn[0] - drawn[1]).max() > 0.01  # each layer has its own
-    assert np.abs(adapter["w/down"] - adapter["w/up"].swapaxes(-1, -2)).max() > 0.01
+    assert np.abs(adapter["w/down"].ravel() - adapter["w/up"].ravel()).max() > 0.01
     assert not any(jnp.abs(adapter[f"w/{n}"]).max() for n in ("down_bias", "up_bias"))
     p, sites = layers(), jp.sites(postnorm, layers(), INPUT)
     method = jp.bottleneck(M, sites.match("down/kernel"), init="normal")
