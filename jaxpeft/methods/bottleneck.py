@@ -148,7 +148,12 @@ def bottleneck(
     - "sum": z = h + r, or LayerNorm(h + r) with the `norms` of a model that norms the sum. The
       model then norms its own sum again: Pfeiffer's adapter, LN(r + h + adapter(LN(h + r))).
     - "residual": z = r, an adapter parallel to the sub-layer in a model without a norm at its
-      input. `parallel` reads the input itself, behind such a norm.
+      input. `parallel` reads the input itself, behind such a norm. (The `adapters` library reads
+      r in both cases.)
+
+    The stream is what is added to h next. A bias may come before it, but no dropout and no scale,
+    and where two sub-layers lie side by side, h + other + r, it is not known which is meant: both
+    are errors when the model is called.
 
     The LayerNorms that a paper trains beside its adapters are one method more:
     `chain(bottleneck(...), norm_tuning(sites))` is Houlsby's recipe.
