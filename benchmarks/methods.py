@@ -23,61 +23,16 @@ killed; a change of code that results depend on starts anew.
 About two hours on 2 idle cores.
 """
 
-import argparse
-import json
 import os
 import sys
-from pathlib import Path
 
 if __name__ == "__main__":  # before jax starts
     # The default scheduler trades memory for overlap: it would be measured instead.
     os.environ["XLA_FLAGS"] = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from comparison import report
-from comparison.protocol import SHORT, WHOLE, Protocol
-from comparison.records import Results
-
-RESULTS = Path(__file__).resolve().parent / "results"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print the summary as the last line")
-    parser.add_argument("--short", action="store_true", help="10 minutes, a file of its own")
-    parser.add_argument("--cell", nargs=2, metavar=("METHOD", "TASK"), help="do one again")
-    parser.add_argument("--table", action="store_true", help="write the table and figures")
-    options = parser.parse_args(arguments)
-
-    plan, name = (SHORT, "methods.short") if options.short else (WHOLE, "methods")
-    results = Results(RESULTS / f"{name}.jsonl")
-    try:
-        if options.cell:
-            method, task = options.cell
-            Protocol(plan, results, _say).redo(task, method)
-        elif not options.table:
-            Protocol(plan, results, _say).run()
-        found = report.summary(report.latest(results, plan.steps), plan)
-        if options.table:
-            write_table(found, RESULTS / name)
-    except (FileNotFoundError, ValueError, ImportError) as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        return 2
-    if options.json:
-        print(json.dumps(found))
-    return 0
-
-
-def write_table(found: dict, path: Path) -> None:
-    """The Markdown table and the figure, beside the results."""
-    report.figure(found, path.with_name(f"{path.name}.png"))
-    text = report.table(found) + f"\n![Quality against what it costs]({path.name}.png)\n"
-    path.with_name(f"{path.name}.md").write_text(text)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
+from comparison.command import main
+from comparison.protocol import SHORT, WHOLE
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("methods", WHOLE, SHORT))

@@ -1,7 +1,7 @@
 """One method on one task: compiled once, then run at any rate from any seed."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +43,19 @@ def optimizer(rate: Any, steps: int, labels: Mapping[str, str]) -> optax.Gradien
     return optax.partition({"head": adam(HEAD_RATE), "adapter": adam(rate)}, dict(labels))
 
 
+def trimmed(call: Callable[[Split], Any], batch: Split, lengths: Sequence[int]) -> Any:
+    """`call(batch)` at the shortest of the lengths that holds all tokens, in one program.
+
+    Padding is on the right. What `call` returns must have one shape whatever the length.
+    """
+    if len(lengths) == 1:
+        return call(batch)
+    longest = jnp.max(jnp.sum(batch.mask, axis=1))
+    which = jnp.sum(longest > jnp.asarray(lengths[:-1]))
+    branches = [lambda batch, n=n: call(batch.upto(n)) for n in lengths]
+    return jax.lax.switch(which, branches, batch)
+
+
 class Cell:
     """A method on a task."""
 
@@ -61,7 +74,7 @@ class Cell:
         head = self.sites.every.match(*self.task.head_paths)
         if self.row.make is None:
             return jp.unfreeze(head)
-        return jp.chain(self.row.make(places(self.sites, self.task.base.config)), jp.unfreeze(head))
+        return jp.chain(self.row.make(places(self.sites, self.task.base)), jp.unfreeze(head))
 
     @functools.cached_property
     def labels(self) -> dict[str, str]:
@@ -83,7 +96,7 @@ class Cell:
             return tokens, {"mask": mask}, {}
         mask = jnp.concatenate([jnp.ones((rows, length), bool), mask], axis=1)
         if self.row.virtual == "ids":
-            (table,) = places(self.sites, self.task.base.config).table.values()
+            (table,) = places(self.sites, self.task.base).table.values()
             ids = jnp.asarray(jp.virtual_ids(table, length), tokens.dtype)
             ids = jnp.broadcast_to(ids, (rows, length))
             return jnp.concatenate([ids, tokens], axis=1), {"mask": mask}, {}
@@ -128,7 +141,8 @@ class Cell:
 
         def step(state: Any, frozen: Any, batch: Split, rate: Any) -> Any:
             tx = optimizer(rate, self.steps, self.labels)
-            return train.train_step(self.loss, tx, clip=CLIP)(state, frozen, batch, None)
+            once = train.train_step(self.loss, tx, clip=CLIP)
+            return trimmed(lambda x: once(state, frozen, x, None), batch, self.task.lengths)
 
         batch = self.task.train.rows(np.zeros(self.task.rows, int))
         shapes = jax.eval_shape(lambda: (*self.start(0), batch, jnp.float32(0)))
@@ -153,8 +167,15 @@ class Cell:
         """(frozen, adapter, split) -> likeliest classes, sum of losses, their number."""
 
         def predict(frozen: Any, adapter: Any, split: Split) -> Any:
-            outputs = self.forward(frozen, adapter, split.tokens, split.mask)
-            return jnp.argmax(outputs, axis=-1), *self.task.head.loss(outputs, split.labels)
+            def asked(part: Split) -> Any:
+                outputs = self.forward(frozen, adapter, part.tokens, part.mask)
+                classes = jnp.argmax(outputs, axis=-1)
+                if classes.ndim == 2:
+                    missing = split.tokens.shape[1] - classes.shape[1]
+                    classes = jnp.pad(classes, ((0, 0), (0, missing)))
+                return classes, *self.task.head.loss(outputs, part.labels)
+
+            return trimmed(asked, split, self.task.lengths)
 
         return jax.jit(predict)
 
@@ -168,7 +189,10 @@ class Cell:
             return jnp.sum(jnp.where(real, hidden, 0), axis=1) / jnp.sum(real, axis=1)
 
         def embed(frozen: Any, adapter: Any, split: Split) -> Any:
-            return self.forward(frozen, adapter, split.tokens, split.mask, mean)
+            def asked(part: Split) -> Any:
+                return self.forward(frozen, adapter, part.tokens, part.mask, mean)
+
+            return trimmed(asked, split, self.task.lengths)
 
         return jax.jit(embed)
 
@@ -237,11 +261,13 @@ class Run:
 
 def _filled(split: Split, rows: int) -> Split:
     """The examples and empty ones, so that every batch has one shape."""
+    if len(split) == rows:
+        return split
     empty = rows - len(split)
     labels = [(0, empty)] + [(0, 0)] * (split.labels.ndim - 1)
     return Split(
         np.pad(split.tokens, ((0, empty), (0, 0))),
-        # A token that is seen, so that means are over something.
-        np.pad(split.mask, ((0, empty), (0, 0)), constant_values=True),
+        # One token is seen, so that means are over something.
+        np.concatenate([split.mask, np.arange(split.mask.shape[1]) < np.ones((empty, 1))]),
         np.pad(split.labels, labels, constant_values=heads.IGNORED),
     )

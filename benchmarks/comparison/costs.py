@@ -17,8 +17,8 @@ import numpy as np
 import jaxpeft as jp
 from comparison import files
 from comparison.cell import Cell, Run, Trained
-from comparison.rows import row
-from comparison.tasks import LONGEST, Split, Task, base, padded
+from comparison.rows import PROBE
+from comparison.tasks import LENGTHS, Split, Task, base, padded
 from jaxpeft.models import decoder
 from jaxpeft.serve.generate import generator
 
@@ -130,7 +130,7 @@ def served(cell: Cell, trained: Trained) -> Served | None:
 @functools.cache
 def plain(task: Task) -> Cell:
     """The base with its head, in the form of a method."""
-    return Cell(task, row("probe"), 1)
+    return Cell(task, PROBE, 1)
 
 
 def untuned(task: Task) -> Trained:
@@ -185,7 +185,7 @@ def sentences() -> Split:
     at = np.linspace(0, len(texts) - 1, min(SENTENCES, len(texts))).astype(int)
     tokenizer = base("minilm").tokenizer
     ids = [tokenizer.encode(texts[i]).ids for i in at]
-    tokens, mask = padded(ids, LONGEST["minilm"])
+    tokens, mask = padded(ids, LENGTHS["minilm"][-1])
     return Split(tokens, mask, np.zeros(len(tokens), np.int32))
 
 
@@ -197,7 +197,7 @@ def stories() -> Split:
     write = generator(
         decoder.pure(model.config),
         functools.partial(decoder.init_cache, model.config),
-        max_new=LONGEST["stories260k"] - 1,
+        max_new=LENGTHS["stories260k"][-1] - 1,
         temperature=1.0,
         eos=model.config.eos,
     )
@@ -205,5 +205,5 @@ def stories() -> Split:
     said = write(model.params, start, key=jax.random.key(0))
     lengths = np.asarray(said.lengths).tolist()
     rows = zip(np.asarray(said.tokens).tolist(), lengths, strict=True)
-    tokens, mask = padded([[bos, *ids[:n]] for ids, n in rows], LONGEST["stories260k"])
+    tokens, mask = padded([[bos, *ids[:n]] for ids, n in rows], LENGTHS["stories260k"][-1])
     return Split(tokens, mask, np.where(mask, tokens, -100).astype(np.int32))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from comparison import costs
 from comparison.cell import Cell, Run, Trained
 from comparison.records import Results, code_hash, gap, pack, unpack
-from comparison.rows import ROWS, row
+from comparison.rows import FULL, PROBE, ROWS, Row
 from comparison.tasks import TASKS, Task
 
 
@@ -19,48 +19,63 @@ class Plan:
     """How much is run.
 
     Attributes:
+      rows: The methods; the probe, which others are compared with, comes first.
+      tasks: Their names, and which methods have a row there (`None` for all).
       steps: Optimizer steps of a run.
       seeds: The first one is swept with.
       sweep: Whether rates are swept; without, each family's centre is taken.
-      methods, tasks: By name.
       repeats: Timed calls of each kind.
     """
 
+    rows: tuple[Row, ...]
+    tasks: Mapping[str, tuple[str, ...] | None]
     steps: int = 150
     seeds: tuple[int, ...] = (0, 1, 2)
     sweep: bool = True
-    methods: tuple[str, ...] = tuple(row.name for row in ROWS)
-    tasks: tuple[str, ...] = tuple(TASKS)
     repeats: int = 5
 
-    def cells(self) -> Iterator[tuple[str, str]]:
-        """(task, method) of all cells; the probe, which others are compared with, comes first."""
-        for task in self.tasks:
-            for method in self.methods:
-                # Banking77 is a parity row: there is nothing to contest.
-                if task != "banking77" or method in PARITY:
-                    yield task, method
+    def cells(self) -> list[tuple[str, Row]]:
+        """The task and the method of each cell, in the order in which they are run."""
+        return [
+            (task, row)
+            for task, names in self.tasks.items()
+            for row in self.rows
+            if names is None or row.name in names
+        ]
+
+    def row(self, name: str) -> Row:
+        """The method of this name.
+
+        Raises:
+          ValueError: There is none; names those there are.
+        """
+        found = {row.name: row for row in self.rows}
+        if name not in found:
+            raise ValueError(
+                f"There is no method '{name}' in the table; it has {', '.join(found)}."
+            )
+        return found[name]
 
 
-PARITY = ("probe", "lora")
-WHOLE = Plan()
+#: A parity row: tuning gains nothing over the probe there, so there is nothing to contest.
+PARITY = {"banking77": ("probe", "lora")}
+WHOLE = Plan(tuple(ROWS), {"snips": None, "e2e": None, "trec": None} | PARITY)
+_FEW = ("probe", "full", "lora", "houlsby", "prompt", "p-tuning v2")
 SHORT = Plan(
+    tuple(row for row in ROWS if row.name in _FEW),
+    {"snips": None, "e2e": None},
     steps=20,
     seeds=(0,),
     sweep=False,
-    methods=("probe", "full", "lora", "houlsby", "prompt", "p-tuning v2"),
-    tasks=("snips", "e2e"),
     repeats=2,
 )
-
-
 #: Tasks without a validation part take the rates of one with the same model.
 RATE_FROM = {"trec": "snips", "banking77": "snips"}
 
 
-def unfit(task: str, method: str) -> str | None:
+def unfit(task: str, row: Row) -> str | None:
     """Why a method has no row on a task."""
-    return row(method).decoder if task == "e2e" else None
+    return row.decoder if task == "e2e" else None
 
 
 class Protocol:
@@ -77,13 +92,13 @@ class Protocol:
 
     def run(self) -> None:
         """All that is missing."""
-        for task, method in self.plan.cells():
-            if unfit(task, method) is None:
-                self.cell(task, method)
+        for task, row in self.plan.cells():
+            if unfit(task, row) is None:
+                self.cell(task, row)
 
-    def cell(self, task: str, method: str) -> None:
+    def cell(self, task: str, row: Row) -> None:
         """What is missing of a cell: its sweep, then a run of each seed on test."""
-        work = _Work(self, task, method)
+        work = _Work(self, task, row)
         rate = work.rate()
         for seed in self.plan.seeds:
             work.line("test", rate, seed)
@@ -94,12 +109,13 @@ class Protocol:
         Raises:
           ValueError: There is no such cell; says why.
         """
-        if task not in TASKS:
-            raise ValueError(f"There is no task '{task}'; there are {', '.join(TASKS)}.")
-        if why := unfit(task, method):
+        row = self.plan.row(method)
+        if task not in self.plan.tasks:
+            raise ValueError(f"There is no task '{task}'; there are {', '.join(self.plan.tasks)}.")
+        if why := unfit(task, row):
             raise ValueError(f"There is no row of '{method}' on '{task}': {why}.")
         self.results.forget(task=task, method=method, code=code_hash(), steps=self.plan.steps)
-        self.cell(task, method)
+        self.cell(task, row)
 
     def lines(self, **fields: Any) -> list[dict[str, Any]]:
         """Finished runs of this plan's length, of the code as it is."""
@@ -126,23 +142,23 @@ def _task(name: str) -> Task:
 @functools.lru_cache(maxsize=1)
 def _full(task: str, steps: int) -> Cell:
     """Full fine-tuning, whose step is what others are timed against."""
-    return Cell(_task(task), row("full"), steps)
+    return Cell(_task(task), FULL, steps)
 
 
 class _Work:
     """A cell in progress. Data, programs and measurements are made where a line is missing."""
 
-    def __init__(self, protocol: Protocol, task: str, method: str):
-        self.protocol, self.name, self.method = protocol, task, method
+    def __init__(self, protocol: Protocol, task: str, row: Row):
+        self.protocol, self.name, self.row = protocol, task, row
         self.trained: dict[tuple[float, int], Trained] = {}
 
     def rate(self) -> float:
         """The best rate of the sweep, or the one that another task has found."""
-        rates = row(self.method).rates
+        rates = self.row.rates
         if not self.protocol.plan.sweep and rates:
             return rates[1]
         if source := RATE_FROM.get(self.name):
-            return _Work(self.protocol, source, self.method).rate() if rates else 0.0
+            return _Work(self.protocol, source, self.row).rate() if rates else 0.0
         found = {rate: self.line("validation", rate)["score"] for rate in rates or (0.0,)}
         best = max(found, key=found.__getitem__)
         if best in (beyond := {min(found): best / 3, max(found): best * 3}) and best:
@@ -152,7 +168,7 @@ class _Work:
     def line(self, part: str, rate: float, seed: int | None = None) -> dict[str, Any]:
         """A finished run: the one that is there, or a new one."""
         seed = self.protocol.plan.seeds[0] if seed is None else seed
-        where = dict(task=self.name, method=self.method, part=part, rate=rate, seed=seed)
+        where = dict(task=self.name, method=self.row.name, part=part, rate=rate, seed=seed)
         found = self.protocol.lines(**where)
         return found[0] if found else self._finish(part, rate, seed)
 
@@ -166,7 +182,7 @@ class _Work:
         outcomes = task.outcomes(run, questions.answers)
         difference, error = self._gap(task, part, seed, outcomes)
         line = {
-            "method": self.method,
+            "method": self.row.name,
             "task": self.name,
             "part": part,
             "rate": rate,
@@ -186,27 +202,26 @@ class _Work:
             "outcomes": pack(outcomes),
         }
         self.protocol.say(
-            f"{self.name:<10} {self.method:<12} {part:<11} rate {rate:<8.2g} seed {seed}: "
+            f"{self.name:<10} {self.row.name:<12} {part:<11} rate {rate:<8.2g} seed {seed}: "
             f"{task.metric} {line['score']:.2f}, {difference:+.2f} on the probe"
         )
         return self.protocol.results.add(line)
 
     def _gap(self, task: Task, part: str, seed: int, outcomes: np.ndarray) -> tuple[float, float]:
-        if self.method == "probe":
+        if self.row == PROBE:
             return 0.0, 0.0
-        probe = _Work(self.protocol, self.name, "probe").line(part, 0.0, seed)
+        probe = _Work(self.protocol, self.name, PROBE).line(part, 0.0, seed)
         return gap(outcomes, unpack(probe["outcomes"]), task.score)
 
     @functools.cached_property
     def cell(self) -> Cell:
         task, steps = self.protocol.task(self.name), self.protocol.plan.steps
-        full = self.method == "full"
-        return _full(self.name, steps) if full else Cell(task, row(self.method), steps)
+        return _full(self.name, steps) if self.row == FULL else Cell(task, self.row, steps)
 
     @functools.cached_property
     def costs(self) -> dict[str, Any]:
         """What does not differ between the runs of a cell: measured once."""
-        lines = self.protocol.lines(task=self.name, method=self.method)
+        lines = self.protocol.lines(task=self.name, method=self.row.name)
         if lines:
             return {name: lines[0][name] for name in costs.FIELDS}
         plan = self.protocol.plan

@@ -9,14 +9,15 @@ import numpy as np
 
 from comparison.protocol import PARITY, Plan, unfit
 from comparison.records import Results, gap, unpack
-from comparison.rows import FAMILIES, row
+from comparison.rows import FAMILIES, Row
 from comparison.tasks import METRICS
 
 
 def latest(results: Results, steps: int) -> list[dict[str, Any]]:
     """The finished runs of this length that the newest code has made."""
     lines = results.of(steps=steps)
-    return [line for line in lines if line["code"] == lines[-1]["code"]]
+    newest = results.lines[-1]["code"] if results.lines else None
+    return [line for line in lines if line["code"] == newest]
 
 
 def summary(lines: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
@@ -27,15 +28,16 @@ def summary(lines: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
     """
     tasks: dict[str, Any] = {}
     missing = []
-    for task, method in plan.cells():
-        if why := unfit(task, method):
+    for task, row in plan.cells():
+        method = row.name
+        if why := unfit(task, row):
             missing.append({"task": task, "method": method, "why": why})
             continue
-        mine = _of(lines, task, method)
+        mine = on_test(lines, task, method)
         if not mine:
             missing.append({"task": task, "method": method, "why": "not finished"})
             continue
-        cell = _cell(mine, _of(lines, task, "probe"))
+        cell = _cell(mine, on_test(lines, task, "probe"))
         tasks.setdefault(task, {})[method] = cell
         if len(mine) < len(plan.seeds):
             found = f"{len(mine)} of {len(plan.seeds)} seeds"
@@ -50,12 +52,12 @@ def summary(lines: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
             f"{method} on {task}"
             for task, cells in tasks.items()
             for method, cell in cells.items()
-            if task != "banking77" and (cell["probe_gap"] or 0) < 0
+            if task not in PARITY and (cell["probe_gap"] or 0) < 0
         ],
     }
 
 
-def _of(lines: list[dict[str, Any]], task: str, method: str) -> list[dict[str, Any]]:
+def on_test(lines: list[dict[str, Any]], task: str, method: str) -> list[dict[str, Any]]:
     """The runs on test, by seed; of the rate that was run last, should there be several."""
     found = [
         line
@@ -72,7 +74,7 @@ def _cell(mine: list[dict[str, Any]], probe: list[dict[str, Any]]) -> dict[str, 
     kept += ("step_time_vs_full", "latency_vs_base", "flops_vs_base", "context_used")
     kept += ("forgetting_of_base", "dropped_from_train")
     scores = [line["score"] for line in mine]
-    difference, error = _gap(mine, probe)
+    difference, error = between(mine, probe)
     return {
         "score": statistics.fmean(scores),
         "score_deviation": statistics.stdev(scores) if len(scores) > 1 else None,
@@ -85,15 +87,18 @@ def _cell(mine: list[dict[str, Any]], probe: list[dict[str, Any]]) -> dict[str, 
     }
 
 
-def _gap(mine: list, probe: list) -> tuple[float | None, float | None]:
-    """The gap over the seeds that both have, and its error."""
-    theirs = {line["seed"]: line for line in probe}
-    both = [(line, theirs[line["seed"]]) for line in mine if line["seed"] in theirs]
+def between(
+    mine: list[dict[str, Any]], theirs: list[dict[str, Any]]
+) -> tuple[float | None, float | None]:
+    """The gap between two methods' runs over the seeds that both have, and its error."""
+    others = {line["seed"]: line for line in theirs}
+    both = [(line, others[line["seed"]]) for line in mine if line["seed"] in others]
     if not both:
         return None, None
     score = METRICS[mine[0]["metric"]]
-    ours, others = (np.stack([unpack(pair[i]["outcomes"]) for pair in both]) for i in (0, 1))
-    difference, error = gap(ours, others, score)
+    difference, error = gap(
+        *(np.stack([unpack(pair[i]["outcomes"]) for pair in both]) for i in (0, 1)), score
+    )
     if len(both) > 1:
         gaps = [line["score"] - other["score"] for line, other in both]
         error = math.hypot(error, statistics.stdev(gaps) / len(gaps) ** 0.5)
@@ -106,13 +111,13 @@ _COLUMNS = ("method", "trainable", "score", "gap to the probe", "rate", "peak", 
 _COLUMNS += ("32 x 128", "FLOPs", "context", "forgetting")
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: dict[str, Any], plan: Plan) -> str:
     """The summary in Markdown."""
     seeds = f"{found['seeds']} seed" + "s" * (found["seeds"] > 1)
     parts = [
-        "# Methods side by side",
-        f"{found['steps']} optimizer steps, means over {seeds}; code {found['code']}. Written by "
-        "`python benchmarks/methods.py --table` from the finished runs.",
+        "# Side by side",
+        f"{found['steps']} optimizer steps, means over {seeds}; code {found['code']}. Written "
+        "with `--table` from the finished runs.",
         "Score: accuracy, span F1 or BLEU on test. Gap: difference to the head alone on the same "
         "examples, with its standard error (examples and seeds). Trainable: without the head. "
         "Peak: of the compiled step. Step: its time over that of full fine-tuning. 1 x 16 and 32 "
@@ -125,10 +130,10 @@ def table(found: dict[str, Any]) -> str:
         first = next(iter(cells.values()))
         title = f"## {task}: {first['metric']}"
         note = f"{first['dropped_from_train']} sentences of train, which stand in test, dropped."
-        if task == "banking77":
+        if task in PARITY:
             note += " A parity row: this base gains nothing over the probe here."
         lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-        lines += [_table_row(method, cell) for method, cell in cells.items()]
+        lines += [_table_row(plan.row(method), cell) for method, cell in cells.items()]
         parts += [title, note, "\n".join(lines)]
     if found["not_run"]:
         rows = [f"- {x['method']} on {x['task']}: {x['why']}" for x in found["not_run"]]
@@ -139,18 +144,18 @@ def table(found: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table_row(method: str, cell: dict[str, Any]) -> str:
-    rates = row(method).rates
+def _table_row(row: Row, cell: dict[str, Any]) -> str:
+    rates = row.rates
     edge = rates and not min(rates) < cell["rate"] < max(rates)
     rate = "" if not rates else f"({cell['rate']:.2g})" if edge else f"{cell['rate']:.2g}"
     spread = cell["score_deviation"]
     error = cell["probe_gap_error"]
     story = f" ({cell['forgetting_of_base']:.3f})" if cell["metric"] == "BLEU" else ""
     values = (
-        f"{method} ({row(method).paper})",
+        f"{row.name} ({row.paper})",
         f"{cell['trainable']:,}",
         f"{cell['score']:.1f}" + (f" ± {spread:.1f}" if spread is not None else ""),
-        "" if method == "probe" or error is None else f"{cell['probe_gap']:+.1f} ± {error:.1f}",
+        "" if row.name == "probe" or error is None else f"{cell['probe_gap']:+.1f} ± {error:.1f}",
         rate,
         f"{cell['peak_bytes'] / 2**20:,.0f} MiB",
         f"{cell['step_time_vs_full']:.2f}",
@@ -176,7 +181,7 @@ def figure(found: dict[str, Any], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("The figures need matplotlib: pip install 'jaxpeft[figure]'.") from None
-    tasks = {task: cells for task, cells in found["tasks"].items() if set(cells) - set(PARITY)}
+    tasks = {task: cells for task, cells in found["tasks"].items() if task not in PARITY}
     against = {
         "trainable numbers, without the head": lambda cell: max(cell["trainable"], 1),
         "peak bytes of a step": lambda cell: cell["peak_bytes"],

@@ -26,10 +26,11 @@ class Places(NamedTuple):
     table: jp.Sites
     width: int  # of the adapters: an eighth of the model's
     eps: float
+    tokenizer: Any
 
 
-def places(sites: jp.Sites, config: Any) -> Places:
-    """The places of a reference encoder or decoder under "trunk"."""
+def places(sites: jp.Sites, base: Any) -> Places:
+    """The places of a task's base under "trunk"."""
     layer = "trunk/layers"
     behind = f"{layer}/mlp_norm/bias" in sites  # a decoder norms before its blocks
     first = "up" if f"{layer}/mlp/gate/kernel" not in sites else "gate"
@@ -42,8 +43,9 @@ def places(sites: jp.Sites, config: Any) -> Places:
         norms=sites.match(f"{layer}/*_norm/*"),
         summed=sites.match(f"{layer}/mlp_norm/*") if behind else None,
         table=sites.match("trunk/embed/embedding"),
-        width=max(config.width // 8, 1),
-        eps=config.eps,
+        width=max(base.config.width // 8, 1),
+        eps=base.config.eps,
+        tokenizer=base.tokenizer,
     )
 
 
@@ -127,9 +129,25 @@ def _unipelt(p: Places) -> Any:
     return jp.unipelt(*at, rank=RANK, length=10, width=p.width, norms=p.summed, eps=p.eps)
 
 
+_TEXT = "This is a place to eat. It has good food and it is near the river."
+
+
+def _input(length: int, start: str) -> Row:
+    """A prompt at the embedding."""
+
+    def make(p: Places) -> Any:
+        if start == "text":
+            return jp.prompt(length, p.table, text=_TEXT, tokenizer=p.tokenizer)
+        return jp.prompt(length, p.table, init=start)  # type: ignore[arg-type]
+
+    return Row(f"input {length}, {start}", "Lester et al. 2021", "prompts", make, length=length)
+
+
+PROBE = Row("probe", "the head alone", "head", None)
+FULL = Row("full", "full fine-tuning", "weights", lambda p: jp.full(p.sites))
 ROWS = [
-    Row("probe", "the head alone", "head", None),
-    Row("full", "full fine-tuning", "weights", lambda p: jp.full(p.sites)),
+    PROBE,
+    FULL,
     Row(
         "bitfit",
         "Ben Zaken et al. 2021",
@@ -181,14 +199,10 @@ ROWS = [
     Row("unipelt", "Mao et al. 2022", "hybrids", _unipelt, length=10, virtual="slots"),
 ]
 
-
-def row(name: str) -> Row:
-    """The method of this name.
-
-    Raises:
-      ValueError: There is none; names those there are.
-    """
-    found = {row.name: row for row in ROWS}
-    if name not in found:
-        raise ValueError(f"There is no method '{name}' in the table; it has {', '.join(found)}.")
-    return found[name]
+#: Those that benchmarks/prompts.py compares.
+PROMPTS = [
+    PROBE,
+    *(_input(length, "vocabulary") for length in (1, 5, VIRTUAL, 100)),
+    *(_input(VIRTUAL, start) for start in ("random", "text")),
+    *(row for row in ROWS if row.name in ("prefix", "p-tuning v2")),
+]

@@ -19,7 +19,9 @@ from comparison import files
 from jaxpeft.models import decoder, encoder
 from jaxpeft.train import heads
 
-LONGEST = {"minilm": 48, "stories260k": 160}
+#: The last is the longest sequence; a batch of shorter ones is cut to one of the others. Questions
+#: and commands have 12 tokens on average.
+LENGTHS = {"minilm": (24, 32, 48), "stories260k": (160,)}
 BATCH = {"minilm": 32, "stories260k": 16}
 MEANINGS = 200  # how many meaning representations are put into words
 MAX_NEW = 112  # tokens of a sentence; of the references, 2 in 100 are longer
@@ -50,6 +52,10 @@ class Split(NamedTuple):
     def rows(self, at: np.ndarray) -> "Split":
         """The examples at these places."""
         return Split(*(x[at] for x in self))
+
+    def upto(self, length: int) -> "Split":
+        """The first tokens of all examples."""
+        return Split(*(x[:, :length] if x.ndim == 2 else x for x in self))
 
 
 class Questions(NamedTuple):
@@ -86,6 +92,11 @@ class Task:
     outcomes: Callable[[Any, Any], np.ndarray]
     metric: str
     dropped: int
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths that batches are cut to."""
+        return LENGTHS[self.base.name]
 
     @property
     def rows(self) -> int:
@@ -144,7 +155,7 @@ def _classes(name: str, parts: files.Parts) -> Task:
 
     def split(examples: Sequence) -> Split:
         tokens, mask = padded(
-            [minilm.tokenizer.encode(x.text).ids for x in examples], LONGEST["minilm"]
+            [minilm.tokenizer.encode(x.text).ids for x in examples], LENGTHS["minilm"][-1]
         )
         labels = [classes.index(x.label) for x in examples]
         return Split(tokens, mask, np.asarray(labels, np.int32))
@@ -189,7 +200,7 @@ def snips() -> Task:
 
     def questions(examples: Sequence) -> Questions:
         encoded = [minilm.tokenizer.encode(list(x.words), is_pretokenized=True) for x in examples]
-        tokens, mask = padded([x.ids for x in encoded], LONGEST["minilm"])
+        tokens, mask = padded([x.ids for x in encoded], LENGTHS["minilm"][-1])
         labels = np.full(tokens.shape, heads.IGNORED, np.int32)
         starts = []
         for row, (example, x) in enumerate(zip(examples, encoded, strict=True)):
@@ -259,7 +270,7 @@ def e2e() -> Task:
 
     def questions(examples: Sequence) -> Questions:
         texts = [[*stories.tokenizer.encode(f"{x.meaning}\n {x.text}").ids, eos] for x in examples]
-        tokens, mask = padded(texts, LONGEST["stories260k"])
+        tokens, mask = padded(texts, LENGTHS["stories260k"][-1])
         split = Split(tokens, mask, np.where(mask, tokens, heads.IGNORED).astype(np.int32))
         said: dict[str, list[str]] = {}
         for example in examples:

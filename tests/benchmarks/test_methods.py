@@ -16,8 +16,18 @@ pytest.importorskip("sacrebleu", reason="BLEU needs it: pip install 'jaxpeft[ben
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-import methods as command  # noqa: E402
-from comparison import cell, costs, files, protocol, records, report, rows, tasks  # noqa: E402
+import prompts  # noqa: E402
+from comparison import (  # noqa: E402
+    cell,
+    command,
+    costs,
+    files,
+    protocol,
+    records,
+    report,
+    rows,
+    tasks,
+)
 
 from jaxpeft.models import decoder, encoder  # noqa: E402
 
@@ -64,7 +74,8 @@ def data(tmp_path_factory):
         _stories(folder / "stories260k", [ref for _, refs in MEANINGS for ref in refs])
     patch = pytest.MonkeyPatch()
     patch.setenv("JAXPEFT_DATA", str(folder))
-    patch.setitem(tasks.LONGEST, "stories260k", 48)
+    patch.setitem(tasks.LENGTHS, "minilm", (6, 12))
+    patch.setitem(tasks.LENGTHS, "stories260k", (48,))
     patch.setattr(cell, "MAX_NEW", 4)
     patch.setattr(cell, "ASKED", 2)
     patch.setattr(costs, "SHAPES", {"1x16": (1, 4), "32x128": (2, 8)})
@@ -129,11 +140,11 @@ def task(data):
         cached.cache_clear()
 
 
+WHOLE = protocol.WHOLE
 CELLS = [
-    (row.name, name)
-    for row in rows.ROWS
-    for name in ("snips", "e2e")
-    if protocol.unfit(name, row.name) is None
+    (row.name, task)
+    for task, row in WHOLE.cells()
+    if task in ("snips", "e2e") and protocol.unfit(task, row) is None
 ]
 
 
@@ -141,8 +152,21 @@ CELLS = [
 
 
 @pytest.mark.parametrize("method, name", CELLS)
-def test_every_method_takes_a_step_that_moves_its_numbers_and_the_head(task, method, name):
-    work = cell.Cell(task(name), rows.row(method), steps=1)
+def test_every_method_fits_its_model_and_trains_numbers_of_its_own(task, method, name):
+    work = cell.Cell(task(name), WHOLE.row(method), steps=1)
+    frozen, adapter = work.untrained(0)
+    batch = next(work.batches(0))
+    loss, count = jax.eval_shape(work.loss, adapter, frozen, batch, None)
+    assert loss.shape == count.shape == ()
+    assert set(work.labels.values()) == ({"head"} if method == "probe" else {"head", "adapter"})
+
+
+@pytest.mark.parametrize(
+    "method, name",
+    [("probe", "e2e"), ("lora", "snips"), ("unipelt", "e2e"), ("p-tuning v2", "snips")],
+)
+def test_a_step_moves_a_methods_numbers_and_the_head(task, method, name):
+    work = cell.Cell(task(name), WHOLE.row(method), steps=1)
     before = work.untrained(0).adapter
     after = work.train(1e-2, seed=0).adapter
     moved = {work.labels[path] for path in before if not np.array_equal(before[path], after[path])}
@@ -150,7 +174,7 @@ def test_every_method_takes_a_step_that_moves_its_numbers_and_the_head(task, met
 
 
 def test_every_row_has_the_same_head_and_batches_for_a_seed(task):
-    cells = [cell.Cell(task("snips"), rows.row(m), steps=2) for m in ("probe", "lora", "prefix")]
+    cells = [cell.Cell(task("snips"), WHOLE.row(m), steps=2) for m in ("probe", "lora", "prefix")]
     kernels = [np.asarray(work.untrained(3).adapter["head/kernel"]) for work in cells]
     assert all(np.array_equal(kernels[0], kernel) for kernel in kernels)
     assert not np.array_equal(kernels[0], cells[0].untrained(4).adapter["head/kernel"])
@@ -159,14 +183,14 @@ def test_every_row_has_the_same_head_and_batches_for_a_seed(task):
 
 
 def test_the_head_moves_at_its_own_rate_whatever_the_methods_is(task):
-    work = cell.Cell(task("snips"), rows.row("lora"), steps=1)
+    work = cell.Cell(task("snips"), WHOLE.row("lora"), steps=1)
     heads = [work.train(rate, 0).adapter["head/bias"] for rate in (1e-4, 1e-1)]
     assert np.array_equal(*heads) and np.any(heads[0])
     assert np.allclose(np.abs(heads[0][heads[0] != 0]), cell.HEAD_RATE, rtol=1e-3)
 
 
 def test_one_program_serves_all_rates_and_seeds(task):
-    work = cell.Cell(task("snips"), rows.row("prefix"), steps=1)
+    work = cell.Cell(task("snips"), WHOLE.row("prefix"), steps=1)
     first = work.step
     results = [work.train(rate, seed).adapter for rate, seed in ((1e-3, 0), (1e-2, 0), (1e-3, 1))]
     assert work.step is first  # a compiled program, which takes no other shapes
@@ -176,7 +200,7 @@ def test_one_program_serves_all_rates_and_seeds(task):
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_generation_through_the_cache_says_what_whole_passes_would(task, method):
-    work = cell.Cell(task("e2e"), rows.row(method), steps=1)
+    work = cell.Cell(task("e2e"), WHOLE.row(method), steps=1)
     run = cell.Run(work, work.train(1e-1, 0))
     prompt = [1, 7, 20, 11]
     (said,) = run.write([prompt])
@@ -190,10 +214,34 @@ def test_generation_through_the_cache_says_what_whole_passes_would(task, method)
 
 
 def test_padding_on_the_left_changes_nothing_that_is_written(task):
-    work = cell.Cell(task("e2e"), rows.row("prefix"), steps=1)
+    work = cell.Cell(task("e2e"), WHOLE.row("prefix"), steps=1)
     run = cell.Run(work, work.untrained(0))
     short, longer = [1, 7, 20], [1, 9, 30, 31, 32, 33]
     assert run.write([short, longer])[0] == run.write([short])[0]
+
+
+def test_a_batch_is_cut_to_the_shortest_length_that_holds_it():
+    mask = np.arange(12) < np.array([[3], [6]])
+    split = tasks.Split(np.zeros((2, 12), int), mask, np.zeros(2, int))
+    widths = []
+    seen = cell.trimmed(
+        lambda x: widths.append(x.tokens.shape) or x.tokens.shape[1], split, (6, 12)
+    )
+    assert widths == [(2, 6), (2, 12)] and seen == 6
+    longer = split._replace(mask=np.arange(12) < np.array([[3], [7]]))
+    assert cell.trimmed(lambda x: x.tokens.shape[1], longer, (6, 12)) == 12
+
+
+def test_cutting_padding_off_changes_no_prediction(task, monkeypatch):
+    questions = task("snips").questions["test"].split
+    found = []
+    for lengths in ((6, 12), (12,)):
+        monkeypatch.setitem(tasks.LENGTHS, "minilm", lengths)
+        work = cell.Cell(task("snips"), WHOLE.row("prefix"), steps=1)
+        found.append(cell.Run(work, work.untrained(0)).predict(questions))
+    (classes, loss), (others, other) = found
+    assert np.array_equal(classes[questions.mask], others[questions.mask])
+    assert loss == pytest.approx(other, rel=1e-5)
 
 
 # Data and scores ---------------------------------------------------------------------------------
@@ -261,10 +309,10 @@ def test_outcomes_survive_the_file():
 # Runs --------------------------------------------------------------------------------------------
 
 PLAN = protocol.Plan(
+    tuple(row for row in rows.ROWS if row.name in ("probe", "full", "bitfit", "prefix")),
+    {"e2e": None, "snips": ("probe", "full", "prefix"), "trec": ("probe", "full")},
     steps=2,
     seeds=(0, 1),
-    methods=("probe", "full", "bitfit", "prefix"),
-    tasks=("snips", "e2e", "trec"),
     repeats=1,
 )
 FIELDS = """method task rate seed steps code score probe_gap probe_gap_error trainable
@@ -284,7 +332,7 @@ def finished(task, tmp_path_factory):
 def test_every_line_has_all_that_is_asked_of_it(finished):
     lines = [json.loads(line) for line in finished[0].read_text().splitlines()]
     assert {(line["task"], line["method"]) for line in lines} == {
-        (task, method) for task, method in PLAN.cells() if (task, method) != ("e2e", "bitfit")
+        (task, row.name) for task, row in PLAN.cells() if (task, row.name) != ("e2e", "bitfit")
     }
     for line in lines:
         assert set(FIELDS) <= set(line)
@@ -301,8 +349,8 @@ def test_every_line_has_all_that_is_asked_of_it(finished):
 def test_what_is_dropped_from_train_is_said_once_for_each_task(finished):
     said = [text for text in finished[1] if "dropped" in text]
     assert said == [
-        "snips: 1 sentences of train stand in test too: dropped",
         "e2e: 0 sentences of train stand in test too: dropped",
+        "snips: 1 sentences of train stand in test too: dropped",
         "trec: 6 sentences of train stand in test too: dropped",
     ]
 
@@ -313,7 +361,7 @@ def test_three_rates_are_swept_and_one_more_beyond_an_edge(finished):
         for method in ("full", "prefix"):
             swept = results.of(task=task, method=method, part="validation")
             rates = [line["rate"] for line in swept]
-            assert rates[:3] == list(rows.row(method).rates) and len(rates) in (3, 4)
+            assert rates[:3] == list(WHOLE.row(method).rates) and len(rates) in (3, 4)
             scores = {line["rate"]: line["score"] for line in swept}
             if max(rates[:3], key=scores.__getitem__) == rates[1]:
                 assert len(rates) == 3
@@ -326,9 +374,8 @@ def test_three_rates_are_swept_and_one_more_beyond_an_edge(finished):
 
 def test_trec_takes_the_rate_of_the_encoder(finished):
     results = records.Results(finished[0])
-    for method in ("full", "bitfit", "prefix"):
-        mine, theirs = (results.of(task=t, method=method, part="test") for t in ("trec", "snips"))
-        assert {x["rate"] for x in mine} == {x["rate"] for x in theirs}
+    mine, theirs = (results.of(task=t, method="full", part="test") for t in ("trec", "snips"))
+    assert {x["rate"] for x in mine} == {x["rate"] for x in theirs}
     assert not results.of(task="trec", part="validation")
 
 
@@ -367,12 +414,15 @@ def test_a_cell_is_redone_and_takes_the_place_of_the_old_one(finished, tmp_path)
 
 def test_a_cell_that_does_not_exist_is_refused(tmp_path):
     work = protocol.Protocol(PLAN, records.Results(tmp_path / "x.jsonl"))
-    with pytest.raises(ValueError, match="no task 'treck'; there are snips, e2e, trec"):
-        work.redo("treck", "lora")
-    with pytest.raises(ValueError, match="no method 'lorra' in the table; it has probe, full"):
+    with pytest.raises(ValueError, match="no task 'treck'; there are snips, e2e, trec\\."):
+        work.redo("treck", "full")
+    with pytest.raises(
+        ValueError, match="no method 'lorra' in the table; it has probe, full, bitfit, prefix"
+    ):
         work.redo("trec", "lorra")
     with pytest.raises(ValueError, match="no row of 'bitfit' on 'e2e': the decoder.*no biases"):
         work.redo("e2e", "bitfit")
+    assert not (tmp_path / "x.jsonl").exists()
 
 
 def test_a_result_depends_on_the_program_and_not_on_its_words():
@@ -401,14 +451,14 @@ def test_the_summary_has_gaps_with_errors_and_says_what_was_not_run(finished):
     assert json.loads(json.dumps(found)) == found
     less = [line for line in lines if line["method"] != "full"]
     why = [x["why"] for x in report.summary(less, PLAN)["not_run"] if x["method"] == "full"]
-    assert why == ["not finished"] * 3
+    assert why == ["not finished"] * 3  # tasks
 
 
 def test_the_table_and_the_figure_are_made_from_the_file_alone(finished, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXPEFT_DATA", "/nowhere/at/all")
     lines = report.latest(records.Results(finished[0]), PLAN.steps)
     found = report.summary(lines, PLAN)
-    text = report.table(found)
+    text = report.table(found, PLAN)
     assert "| full (full fine-tuning) | " in text and "bitfit on e2e: the decoder" in text
     assert all(line.count("|") == 13 for line in text.splitlines() if line.startswith("| full"))
     pytest.importorskip("matplotlib")
@@ -420,5 +470,29 @@ def test_the_command_says_what_data_it_lacks(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("JAXPEFT_DATA", str(tmp_path / "nothing"))
     monkeypatch.setattr(command, "RESULTS", tmp_path)
     protocol._task.cache_clear(), tasks.base.cache_clear()
-    assert command.main(["--short", "--cell", "probe", "snips"]) == 2
+    assert command.main("m", WHOLE, protocol.SHORT, arguments=["--cell", "probe", "snips"]) == 2
     assert "'minilm-l6', which is not in" in capsys.readouterr().err
+
+
+# Prompts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["input 100, vocabulary", "input 20, text"])
+def test_prompts_of_other_lengths_and_starts_are_rows_like_others(task, method):
+    work = cell.Cell(task("e2e"), prompts.PLAN.row(method), steps=1)
+    (rows,) = (x for path, x in work.untrained(0).adapter.items() if work.labels[path] == "adapter")
+    assert rows.shape == (work.row.length, 16)
+
+
+def test_claims_compare_rows_that_there_are():
+    cells = {(task, row.name) for task, row in prompts.PLAN.cells()}
+    for claim in prompts.CLAIMS:
+        assert {(claim.task, claim.better), (claim.task, claim.worse)} <= cells
+
+
+def test_a_claim_is_held_against_two_standard_errors():
+    better, alike = prompts.CLAIMS[0], next(claim for claim in prompts.CLAIMS if claim.alike)
+    verdicts = [prompts.judged(better, x, 1.0) for x in (2.1, 1.9, -2.1)]
+    assert verdicts == ["as claimed", "no difference seen", "the other way round"]
+    assert [prompts.judged(alike, x, 1.0) for x in (1.9, 2.1)] == ["as claimed", "otherwise"]
+    assert prompts.claims([], prompts.PLAN).count("not run") == len(prompts.CLAIMS)

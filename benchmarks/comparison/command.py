@@ -1,0 +1,64 @@
+"""The command line of a comparison: runs what is missing, or one cell, or writes the table."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from comparison import report
+from comparison.files import ROOT
+from comparison.protocol import Plan, Protocol
+from comparison.records import Results
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def main(
+    name: str,
+    whole: Plan,
+    short: Plan,
+    *,
+    more: Callable[[list[dict[str, Any]], Plan], str] = lambda lines, plan: "",
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Does what the arguments say, and returns the exit code.
+
+    Args:
+      name: Of the files in results/.
+      whole, short: What is run.
+      more: From the finished runs and the plan to what stands at the end of the table.
+      arguments: Those of the command line; `None` takes the process's own.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", action="store_true", help="print the summary as the last line")
+    parser.add_argument("--short", action="store_true", help="10 minutes, a file of its own")
+    parser.add_argument("--cell", nargs=2, metavar=("METHOD", "TASK"), help="do one again")
+    parser.add_argument("--table", action="store_true", help="write table and figures, run nothing")
+    options = parser.parse_args(arguments)
+
+    plan, name = (short, f"{name}.short") if options.short else (whole, name)
+    results = Results(RESULTS / f"{name}.jsonl")
+    try:
+        if options.cell:
+            method, task = options.cell
+            Protocol(plan, results, _say).redo(task, method)
+        elif not options.table:
+            Protocol(plan, results, _say).run()
+        lines = report.latest(results, plan.steps)
+        found = report.summary(lines, plan)
+        if options.table:
+            report.figure(found, RESULTS / f"{name}.png")
+            text = report.table(found, plan) + more(lines, plan)
+            text += f"\n![Quality against what it costs]({name}.png)\n"
+            (RESULTS / f"{name}.md").write_text(text)
+    except (FileNotFoundError, ValueError, ImportError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(found))
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
