@@ -6,7 +6,7 @@ prompts at the embedding alone against prompts in every layer. On SNIPS with Min
 again. Runs, rates, seeds, files and options are those of benchmarks/methods.py, in
 results/prompts.jsonl and, with --table, prompts.md and prompts.png.
 
-About an hour on 2 idle cores.
+About an hour on 2 idle cores, estimated likewise.
 """
 
 import dataclasses

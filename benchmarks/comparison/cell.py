@@ -17,7 +17,9 @@ from jaxpeft.models import decoder
 from jaxpeft.serve.generate import generator
 from jaxpeft.train import heads
 
-HEAD_RATE = 3e-3  # of every row's head, the probe's too
+#: Of every row's head, the probe's too. On validation the probe's span F1 (SNIPS) is 52, 59 and 61
+#: at 3e-3, 1e-2 and 3e-2, and its BLEU (E2E) 3.7 and 6.5 at the first two.
+HEAD_RATE = 1e-2
 WARMUP = 0.1  # part of the steps
 CLIP = 1.0
 ASKED = 64  # rows of a batch that is not trained on

@@ -47,6 +47,8 @@ def main(
             Protocol(plan, results, _say).run()
         lines = report.latest(results, plan.steps)
         found = report.summary(lines, plan)
+        if options.table and not lines:
+            raise ValueError(f"'{results.path}' has no finished runs to make a table of.")
         if options.table:
             report.figure(found, RESULTS / f"{name}.png")
             text = report.table(found, plan) + more(lines, plan)

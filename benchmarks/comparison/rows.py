@@ -71,15 +71,15 @@ class Family:
 FAMILIES = {
     "head": Family(0.0, "the head's own rate; nothing is swept"),
     "weights": Family(1.5e-4, "Devlin et al. 2019, A.3: up to 5e-5, for ten times the steps"),
-    "biases": Family(1e-3, "Ben Zaken et al. 2021, A.1: 1e-4 to 1e-3"),
-    "low rank": Family(1.5e-3, "Hu et al. 2021, D.1: 4e-4 to 5e-4, ten times that of all weights"),
-    "scales": Family(1e-2, "Liu et al. 2022 (IA3), 3.5: 3e-3"),
-    "adapters": Family(1e-3, "Houlsby et al. 2019, 3.1: 3e-5 to 3e-3"),
-    "prompts": Family(3e-2, "Lester et al. 2021, 3: 0.3 with Adafactor, relative to the rows"),
-    "prompt networks": Family(1e-3, "Liu et al. 2021 (P-tuning): Adam, 1e-5 to 1e-3"),
-    "prefix networks": Family(1e-3, "Li and Liang 2021, 5.3: 5e-5; He et al. 2021: 5e-5 to 1e-4"),
-    "deep prompts": Family(1e-2, "Liu et al. 2021 (P-tuning v2), B: 5e-3 to 1e-2"),
-    "hybrids": Family(1e-3, "Mao et al. 2022 (UniPELT), 4.1: 1e-4 to 5e-4 by part"),
+    "biases": Family(1e-3, "Ben Zaken et al. 2021: 1e-4 to 1e-3"),
+    "low rank": Family(1.5e-3, "Hu et al. 2021: 4e-4 to 5e-4, ten times that of all weights"),
+    "scales": Family(1e-2, "Liu et al. 2022 (IA3): 3e-3"),
+    "adapters": Family(1e-3, "Houlsby et al. 2019: 3e-5 to 3e-3"),
+    "prompts": Family(3e-2, "Lester et al. 2021: 0.3 with Adafactor, relative to the rows"),
+    "prompt networks": Family(1e-3, "as adapters: P-tuning's own 1e-5 is for the base with it"),
+    "prefix networks": Family(1e-3, "Li and Liang 2021: 5e-5; He et al. 2021: 5e-5 to 1e-4"),
+    "deep prompts": Family(1e-2, "Liu et al. 2021 (P-tuning v2): 5e-3 to 1e-2"),
+    "hybrids": Family(1e-3, "Mao et al. 2022 (UniPELT): 1e-4 to 5e-4 by part"),
 }
 
 

@@ -221,15 +221,11 @@ def test_padding_on_the_left_changes_nothing_that_is_written(task):
 
 
 def test_a_batch_is_cut_to_the_shortest_length_that_holds_it():
-    mask = np.arange(12) < np.array([[3], [6]])
-    split = tasks.Split(np.zeros((2, 12), int), mask, np.zeros(2, int))
-    widths = []
-    seen = cell.trimmed(
-        lambda x: widths.append(x.tokens.shape) or x.tokens.shape[1], split, (6, 12)
-    )
-    assert widths == [(2, 6), (2, 12)] and seen == 6
-    longer = split._replace(mask=np.arange(12) < np.array([[3], [7]]))
-    assert cell.trimmed(lambda x: x.tokens.shape[1], longer, (6, 12)) == 12
+    width = jax.jit(lambda batch: cell.trimmed(lambda x: jnp.sum(x.mask[0] | True), batch, (6, 12)))
+    for longest, expected in ((6, 6), (7, 12)):
+        mask = np.arange(12) < np.array([[3], [longest]])
+        split = tasks.Split(np.zeros((2, 12), np.int32), mask, np.zeros(2, np.int32))
+        assert width(split) == expected
 
 
 def test_cutting_padding_off_changes_no_prediction(task, monkeypatch):
@@ -414,7 +410,7 @@ def test_a_cell_is_redone_and_takes_the_place_of_the_old_one(finished, tmp_path)
 
 def test_a_cell_that_does_not_exist_is_refused(tmp_path):
     work = protocol.Protocol(PLAN, records.Results(tmp_path / "x.jsonl"))
-    with pytest.raises(ValueError, match="no task 'treck'; there are snips, e2e, trec\\."):
+    with pytest.raises(ValueError, match="no task 'treck'; there are e2e, snips, trec\\."):
         work.redo("treck", "full")
     with pytest.raises(
         ValueError, match="no method 'lorra' in the table; it has probe, full, bitfit, prefix"
@@ -472,6 +468,13 @@ def test_the_command_says_what_data_it_lacks(monkeypatch, tmp_path, capsys):
     protocol._task.cache_clear(), tasks.base.cache_clear()
     assert command.main("m", WHOLE, protocol.SHORT, arguments=["--cell", "probe", "snips"]) == 2
     assert "'minilm-l6', which is not in" in capsys.readouterr().err
+
+
+def test_a_table_of_nothing_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    assert command.main("m", WHOLE, protocol.SHORT, arguments=["--table"]) == 2
+    assert f"'{tmp_path / 'm.jsonl'}' has no finished runs" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # Prompts -----------------------------------------------------------------------------------------
