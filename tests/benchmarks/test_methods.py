@@ -126,7 +126,11 @@ def _stories(folder, texts):
     config = decoder.Config(
         tokenizer.get_vocab_size(), 16, 32, 2, 2, 1, 8, tied=True, context=128, eos=(2,)
     )
-    decoder.save(folder, config, decoder.init(config, jax.random.key(0)))
+    # Large enough that what a token is depends on all that came before.
+    params = jax.tree.map(
+        lambda x: 20 * x if x.ndim > 2 else x, decoder.init(config, jax.random.key(0))
+    )
+    decoder.save(folder, config, params)
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
@@ -201,16 +205,24 @@ def test_one_program_serves_all_rates_and_seeds(task):
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_generation_through_the_cache_says_what_whole_passes_would(task, method):
     work = cell.Cell(task("e2e"), WHOLE.row(method), steps=1)
-    run = cell.Run(work, work.train(1e-1, 0))
-    prompt = [1, 7, 20, 11]
-    (said,) = run.write([prompt])
-    again = []
-    for _ in range(4):
-        ids = np.zeros((1, 8), np.int32)
-        ids[0, : 4 + len(again)] = prompt + again
-        logits = work.compiled(*run.trained, ids, np.arange(8)[None] < 4 + len(again))
-        again.append(int(jnp.argmax(logits[0, 3 + len(again)])))
-    assert said == [token for token in again if token != 2]
+    frozen, adapter = work.untrained(0)
+    key, far = jax.random.key(1), ("rows", "table", "up")  # what virtual tokens are made of
+    trained = cell.Trained(
+        frozen,
+        {
+            path: x + 0.2 * jax.random.normal(key, x.shape) if path.rpartition("/")[2] in far else x
+            for path, x in adapter.items()
+        },
+    )
+    prompts = [[1, *ids] for ids in np.random.default_rng(0).integers(3, 200, (12, 3)).tolist()]
+    for prompt, said in zip(prompts, cell.Run(work, trained).write(prompts), strict=True):
+        again = []
+        for length in range(4, 8):
+            ids = np.zeros((1, 8), np.int32)
+            ids[0, :length] = prompt + again
+            logits = work.compiled(*trained, ids, np.arange(8)[None] < length)
+            again.append(int(jnp.argmax(logits[0, length - 1])))
+        assert said == [token for token in again if token != 2]
 
 
 def test_padding_on_the_left_changes_nothing_that_is_written(task):
