@@ -20,7 +20,7 @@ killed; a change of code that results depend on starts anew.
     --table              writes results/methods.md and methods.png from the runs and runs nothing
     --json               the last line is the summary
 
-Two to three hours on 2 idle cores, estimated from its parts: the whole has not been run yet.
+About three hours on 2 idle cores, estimated from its parts: the whole has not been run yet.
 """
 
 import os
