@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxpeft.method import Method
 from jaxpeft.methods.ia3 import ScaledOut
 from jaxpeft.methods.lora import LowRank, lora
-from jaxpeft.methods.placing import place
+from jaxpeft.methods.placing import at_its_start, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import View, Weight, axes, base, dense, static, weight
@@ -116,8 +116,10 @@ def dora(
 def _squares(view: View, dtype: Any) -> jax.Array:
     """The sum of squares of each column (*stack, out), one matrix of a stack at a time."""
 
+    wide = jnp.promote_types(dtype, jnp.float32)
+
     def one(view: View) -> jax.Array:
-        w = dense(view.canonical()).astype(jnp.promote_types(dtype, jnp.float32))
+        w = dense(view.canonical()).astype(wide)
         return jnp.sum(w * w, axis=-2)
 
-    return view.unfolded().over_each(one).astype(jnp.promote_types(dtype, jnp.float32))
+    return at_its_start(view).unfolded().over_each(one)

@@ -59,6 +59,15 @@ def place(
     return jax.tree.unflatten(treedef, list(flat.values()))
 
 
+def at_its_start(view: View) -> View:
+    """The view with trained arrays where they start, and nothing of what a call gives."""
+
+    def value(x: Any) -> Any:
+        return x.value if isinstance(x, Train) else None if isinstance(x, Hole) else x
+
+    return jax.tree.map(value, view, is_leaf=lambda x: isinstance(x, (Train, Hole)))
+
+
 def bias_of(site: Site, sites: Sites) -> Hole | None:
     """The bias that the model adds to a weight's product, for a field with axes ("out",).
 

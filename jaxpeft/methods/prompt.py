@@ -12,9 +12,9 @@ import numpy as np
 from jaxpeft.lift import lift
 from jaxpeft.method import Method
 from jaxpeft.methods.encoders import ENCODERS, encode, init_encoder
-from jaxpeft.methods.placing import place
+from jaxpeft.methods.placing import at_its_start, place
 from jaxpeft.sites import Site, Sites
-from jaxpeft.tree import Hole, Train
+from jaxpeft.tree import Train
 from jaxpeft.weight import (
     IN,
     OUT,
@@ -257,18 +257,9 @@ def _check_table(who: str, site: Site) -> None:
 
 def embeddings(view: View, ids: Any) -> jax.Array:
     """Rows of the table as the model has them now, whatever other methods stand there already."""
-    view = jax.tree.map(_value, view, is_leaf=_is_mark)
+    view = at_its_start(view)
     real = dataclasses.replace(view, weight=_real(view.weight))
     return jnp.take(dense(real.canonical()), ids, axis=0)
-
-
-def _is_mark(x: Any) -> bool:
-    return isinstance(x, (Train, Hole))
-
-
-def _value(x: Any) -> Any:
-    """A trained array where it starts; nothing of what a call gives."""
-    return x.value if isinstance(x, Train) else None if isinstance(x, Hole) else x
 
 
 def _real(w: Any) -> Any:

@@ -84,7 +84,7 @@ def same(s, sides):
 
 
 @pytest.mark.parametrize(
-    ("row", "method", "format"), pairs([m for m in METHODS if "on" not in m.name.split()])
+    ("row", "method", "format"), pairs([m for m in METHODS if m.name != "lora on nf4"])
 )
 def test_a_method_over_codes_is_the_method_over_their_values(row, method, format):
     s = subject(row, method)

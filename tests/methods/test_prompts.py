@@ -410,3 +410,17 @@ def test_ids_without_a_row_are_named_whatever_the_tree(sites, table):
         jp.check_ids(bare, site, [[0, 49]])
         with pytest.raises(ValueError, match="Token id 50 .* 50 rows and 0 virtual.* up to 49"):
             jp.check_ids(bare, site, [[0, 50]])
+
+
+def test_virtual_tokens_keep_their_rows_under_a_lora_of_the_table():
+    table = jax.random.normal(jax.random.key(0), (7, 5))
+    f = lambda p, ids: p["table"][ids]  # noqa: E731
+    sites = jp.sites(f, {"table": table}, jnp.zeros((2,), int))
+    method = jp.chain(jp.prompt(2, sites.embedding), jp.lora(2, sites.embedding))
+    frozen, adapter = jp.split(method(jax.random.key(1), {"table": table}))
+    adapter = {n: v + 1 for n, v in adapter.items()}
+    ids = jnp.array([6, 7, 8])
+    got = jp.lift(f)(jp.combine(frozen, adapter), ids)
+    np.testing.assert_allclose(got[1:], adapter["table/w/rows"], rtol=1e-12)
+    low = adapter["table/a"][6] @ adapter["table/b"]
+    np.testing.assert_allclose(got[0], table[6] + low, rtol=1e-12)
