@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxpeft.method import Method
 from jaxpeft.methods.ia3 import ScaledOut
 from jaxpeft.methods.lora import LowRank, lora
-from jaxpeft.methods.placing import at_its_start, place
+from jaxpeft.methods.placing import place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import View, Weight, axes, base, dense, static, weight
@@ -83,7 +83,8 @@ def dora(
       A method with r * (in + out) + out trained numbers per matrix.
 
     Raises:
-      ValueError: As `lora`; or a part of the outputs is selected, or a column is zero.
+      ValueError: As `lora`; or a part of the outputs is selected, or a weight that another method
+        trains already.
 
     References:
       Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024, section 4.
@@ -100,6 +101,12 @@ def dora(
     def make(key: jax.Array, site: Site, view: View) -> View:
         del key
         old: Any = view.weight
+        if any(isinstance(x, Train) for x in jax.tree.leaves(old.w, is_leaf=_is_trained)):
+            raise ValueError(
+                f"`dora`: '{site.path}' is trained by another method already, so the lengths of "
+                "its columns would not stay those of the base. Put that method behind `dora` in "
+                "the `chain`, or leave the weight out."
+            )
         squares = _squares(dataclasses.replace(view, weight=old.w), dtype)
         magnitude = Train(jnp.sqrt(squares))
         weight = Decomposed(
@@ -113,6 +120,10 @@ def dora(
     return Method("dora", dict(low.options), apply)
 
 
+def _is_trained(x: Any) -> bool:
+    return isinstance(x, Train)
+
+
 def _squares(view: View, dtype: Any) -> jax.Array:
     """The sum of squares of each column (*stack, out), one matrix of a stack at a time."""
 
@@ -122,4 +133,4 @@ def _squares(view: View, dtype: Any) -> jax.Array:
         w = dense(view.canonical()).astype(wide)
         return jnp.sum(w * w, axis=-2)
 
-    return at_its_start(view).unfolded().over_each(one)
+    return view.unfolded().over_each(one)

@@ -72,6 +72,16 @@ def test_a_part_of_the_columns_is_refused():
         jp.dora(2, sites.match("up").columns(1, 2))
 
 
+def test_a_base_that_is_trained_is_refused():
+    sites = jp.sites(model, params(), X)
+    with pytest.raises(ValueError, match=r"'up' is trained by another method already"):
+        jp.chain(jp.lora(2, sites.match("up")), jp.dora(2, sites.match("up")))(KEY, params())
+    after = jp.chain(jp.dora(2, sites.match("up"), dtype=X.dtype), jp.lora(2, sites.match("up")))
+    frozen, adapter = jp.split(after(KEY, params()))
+    out = jp.lift(model)(jp.combine(frozen, adapter), X)
+    np.testing.assert_allclose(out, model(params(), X), rtol=1e-10)
+
+
 def test_flops_are_within_a_tenth_of_loras():
     """On layers of 256, where the products with the weights are nearly all there is."""
     n, layers, tokens = 256, 3, 1024

@@ -153,6 +153,8 @@ def test_a_step_moves_every_array_of_the_adapter_and_nothing_else(method):
 
 plain = [m for m in METHODS if m.name != "lora on nf4"]
 on_plain = pytest.mark.parametrize("method", plain, ids=[m.name for m in plain])
+# DoRA keeps the lengths of its base's columns, and refuses one that is trained.
+on_trained = [m for m in plain if m.name != "dora"]
 
 
 @functools.cache
@@ -195,7 +197,7 @@ def moved(adapter):
     }
 
 
-@pytest.mark.parametrize("method", plain, ids=[m.name for m in plain])
+@pytest.mark.parametrize("method", on_trained, ids=[m.name for m in on_trained])
 def test_over_lora_it_is_the_method_over_the_merged_weights(method):
     """On the same weights and on all others."""
     s = at(method)
