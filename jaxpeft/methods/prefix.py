@@ -124,7 +124,14 @@ def prefix(
     later. What the model computes at virtual positions is read by nothing: drop it from the
     output (`without_virtual`), so that no head reads it. Training and prefill give the slots,
     `combine(frozen, adapter, virtual=slots)`; a decoding step over a cache that holds the
-    prefix has slots of -1.
+    prefix has slots of -1. So this is what `jaxpeft.serve.generate.generator` takes:
+
+        def forward(parts, tokens, **where):
+            frozen, adapter, slots = parts
+            now = slots if slots.shape == tokens.shape else jnp.full(tokens.shape, -1)
+            return jp.lift(model)(jp.combine(frozen, adapter, virtual=now), tokens, **where)
+
+    LoRA on the same projections comes first in the `chain`, or it would add to virtual rows too.
 
     With `hidden`, the rows of all layers are made by one network of a table of embeddings P,
     tanh(P @ down + c) @ up + e, which trains more steadily than free rows at little data; `fold`
