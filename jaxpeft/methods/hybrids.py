@@ -11,7 +11,7 @@ from jaxpeft.method import Method, chain
 from jaxpeft.methods.bottleneck import Bottleneck, bottleneck, parallel
 from jaxpeft.methods.lora import lora
 from jaxpeft.methods.placing import place
-from jaxpeft.methods.prefix import Prefix, prefix
+from jaxpeft.methods.prefix import Prefix, prefix, slots_of
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, static, weight
@@ -88,13 +88,7 @@ def gate(x: jax.Array, kernel: Any, bias: Any, slots: Any, path: str) -> jax.Arr
     Raises:
       ValueError: x has other leading axes than the slots.
     """
-    slots = slots.array
-    if slots.shape != x.shape[:-1]:
-        raise ValueError(
-            f"The gate at '{path}' is told of virtual positions {slots.shape} (batch, time), but "
-            f"its input has leading axes {x.shape[:-1]}: the model merges or moves batch and "
-            "time before it. Lift it over one example and use `jax.vmap`."
-        )
+    slots = slots_of(slots, x, f"gate at '{path}'")
     real = (slots < 0)[..., None]
     open_ = jnp.where(real, jax.nn.sigmoid(x @ kernel + bias), 0)
     return jnp.sum(open_, -2, keepdims=True) / jnp.sum(real, -2, keepdims=True)
@@ -185,10 +179,18 @@ def unipelt(
     Returns:
       A method with the trained numbers of the three, and n + 1 for each gate.
 
+    Raises:
+      ValueError: Keys and values differ in number; or as `lora`, `prefix` and `bottleneck`.
+
     References:
       Mao et al., UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning,
       2022, section 3. https://arxiv.org/abs/2110.07577
     """
+    if len(keys) != len(values):
+        raise ValueError(
+            "`unipelt` has one gate for the keys and the values of a layer, so it takes them in "
+            f"pairs, but got {list(keys)} and {list(values)}."
+        )
     low = lora(rank, lora_sites, dtype=dtype)
     virtual = prefix(length, keys, values, rope=rope, dtype=dtype)
     behind = bottleneck(

@@ -31,14 +31,7 @@ class Prefix(Weight):
 
     def forward(self, x):
         """x @ w at real positions, rows - bias at virtual ones: the program adds the bias."""
-        slots = self.slots.array
-        if slots.shape != x.shape[:-1]:
-            raise ValueError(
-                f"The prefix at '{self.path}' is told of virtual positions {slots.shape} "
-                f"(batch, time), but its input has leading axes {x.shape[:-1]}: the model "
-                "merges or moves batch and time before this projection. Lift it over one "
-                "example and use `jax.vmap`."
-            )
+        slots = slots_of(self.slots, x, f"prefix at '{self.path}'")
         y = x @ self.w
         rows = self.rows.array
         if self.rope is not None:
@@ -85,6 +78,21 @@ class EncodedPrefix(Weight):
     def acting(self, **derived):
         rows = derived["rows"]
         return Prefix(self.w, rows, self.slots, self.bias, self.rope, self.lengths, self.path)
+
+
+def slots_of(slots: Any, x: jax.Array, who: str) -> jax.Array:
+    """The virtual position (batch, time) of each entry of x (batch, time, n), or -1.
+
+    Raises:
+      ValueError: x has other leading axes; names who was told.
+    """
+    if slots.array.shape != x.shape[:-1]:
+        raise ValueError(
+            f"The {who} is told of virtual positions {slots.array.shape} (batch, time), but its "
+            f"input has leading axes {x.shape[:-1]}: the model merges or moves batch and time "
+            "before this projection. Lift it over one example and use `jax.vmap`."
+        )
+    return slots.array
 
 
 def _same(w: Weight, slots: str) -> bool:
@@ -134,9 +142,9 @@ def prefix(
     LoRA on the same projections comes first in the `chain`, or it would add to virtual rows too.
 
     With `hidden`, the rows of all layers are made by one network of a table of embeddings P,
-    tanh(P @ down + c) @ up + e, which trains more steadily than free rows at little data; `fold`
-    turns it into plain rows afterwards. Without, it is P-tuning v2: deep prompts with a length
-    for each task.
+    tanh(P @ down + c) @ up + e, as the first paper does because free rows did worse there
+    (section 4.3); `fold` turns it into plain rows afterwards. Without, it is P-tuning v2: deep
+    prompts with a length for each task.
 
     An encoder-decoder takes one for each attention: [PREFIX; x; PREFIX; y] is `chain` of a prefix
     on the encoder's own attention and one on the decoder's, `slots="virtual_targets"`. The
