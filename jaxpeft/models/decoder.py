@@ -38,7 +38,7 @@ from jaxpeft.io import safetensors
 from jaxpeft.io.formats import Formats
 from jaxpeft.io.stacked import Stack
 from jaxpeft.models import folders
-from jaxpeft.models.layers import Embed, Linear, RMSNorm, cast
+from jaxpeft.models.layers import Embed, Linear, RMSNorm, cast, check_remat, checkpointed
 
 __all__ = ["Cache", "Config", "Decoder", "Place", "Rope", "attention", "init", "init_cache", "load"]
 __all__ += ["plan", "pure", "save", "shapes"]
@@ -461,8 +461,7 @@ class Decoder(nnx.Module):
         unroll: int = 1,
         attention_fn: Callable[..., Array] = attention,
     ):
-        if not (remat in (None, "full") or callable(remat)):
-            raise ValueError(f"`remat` must be None, 'full' or a checkpoint policy, got {remat!r}.")
+        check_remat(remat)
         self.config, self.remat, self.unroll = config, remat, unroll
         self.logits_dtype = logits_dtype
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
@@ -542,9 +541,7 @@ class Decoder(nnx.Module):
             run = nnx.merge(graphdef, weights)
             return run(x, kv, layer, turn, window, queries=queries, keys=keys), None
 
-        if self.remat is not None:
-            policy = None if self.remat == "full" else self.remat
-            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+        step = checkpointed(step, self.remat)
         layers = None if cache is None else jnp.arange(self.config.layers, dtype=jnp.int32)
         kv = None if cache is None else (cache.k, cache.v, cache.used)
         slices = (layers, _layer_windows(self.config), stack)

@@ -35,7 +35,7 @@ from jax import Array
 from jaxpeft.io.formats import Formats
 from jaxpeft.io.stacked import Stack
 from jaxpeft.models import folders
-from jaxpeft.models.layers import Embed, LayerNorm, Linear
+from jaxpeft.models.layers import Embed, LayerNorm, Linear, check_remat, checkpointed
 
 __all__ = ["Config", "Encoder", "attention", "init", "load", "plan", "pure", "save", "shapes"]
 
@@ -289,8 +289,7 @@ class Encoder(nnx.Module):
         unroll: int = 1,
         attention_fn: Callable[..., Array] = attention,
     ):
-        if not (remat in (None, "full") or callable(remat)):
-            raise ValueError(f"`remat` must be None, 'full' or a checkpoint policy, got {remat!r}.")
+        check_remat(remat)
         self.config, self.remat, self.unroll = config, remat, unroll
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.embed = Embed(config.vocab, config.width, rngs=rngs, **dtypes)
@@ -343,9 +342,7 @@ class Encoder(nnx.Module):
         def step(x: Array, weights: Any) -> Any:
             return nnx.merge(graphdef, weights)(x, mask), None
 
-        if self.remat is not None:
-            policy = None if self.remat == "full" else self.remat
-            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+        step = checkpointed(step, self.remat)
         return jax.lax.scan(step, x, stack, unroll=self.unroll)[0]
 
     def pooled(self, tokens: Array, **where: Any) -> Array:

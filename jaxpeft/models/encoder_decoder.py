@@ -44,7 +44,7 @@ from jaxpeft.io import safetensors
 from jaxpeft.io.formats import Formats
 from jaxpeft.io.stacked import Stack
 from jaxpeft.models import folders
-from jaxpeft.models.layers import Embed, Linear, RMSNorm, cast
+from jaxpeft.models.layers import Embed, Linear, RMSNorm, cast, check_remat, checkpointed
 
 __all__ = ["Cache", "Config", "EncoderDecoder", "attention", "init", "init_cache", "load", "plan"]
 __all__ += ["pure", "save", "shapes", "shift_right"]
@@ -408,9 +408,7 @@ class Tower(nnx.Module):
             # Kept only for later calls; training has no use for them.
             return (x, kv), None if cache is None else cross
 
-        if self.remat is not None:
-            policy = None if self.remat == "full" else self.remat
-            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+        step = checkpointed(step, self.remat)
         layers = None if cache is None else jnp.arange(self.depth, dtype=jnp.int32)
         kv = None if cache is None else (cache.k, cache.v, cache.used)
         cross = None if cache is None or memory is not None else cache.cross
@@ -450,8 +448,7 @@ class EncoderDecoder(nnx.Module):
         unroll: int = 1,
         attention_fn: Callable[..., Array] = attention,
     ):
-        if not (remat in (None, "full") or callable(remat)):
-            raise ValueError(f"`remat` must be None, 'full' or a checkpoint policy, got {remat!r}.")
+        check_remat(remat)
         self.config, self.logits_dtype = config, logits_dtype
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         how = {"attention_fn": attention_fn, "remat": remat, "unroll": unroll}

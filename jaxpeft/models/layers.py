@@ -5,6 +5,7 @@ Kernels are (in, out); `None` for a `dtype` computes in that of the weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-__all__ = ["Embed", "LayerNorm", "Linear", "RMSNorm", "cast", "normal"]
+__all__ = ["Embed", "LayerNorm", "Linear", "RMSNorm", "cast"]
+__all__ += ["check_remat", "checkpointed", "normal"]
 
 
 class Linear(nnx.Module):
@@ -75,3 +77,17 @@ def normal(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 def cast(weight: Any, dtype: Any) -> Array:
     """The array of a parameter in `dtype`, or in its own."""
     return weight[...] if dtype is None else weight[...].astype(dtype)
+
+
+def check_remat(how: Any) -> None:
+    """Raises ValueError where `how` is none of what `checkpointed` takes."""
+    if not (how in (None, "full") or callable(how)):
+        raise ValueError(f"`remat` must be None, 'full' or a checkpoint policy, got {how!r}.")
+
+
+def checkpointed(step: Callable[..., Any], how: Any) -> Callable[..., Any]:
+    """The step of a scan over layers, of which the backward pass computes again what `how` says:
+    `None` nothing, "full" all from its input, or a policy of `jax.checkpoint_policies`."""
+    if how is None:
+        return step
+    return jax.checkpoint(step, policy=None if how == "full" else how, prevent_cse=False)
