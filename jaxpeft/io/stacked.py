@@ -113,7 +113,7 @@ def disassemble(params: Tree, plan: Mapping[str, Stack]) -> dict[str, Lazy]:
     """
     arrays = flat(params)
     faults = _difference(plan, arrays)
-    for path in plan.keys() & arrays.keys():
+    for path in filter(arrays.__contains__, plan):
         shape = getattr(arrays[path], "shape", f"a {type(arrays[path]).__name__}")
         if shape != plan[path].shape:
             faults.append(f"wrong shape: {path} is {shape}, should be {plan[path].shape}")
