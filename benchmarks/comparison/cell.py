@@ -10,7 +10,8 @@ import numpy as np
 import optax
 
 import jaxpeft as jp
-from comparison.rows import Row, places
+from comparison.places import places
+from comparison.rows import Row
 from comparison.tasks import MAX_NEW, Split, Task
 from jaxpeft import train
 from jaxpeft.models import decoder

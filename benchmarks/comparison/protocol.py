@@ -9,7 +9,8 @@ import numpy as np
 
 from comparison import costs
 from comparison.cell import Cell, Run, Trained
-from comparison.records import Results, code_hash, gap, pack, unpack
+from comparison.code import code_hash
+from comparison.records import Results, gap, pack, unpack
 from comparison.rows import FULL, PROBE, ROWS, Row
 from comparison.tasks import TASKS, Task
 
@@ -114,12 +115,13 @@ class Protocol:
             raise ValueError(f"There is no task '{task}'; there are {', '.join(self.plan.tasks)}.")
         if why := unfit(task, row):
             raise ValueError(f"There is no row of '{method}' on '{task}': {why}.")
-        self.results.forget(task=task, method=method, code=code_hash(), steps=self.plan.steps)
+        self.results.forget(task=task, method=method, code=code_hash(row), steps=self.plan.steps)
         self.cell(task, row)
 
-    def lines(self, **fields: Any) -> list[dict[str, Any]]:
-        """Finished runs of this plan's length, of the code as it is."""
-        return self.results.of(code=code_hash(), steps=self.plan.steps, **fields)
+    def lines(self, row: Row, **fields: Any) -> list[dict[str, Any]]:
+        """A row's finished runs of this plan's length, of the code as it is."""
+        wanted = {"method": row.name, "code": code_hash(row), "steps": self.plan.steps}
+        return self.results.of(**wanted, **fields)
 
     def task(self, name: str) -> Task:
         """A task; the first time, says how many sentences were dropped."""
@@ -168,8 +170,8 @@ class _Work:
     def line(self, part: str, rate: float, seed: int | None = None) -> dict[str, Any]:
         """A finished run: the one that is there, or a new one."""
         seed = self.protocol.plan.seeds[0] if seed is None else seed
-        where = dict(task=self.name, method=self.row.name, part=part, rate=rate, seed=seed)
-        found = self.protocol.lines(**where)
+        where = dict(task=self.name, part=part, rate=rate, seed=seed)
+        found = self.protocol.lines(self.row, **where)
         return found[0] if found else self._finish(part, rate, seed)
 
     def _finish(self, part: str, rate: float, seed: int) -> dict[str, Any]:
@@ -188,7 +190,7 @@ class _Work:
             "rate": rate,
             "seed": seed,
             "steps": self.protocol.plan.steps,
-            "code": code_hash(),
+            "code": code_hash(self.row),
             "metric": task.metric,
             "score": float(task.score(outcomes.sum(axis=0))),
             # On all of the part; a sweep has no use for it.
@@ -221,7 +223,7 @@ class _Work:
     @functools.cached_property
     def costs(self) -> dict[str, Any]:
         """What does not differ between the runs of a cell: measured once."""
-        lines = self.protocol.lines(task=self.name, method=self.row.name)
+        lines = self.protocol.lines(self.row, task=self.name)
         if lines:
             return {name: lines[0][name] for name in costs.FIELDS}
         plan = self.protocol.plan

@@ -1,58 +1,12 @@
-"""Finished runs: a file of JSON lines, and the hash of the code that made them."""
+"""Finished runs: a file of JSON lines."""
 
-import ast
 import base64
-import functools
-import hashlib
 import json
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from comparison.files import ROOT
-
-#: What a result depends on: what trains, scores and measures, not what reads results.
-SOURCES = (
-    "jaxpeft/*.py",
-    "jaxpeft/methods/*.py",
-    "jaxpeft/rules/*.py",
-    "jaxpeft/models/layers.py",
-    "jaxpeft/models/encoder.py",
-    "jaxpeft/models/decoder.py",
-    "jaxpeft/serve/generate.py",
-    "jaxpeft/train/heads.py",
-    "jaxpeft/train/loss.py",
-    "jaxpeft/train/step.py",
-    "benchmarks/comparison/files.py",
-    "benchmarks/comparison/tasks.py",
-    "benchmarks/comparison/rows.py",
-    "benchmarks/comparison/cell.py",
-    "benchmarks/comparison/costs.py",
-)
-
-
-@functools.cache
-def code_hash(root: Path = ROOT) -> str:
-    """A hash of what results depend on; comments, docstrings and formatting do not count."""
-    digest = hashlib.sha256()
-    for pattern in SOURCES:
-        for path in sorted(root.glob(pattern)):
-            digest.update(f"{path.relative_to(root)}\n{program(path.read_text())}\n".encode())
-    return digest.hexdigest()[:12]
-
-
-def program(source: str) -> str:
-    """What a source says to the interpreter, without its docstrings."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and body:
-            first = body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                node.body = body[1:] or [ast.Pass()]
-    return ast.dump(tree)
 
 
 class Results:

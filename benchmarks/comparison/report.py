@@ -14,10 +14,10 @@ from comparison.tasks import METRICS
 
 
 def latest(results: Results, steps: int) -> list[dict[str, Any]]:
-    """The finished runs of this length that the newest code has made."""
+    """The finished runs of this length; of each cell, those of the code that ran last."""
     lines = results.of(steps=steps)
-    newest = results.lines[-1]["code"] if results.lines else None
-    return [line for line in lines if line["code"] == newest]
+    newest = {(line["task"], line["method"]): line["code"] for line in lines}
+    return [line for line in lines if line["code"] == newest[line["task"], line["method"]]]
 
 
 def summary(lines: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
@@ -43,7 +43,6 @@ def summary(lines: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
             found = f"{len(mine)} of {len(plan.seeds)} seeds"
             missing.append({"task": task, "method": method, "why": found})
     return {
-        "code": lines[-1]["code"] if lines else None,
         "steps": plan.steps,
         "seeds": len(plan.seeds),
         "tasks": tasks,
@@ -116,8 +115,8 @@ def table(found: dict[str, Any], plan: Plan) -> str:
     seeds = f"{found['seeds']} seed" + "s" * (found["seeds"] > 1)
     parts = [
         "# Side by side",
-        f"{found['steps']} optimizer steps, means over {seeds}; code {found['code']}. Written "
-        "with `--table` from the finished runs.",
+        f"{found['steps']} optimizer steps, means over {seeds}. Written with `--table` "
+        "from the finished runs.",
         "Score: accuracy, span F1 or BLEU on test. Gap: difference to the head alone on the same "
         "examples, with its standard error (examples and seeds). Trainable: without the head. "
         "Peak: of the compiled step. Step: its time over that of full fine-tuning. 1 x 16 and 32 "

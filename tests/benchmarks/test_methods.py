@@ -1,6 +1,8 @@
 """The comparison of methods on a handful of examples and models of a few thousand numbers."""
 
+import ast
 import csv
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import prompts  # noqa: E402
 from comparison import (  # noqa: E402
     cell,
+    code,
     command,
     costs,
     files,
@@ -29,6 +32,7 @@ from comparison import (  # noqa: E402
     tasks,
 )
 
+import jaxpeft as jp  # noqa: E402
 from jaxpeft.models import decoder, encoder  # noqa: E402
 
 SENTENCES = [
@@ -435,9 +439,19 @@ def test_a_cell_that_does_not_exist_is_refused(tmp_path):
 
 def test_a_result_depends_on_the_program_and_not_on_its_words():
     source = 'def f(x):\n    """What."""\n    return x + 1  # why\n'
-    assert records.program(source) == records.program("def f(x):\n    return (x + 1)\n")
-    assert records.program(source) != records.program("def f(x):\n    return x + 2\n")
-    assert len(records.code_hash()) == 12
+    said = [code.program(ast.parse(text)) for text in (source, "def f(x):\n    return (x + 1)\n")]
+    assert said[0] == said[1] != code.program(ast.parse("def f(x):\n    return x + 2\n"))
+
+
+def test_a_result_depends_on_its_own_method_and_on_no_other():
+    hashes = {row.name: code.code_hash(row) for row in WHOLE.rows}
+    assert len(set(hashes.values())) == len(hashes)
+    files = {row.name: {x.name for x in code.method_files(row.make)} for row in WHOLE.rows[1:]}
+    assert files["lora"] == {"lora.py", "dropping.py"} and "hybrids.py" in files["mam"]
+    lora = WHOLE.row("lora")
+    other = dataclasses.replace(lora, make=lambda p: jp.lora(rows.RANK, p.queries))
+    assert code.code_hash(other) != hashes["lora"]
+    assert "'RANK': 8" in code.declared(lora.make)
 
 
 # Reports -----------------------------------------------------------------------------------------

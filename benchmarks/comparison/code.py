@@ -1,0 +1,120 @@
+"""The hash of the code that a run depends on: what trains, scores and measures it.
+
+Comments, docstrings and formatting do not count, nor does a method that another row has.
+"""
+
+import ast
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jaxpeft as jp
+from comparison.files import ROOT
+from comparison.rows import Row
+
+#: What every row depends on.
+COMMON = (
+    "jaxpeft/[a-z]*.py",  # not __init__, which names what there is
+    "jaxpeft/rules/*.py",
+    "jaxpeft/methods/placing.py",
+    "jaxpeft/methods/folding.py",
+    "jaxpeft/methods/selection.py",
+    "jaxpeft/methods/prefix.py",
+    "jaxpeft/methods/prompt.py",
+    "jaxpeft/models/layers.py",
+    "jaxpeft/models/encoder.py",
+    "jaxpeft/models/decoder.py",
+    "jaxpeft/serve/generate.py",
+    "jaxpeft/train/heads.py",
+    "jaxpeft/train/loss.py",
+    "jaxpeft/train/step.py",
+    "benchmarks/comparison/files.py",
+    "benchmarks/comparison/tasks.py",
+    "benchmarks/comparison/places.py",
+    "benchmarks/comparison/cell.py",
+    "benchmarks/comparison/costs.py",
+)
+
+
+@functools.cache
+def code_hash(row: Row) -> str:
+    """Of what all rows depend on, the row as it is declared, and the files of its method."""
+    parts = [_programs(_common())]
+    parts += [repr((row.name, row.family, row.rates, row.length, row.virtual))]
+    if row.make is not None:
+        parts += [declared(row.make), _programs(method_files(row.make))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def declared(make: Callable) -> str:
+    """A row's function as the interpreter reads it, with the constants that it names."""
+    node = _node(make)
+    scope = inspect.getclosurevars(make)
+    known = {**scope.globals, **scope.nonlocals}
+    plain = {k: v for k, v in sorted(known.items()) if isinstance(v, int | float | str)}
+    return f"{program(node)} {plain}"
+
+
+def method_files(make: Callable) -> list[Path]:
+    """The files of the methods that a row's function calls, and what they import."""
+    package = Path(jp.__file__).parent
+    names = (
+        node.attr
+        for node in ast.walk(_node(make))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "jp"
+    )
+    files = [Path(inspect.getsourcefile(getattr(jp, name)) or "") for name in names]
+    found: set[Path] = set()
+    while files:
+        file = files.pop()
+        if file not in found:
+            found.add(file)
+            files += _imported(file, package)
+    return sorted(found - set(_common()))
+
+
+def _imported(file: Path, package: Path) -> Iterator[Path]:
+    """The library's own modules that a file imports from."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxpeft."):
+            path = package.joinpath(*node.module.split(".")[1:]).with_suffix(".py")
+            if path.exists():
+                yield path
+
+
+def _node(make: Callable) -> ast.AST:
+    """Where a function stands in its file."""
+    first = make.__code__.co_firstlineno
+    tree = ast.parse(Path(make.__code__.co_filename).read_text())
+    kinds = (ast.Lambda, ast.FunctionDef)
+    return next(n for n in ast.walk(tree) if isinstance(n, kinds) and n.lineno == first)
+
+
+@functools.cache
+def _common() -> tuple[Path, ...]:
+    return tuple(path for pattern in COMMON for path in sorted(ROOT.glob(pattern)))
+
+
+def _programs(files: Any) -> str:
+    return "\n".join(f"{path.relative_to(ROOT)}: {_program_of(path)}" for path in files)
+
+
+@functools.cache
+def _program_of(path: Path) -> str:
+    return program(ast.parse(path.read_text()))
+
+
+def program(tree: ast.AST) -> str:
+    """What a source says to the interpreter, without its docstrings."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and body:
+            first = body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body = body[1:] or [ast.Pass()]
+    return ast.dump(tree)
