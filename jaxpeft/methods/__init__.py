@@ -3,6 +3,7 @@
 from jaxpeft.methods.bottleneck import bottleneck, parallel
 from jaxpeft.methods.dora import dora
 from jaxpeft.methods.folding import fold
+from jaxpeft.methods.hira import hira
 from jaxpeft.methods.hybrids import mam, unipelt
 from jaxpeft.methods.ia3 import ia3
 from jaxpeft.methods.lora import lora
@@ -26,6 +27,7 @@ __all__ = [
     "dora",
     "fold",
     "full",
+    "hira",
     "ia3",
     "last_layers",
     "linear_probe",

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpeft.computed import Computed
 from jaxpeft.quant.blocks import cut, join
-from jaxpeft.quant.decoded import Decoded
 from jaxpeft.weight import Weight, axes, static, weight
 
 
@@ -52,14 +52,14 @@ class Coded(Weight):
     def materialize(self):
         return self.decode()
 
-    def _decoded(self) -> Decoded:
+    def _decoded(self) -> Computed:
         declared = dataclasses.fields(self)  # type: ignore[arg-type]
         fields = {f.name: getattr(self, f.name) for f in declared if "axes" in f.metadata}
 
         def decode(**arrays: Any) -> jax.Array:
             return dataclasses.replace(self, **arrays).decode()  # type: ignore[type-var]
 
-        return Decoded(decode, fields)
+        return Computed(decode, fields)
 
 
 @weight
@@ -88,11 +88,11 @@ class Columns(Coded):
     def again(self, matrix):
         return linear_codes(matrix, None, self.dtype)
 
-    def _codes(self) -> Decoded:
+    def _codes(self) -> Computed:
         def decode(codes: jax.Array, scale: jax.Array) -> jax.Array:
             return _values(codes, self.dtype, scale.dtype)
 
-        return Decoded(decode, {"codes": self.codes, "scale": self.scale})
+        return Computed(decode, {"codes": self.codes, "scale": self.scale})
 
 
 @weight

@@ -64,6 +64,10 @@ def _dora(sites, dtype):
     return jp.dora(2, sites.matrices, alpha=3.0, dtype=dtype)
 
 
+def _hira(sites, dtype):
+    return jp.hira(2, sites.matrices, alpha=12.0, dtype=dtype)
+
+
 def _bottleneck(sites, dtype):
     return jp.bottleneck(3, sites.linear, dtype=dtype)
 
@@ -170,6 +174,7 @@ METHODS = [
     Method("ia3", lambda sites, dtype: jp.ia3(sites.linear, dtype=dtype), roles=_LINEAR),
     Method("lora on nf4", _lora_on_nf4, roles=_LINEAR, factored=False),
     Method("dora", _dora, rows=("x @ w", "lax.scan over layers")),
+    Method("hira", _hira, factored=False, rows=("x @ w", "lax.scan over layers")),
     Method(
         "bottleneck",
         _bottleneck,

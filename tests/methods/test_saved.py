@@ -106,6 +106,7 @@ NUMBERS = {
     "ia3": F + D,
     "lora on nf4": 2 * (D + F) + 2 * (F + D),
     "dora": (2 * (D + F) + F) + (2 * (F + D) + D),
+    "hira": 2 * (D + F) + 2 * (F + D),
     "bottleneck": (2 * 3 * F + 3 + F) + (2 * 3 * D + 3 + D),
     "parallel": D * 3 + 3 + 3 * D + D,
     "prefix": 2 * 2 * KEYS,
