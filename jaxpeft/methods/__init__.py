@@ -1,12 +1,20 @@
 """Fine-tuning methods, one file per method or tight family."""
 
 from jaxpeft.methods.bottleneck import bottleneck, parallel
+from jaxpeft.methods.calibration import Moments, input_moments, mean_gradients
+from jaxpeft.methods.corda import corda
 from jaxpeft.methods.dora import dora
+from jaxpeft.methods.eva import eva
 from jaxpeft.methods.folding import fold
 from jaxpeft.methods.hira import hira
 from jaxpeft.methods.hybrids import mam, unipelt
 from jaxpeft.methods.ia3 import ia3
+from jaxpeft.methods.loha import loha
+from jaxpeft.methods.lokr import lokr
 from jaxpeft.methods.lora import lora
+from jaxpeft.methods.lora_ga import lora_ga
+from jaxpeft.methods.miss import miss
+from jaxpeft.methods.pissa import olora, pissa
 from jaxpeft.methods.prefix import prefix, with_prefixes, with_virtual, without_virtual
 from jaxpeft.methods.prompt import (
     check_ids,
@@ -17,31 +25,46 @@ from jaxpeft.methods.prompt import (
     virtual_ids,
 )
 from jaxpeft.methods.selection import bitfit, full, last_layers, linear_probe, norm_tuning, unfreeze
+from jaxpeft.methods.shifting import as_lora
 from jaxpeft.methods.tokens import trainable_tokens
+from jaxpeft.methods.vera import vera
 
 __all__ = [
+    "Moments",
+    "as_lora",
     "bitfit",
     "bottleneck",
     "check_ids",
     "check_prompt",
+    "corda",
     "dora",
+    "eva",
     "fold",
     "full",
     "hira",
     "ia3",
+    "input_moments",
     "last_layers",
     "linear_probe",
+    "loha",
+    "lokr",
     "lora",
+    "lora_ga",
     "mam",
+    "mean_gradients",
+    "miss",
     "norm_tuning",
+    "olora",
     "p_tuning",
     "parallel",
+    "pissa",
     "prefix",
     "prompt",
     "template",
     "trainable_tokens",
     "unfreeze",
     "unipelt",
+    "vera",
     "virtual_ids",
     "with_prefixes",
     "with_virtual",

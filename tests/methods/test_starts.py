@@ -1,0 +1,338 @@
+"""LoRA that starts somewhere else: at a matrix's own parts, at a task's inputs, at its gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpeft as jp
+from jaxpeft.io.adapter import load_adapter, save_adapter
+from jaxpeft.methods.pissa import leading
+
+L, D, F, R = 3, 8, 12, 2
+KEY = jax.random.key(0)
+
+
+def model(params, batch):
+    """A stack of feed-forward layers under a scan, and a head."""
+
+    def layer(h, p):
+        return h + jnp.tanh(h @ p["up"]) @ p["down"], None
+
+    h, _ = jax.lax.scan(layer, batch, params["layers"])
+    return h @ params["head"]
+
+
+def random_params(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"up": (L, D, F), "down": (L, F, D)}
+    layers = {name: jnp.asarray(rng.normal(size=shape) / 3) for name, shape in shapes.items()}
+    return {"layers": layers, "head": jnp.asarray(rng.normal(size=(D, 5)))}
+
+
+PARAMS = random_params()
+BATCHES = [jnp.asarray(np.random.default_rng(i).normal(size=(4, 6, D))) for i in range(3)]
+SITES = jp.sites(model, PARAMS, BATCHES[0])
+LAYERS = SITES.match("layers/*")
+TARGET = jnp.asarray(np.random.default_rng(9).normal(size=(4, 6, 5)))
+
+
+def loss(params, batch):
+    return jnp.mean((model(params, batch) - TARGET) ** 2)
+
+
+@functools.cache
+def moments():
+    return jp.input_moments(model, PARAMS, SITES.linear, BATCHES)
+
+
+@functools.cache
+def gradients():
+    return jp.mean_gradients(loss, PARAMS, SITES.linear, BATCHES)
+
+
+METHODS = {
+    "pissa": lambda sites, **more: jp.pissa(R, sites, dtype=jnp.float64, **more),
+    "pissa, sketched": lambda sites, **more: jp.pissa(R, sites, turns=6, dtype=jnp.float64, **more),
+    "olora": lambda sites, **more: jp.olora(R, sites, dtype=jnp.float64, **more),
+    "corda": lambda sites, **more: jp.corda(R, sites, moments(), dtype=jnp.float64, **more),
+    "lora_ga": lambda sites, **more: jp.lora_ga(R, sites, gradients(), dtype=jnp.float64, **more),
+}
+each = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+
+
+def moved(adapter, by=0.1):
+    rng = np.random.default_rng(1)
+    return {k: x + by * rng.normal(size=x.shape) for k, x in adapter.items()}
+
+
+def outputs(frozen, adapter):
+    return jp.lift(model)(jp.combine(frozen, adapter), BATCHES[0])
+
+
+# What a model does ------------------------------------------------------------------------------
+
+
+def test_moments_are_those_of_the_inputs_layer_by_layer():
+    found = moments()
+    for index in range(L):
+        second = first = 0
+        for batch in BATCHES:
+            h = batch
+            for i in range(index):
+                p = jax.tree.map(lambda x, i=i: x[i], PARAMS["layers"])
+                h = h + jnp.tanh(h @ p["up"]) @ p["down"]
+            rows = h.reshape(-1, D)
+            second, first = second + rows.T @ rows, first + rows.sum(0)
+        np.testing.assert_allclose(found["layers/up"].second[index], second, rtol=1e-9)
+        np.testing.assert_allclose(found["layers/up"].first[index], first, rtol=1e-9)
+    np.testing.assert_array_equal(found["layers/down"].rows, [72.0] * L)
+    assert found["head"].rows == 72
+
+
+def test_moments_over_codes_are_those_of_their_values():
+    quantized = jp.quantize("int8", LAYERS)(KEY, PARAMS)
+    dense = jax.tree.map(jnp.asarray, jp.merge(quantized))
+    codes, values = (
+        jp.input_moments(model, tree, SITES.linear, BATCHES[:1]) for tree in (quantized, dense)
+    )
+    for path in SITES.linear:
+        np.testing.assert_allclose(codes[path].second, values[path].second, rtol=1e-6)
+
+
+def test_padding_does_not_count_whatever_it_holds():
+    batch = BATCHES[0].at[:, 4:].set(1e3)
+    counted = lambda batch: jnp.broadcast_to(jnp.arange(6) < 4, (4, 6)).astype(float)  # noqa: E731
+    got = jp.input_moments(model, PARAMS, SITES.linear, [batch], counted=counted)
+    want = jp.input_moments(model, PARAMS, SITES.linear, [BATCHES[0][:, :4]])
+    for path, own in want.items():
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), got[path], own)
+
+
+def test_gradients_are_averaged_over_batches():
+    want = [jax.grad(loss)(PARAMS, batch)["layers"]["up"] for batch in BATCHES]
+    np.testing.assert_allclose(gradients()["layers/up"], sum(want) / 3, rtol=1e-9)
+
+
+def test_batches_that_run_dry_are_refused():
+    spent = iter(BATCHES)
+    list(spent)
+    for find in (jp.input_moments, jp.mean_gradients):
+        f = loss if find is jp.mean_gradients else model
+        with pytest.raises(ValueError, match="ran dry after 3 of 5"):
+            find(f, PARAMS, LAYERS, BATCHES, steps=5)
+        with pytest.raises(ValueError, match="ran dry after 0 of at least one"):
+            find(f, PARAMS, LAYERS, spent)
+        with pytest.raises(ValueError, match=r"steps=0\)`: at least one batch"):
+            find(f, PARAMS, LAYERS, BATCHES, steps=0)
+
+
+def test_only_as_many_batches_are_taken_as_are_asked_for():
+    stream = iter(BATCHES)
+    jp.input_moments(model, PARAMS, LAYERS, stream, steps=2)
+    assert len(list(stream)) == 1
+
+
+def test_inputs_that_are_not_finite_are_named_with_their_batch():
+    batches = [BATCHES[0], BATCHES[1].at[0, 0, 0].set(jnp.nan)]
+    with pytest.raises(ValueError, match=r"inputs of 'layers/(up|down)'.* in batch 1 are not fin"):
+        jp.input_moments(model, PARAMS, LAYERS, batches)
+    with pytest.raises(
+        ValueError, match="gradient of 'layers/down', 'layers/up' in batch 1 are not finite"
+    ):
+        jp.mean_gradients(loss, PARAMS, LAYERS, batches)
+
+
+def test_what_has_no_inputs_of_its_own_is_refused():
+    def embedded(params, ids):
+        return params["table"][ids]
+
+    params = {"table": jnp.ones((7, 4))}
+    sites = jp.sites(embedded, params, jnp.zeros((2, 3), int))
+    with pytest.raises(ValueError, match="'table' is used as embedding; only the inputs of plain"):
+        jp.input_moments(embedded, params, sites.embedding, [jnp.zeros((2, 3), int)])
+
+
+def test_a_product_that_no_output_depends_on_is_named():
+    def half(params, batch):
+        return batch @ params["a"], jnp.argmax(batch @ params["b"])
+
+    params = {"a": jnp.ones((D, 2)), "b": jnp.ones((D, 3))}
+    sites = jp.sites(half, params, BATCHES[0])
+    with pytest.raises(ValueError, match="has seen no input of 'b': the outputs"):
+        jp.input_moments(half, params, sites.linear, BATCHES[:1])
+
+
+def test_counts_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"as \(4,\), but those of 'layers/up' have .*\(4, 6"):
+        jp.input_moments(model, PARAMS, LAYERS, BATCHES, counted=lambda batch: jnp.ones(4))
+
+
+def test_a_gradient_of_codes_is_refused():
+    quantized = jp.quantize("int8", LAYERS)(KEY, PARAMS)
+    with pytest.raises(ValueError, match="'layers/down' is no plain array of this tree"):
+        jp.mean_gradients(loss, quantized, LAYERS, BATCHES)
+
+
+# Starts -----------------------------------------------------------------------------------------
+
+
+@each
+@pytest.mark.parametrize("scale", [None, 6.0])
+def test_training_starts_at_the_base(make, scale):
+    frozen, adapter = jp.split(make(LAYERS, alpha=scale)(KEY, PARAMS))
+    np.testing.assert_allclose(outputs(frozen, adapter), model(PARAMS, BATCHES[0]), atol=1e-9)
+    far = outputs(frozen, moved(adapter))
+    assert np.abs(far - model(PARAMS, BATCHES[0])).max() > 1e-2
+    assert all(jnp.abs(x).max() > 1e-3 for x in adapter.values())
+
+
+@each
+def test_over_codes_the_start_is_taken_away_beside_them(make):
+    quantized = jp.quantize("int8", LAYERS)(KEY, PARAMS)
+    frozen, adapter = jp.split(make(LAYERS)(KEY, quantized))
+    want = jp.lift(model)(quantized, BATCHES[0])
+    np.testing.assert_allclose(outputs(frozen, adapter), want, atol=1e-6)
+    codes = [x for x in jax.tree.leaves(frozen) if getattr(x, "dtype", None) == jnp.int8]
+    assert len(codes) == 2
+    # The frozen pair is no part of what is trained, and donating that leaves it alone.
+    jax.jit(lambda x: jax.tree.map(lambda v: v + 1, x), donate_argnums=0)(adapter)
+    jax.block_until_ready(jax.tree.leaves(frozen))
+
+
+@each
+def test_as_lora_it_is_the_same_change_over_the_base_as_it_was(make, tmp_path):
+    for options in ({}, {"alpha": 3.0}, {"alpha": 3.0, "scaling": "alpha/sqrt(r)"}):
+        method = make(LAYERS, **options)
+        frozen, start = jp.split(method(KEY, PARAMS))
+        adapter = moved(start)
+        plain, same = jp.as_lora(method, adapter, start)
+        save_adapter(tmp_path, same, plain, PARAMS, key=KEY)
+        loaded = load_adapter(tmp_path, PARAMS)
+        got = outputs(loaded.frozen, loaded.adapter)
+        np.testing.assert_allclose(got, outputs(frozen, adapter), atol=1e-9)
+
+
+def test_as_lora_refuses_what_is_complete_as_it_is():
+    method = jp.lora(R, LAYERS)
+    _, adapter = jp.split(method(KEY, PARAMS))
+    with pytest.raises(ValueError, match="this one is of 'lora' and can be stored as it is"):
+        jp.as_lora(method, adapter, adapter)
+
+
+def test_pissa_trains_the_largest_components():
+    frozen, adapter = jp.split(jp.pissa(R, LAYERS, alpha=3.0, dtype=jnp.float64)(KEY, PARAMS))
+    u, s, v = np.linalg.svd(PARAMS["layers"]["up"])
+    want = (u[..., :R] * s[:, None, :R]) @ v[:, :R]
+    scale = 3.0 / R
+    np.testing.assert_allclose(scale * adapter["layers/up/a"] @ adapter["layers/up/b"], want)
+    sizes = [np.linalg.norm(adapter[f"layers/up/{n}"][0], axis=i) for n, i in (("a", 0), ("b", 1))]
+    np.testing.assert_allclose(*sizes)  # evenly shared
+
+
+def test_a_sketch_finds_the_leading_components():
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(40, 30)) @ np.diag(0.7 ** np.arange(30.0)))
+    u, s, v = leading(KEY, w, 4, turns=4)
+    exact = np.linalg.svd(w, compute_uv=False)
+    np.testing.assert_allclose(s, exact[:4], rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(w - u * s @ v, 2), exact[4], rtol=1e-5)
+
+
+def test_oloras_outputs_are_orthonormal():
+    _, adapter = jp.split(jp.olora(R, LAYERS, dtype=jnp.float64)(KEY, PARAMS))
+    b = adapter["layers/down/b"]
+    np.testing.assert_allclose(b @ np.swapaxes(b, -1, -2), [np.eye(R)] * L, atol=1e-12)
+    # R is triangular: the first r columns of w^T are in the span of the first r of Q.
+    part = PARAMS["layers"]["down"][:, :R]
+    product = adapter["layers/down/a"][:, :R] @ b
+    np.testing.assert_allclose(product, part, atol=1e-9)
+
+
+def test_corda_takes_what_the_tasks_inputs_see():
+    """Of all matrices of rank r, a0 @ b0 is the closest to w where it is multiplied with C."""
+    w, c = PARAMS["head"], moments()["head"].second / 72
+    c = c + 0.01 * jnp.trace(c) / D * jnp.eye(D)
+    head = SITES.match("head")
+    for keep, at in (("task", slice(0, R)), ("knowledge", slice(-R, None))):
+        _, adapter = jp.split(
+            jp.corda(R, head, moments(), keep=keep, dtype=jnp.float64)(KEY, PARAMS)
+        )
+        u, s, v = np.linalg.svd(c @ w, full_matrices=False)
+        want = np.linalg.inv(c) @ (u[:, at] * s[at]) @ v[at]
+        np.testing.assert_allclose(adapter["head/a"] @ adapter["head/b"], want, atol=1e-9)
+
+
+def test_lora_gas_first_step_is_the_best_of_rank_2r():
+    _, start = jp.split(
+        jp.lora_ga(R, SITES.match("head"), gradients(), gamma=4.0, dtype=jnp.float64)(KEY, PARAMS)
+    )
+    a, b, g = start["head/a"], start["head/b"], gradients()["head"]
+    step = a @ (a.T @ g) + (g @ b.T) @ b  # a @ b after a small step down, to first order
+    u, s, v = np.linalg.svd(g, full_matrices=False)
+    best = (u[:, : 2 * R] * s[: 2 * R]) @ v[: 2 * R]
+    np.testing.assert_allclose(step / (5**0.5 / 4), best, atol=1e-9)
+
+
+def test_eva_spends_its_ranks_where_inputs_vary():
+    method = jp.eva(R, SITES.linear, moments(), dtype=jnp.float64, alpha=4.0)
+    frozen, adapter = jp.split(method(KEY, PARAMS))
+    ranks = {
+        path: adapter[f"{path}/a"].shape[-1] for path in SITES.linear if f"{path}/a" in adapter
+    }
+    assert sum(ranks.values()) == R * len(SITES.linear) and max(ranks.values()) <= 2 * R
+    np.testing.assert_allclose(outputs(frozen, adapter), model(PARAMS, BATCHES[0]), rtol=1e-12)
+    a, second = adapter["head/a"], moments()["head"].second
+    values, vectors = np.linalg.eigh(second)
+    best = vectors[:, ::-1][:, : a.shape[-1]]
+    np.testing.assert_allclose(np.abs(a.T @ best), np.eye(a.shape[-1]), atol=1e-9)
+    equal = jp.eva(R, SITES.linear, moments(), rho=1.0)
+    _, adapter = jp.split(equal(KEY, PARAMS))
+    assert {adapter[f"{path}/a"].shape[-1] for path in SITES.linear} == {R}
+
+
+@pytest.mark.parametrize("scaling", ["alpha/r", "alpha/sqrt(r)"])
+def test_eva_is_stored_as_lora_with_the_same_scale(tmp_path, scaling):
+    method = jp.eva(R, SITES.linear, moments(), dtype=jnp.float64, alpha=4.0, scaling=scaling)
+    frozen, adapter = jp.split(method(KEY, PARAMS))
+    adapter = moved(adapter)
+    save_adapter(tmp_path, adapter, method, PARAMS, key=KEY)
+    loaded = load_adapter(tmp_path, PARAMS)
+    np.testing.assert_array_equal(outputs(loaded.frozen, loaded.adapter), outputs(frozen, adapter))
+    scale = 4.0 / R if scaling == "alpha/r" else 4.0 / R**0.5
+    merged = jp.merge(jp.combine(frozen, adapter))
+    want = PARAMS["head"] + scale * adapter["head/a"] @ adapter["head/b"]
+    np.testing.assert_allclose(merged["head"], want, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: jp.eva(R, LAYERS, moments(), rho=0.5), r"eva\(rho=0.5\)`: at least 1"),
+        (lambda: jp.eva(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; it has"),
+        (lambda: jp.corda(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; it has"),
+        (lambda: jp.corda(R, LAYERS, moments(), keep="all"), "keep='all'.*choose 'task' or"),
+        (lambda: jp.corda(R, LAYERS, moments(), damping=0), "damping=0.*positive share"),
+        (lambda: jp.lora_ga(R, LAYERS, gradients(), gamma=0), "gamma=0.*positive number"),
+        (lambda: jp.lora_ga(R, LAYERS, {}), r"'layers/down' has shape None, should be \(3, 12, 8"),
+        (lambda: jp.pissa(R, LAYERS, turns=-1), r"turns=-1\)`: 0 or more turns"),
+        (lambda: jp.lora_ga(5, LAYERS, gradients())(KEY, PARAMS), "2 \\* rank = 10.*rank to 4"),
+        (lambda: jp.pissa(9, LAYERS)(KEY, PARAMS), r"rank=9\)` needs 1 <= rank"),
+        (lambda: jp.olora(R, LAYERS.columns(0, 2)), "`olora`: a part of the columns of 'layers"),
+        (
+            lambda: jp.chain(jp.lora(R, LAYERS), jp.pissa(R, LAYERS))(KEY, PARAMS),
+            "`pissa`: 'layers/down' is trained by another method already",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_moments_of_another_model_are_refused():
+    other = {path: m._replace(second=m.second[..., 1:, 1:]) for path, m in moments().items()}
+    with pytest.raises(ValueError, match=r"'layers/down' have shape \(3, 11, 11\), should be"):
+        jp.eva(R, LAYERS, other)
