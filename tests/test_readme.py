@@ -25,5 +25,6 @@ def test_the_table_has_every_method_and_no_other():
     helpers = {"check_ids", "check_prompt", "fold", "template", "virtual_ids"}
     helpers |= {"with_prefixes", "with_virtual", "without_virtual"}
     helpers |= {"Moments", "as_lora", "input_moments", "mean_gradients"}
+    helpers |= {"orthogonality", "ranks", "shrunk"}
     assert named == set(methods.__all__) - helpers | {"quantize", "loftq"}
     assert all(hasattr(jp, name) for name in named)

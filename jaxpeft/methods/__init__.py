@@ -1,5 +1,6 @@
 """Fine-tuning methods, one file per method or tight family."""
 
+from jaxpeft.methods.adalora import adalora, orthogonality, ranks, shrunk
 from jaxpeft.methods.bottleneck import bottleneck, parallel
 from jaxpeft.methods.calibration import Moments, input_moments, mean_gradients
 from jaxpeft.methods.corda import corda
@@ -12,6 +13,7 @@ from jaxpeft.methods.ia3 import ia3
 from jaxpeft.methods.loha import loha
 from jaxpeft.methods.lokr import lokr
 from jaxpeft.methods.lora import lora
+from jaxpeft.methods.lora_fa import lora_fa
 from jaxpeft.methods.lora_ga import lora_ga
 from jaxpeft.methods.miss import miss
 from jaxpeft.methods.pissa import olora, pissa
@@ -31,6 +33,7 @@ from jaxpeft.methods.vera import vera
 
 __all__ = [
     "Moments",
+    "adalora",
     "as_lora",
     "bitfit",
     "bottleneck",
@@ -49,17 +52,21 @@ __all__ = [
     "loha",
     "lokr",
     "lora",
+    "lora_fa",
     "lora_ga",
     "mam",
     "mean_gradients",
     "miss",
     "norm_tuning",
     "olora",
+    "orthogonality",
     "p_tuning",
     "parallel",
     "pissa",
     "prefix",
     "prompt",
+    "ranks",
+    "shrunk",
     "template",
     "trainable_tokens",
     "unfreeze",

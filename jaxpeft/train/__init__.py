@@ -13,8 +13,10 @@ from jaxpeft.train.checkpoint import Checkpoints
 from jaxpeft.train.data import Batches, Chat, Completion, Examples, Text, read_examples
 from jaxpeft.train.errors import UserError, one_line_errors
 from jaxpeft.train.loop import Evaluation, Run, evaluate, fit
+from jaxpeft.train.lora_plus import lora_plus
 from jaxpeft.train.loss import cross_entropy, next_token
 from jaxpeft.train.paging import paged, to_host
+from jaxpeft.train.rank_budget import rank_budget
 from jaxpeft.train.report import loss_figure, read_metrics
 from jaxpeft.train.step import LossFn, Metrics, State, fill_float0, init, train_step
 from jaxpeft.train.text import TextTokenizer, Tokens
@@ -41,10 +43,12 @@ __all__ = [
     "fit",
     "heads",
     "init",
+    "lora_plus",
     "loss_figure",
     "next_token",
     "one_line_errors",
     "paged",
+    "rank_budget",
     "read_examples",
     "read_metrics",
     "scale_by_adam8bit",

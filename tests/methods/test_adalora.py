@@ -1,0 +1,188 @@
+"""AdaLoRA: ranks are given up under a budget, and then taken out of the arrays; LoRA-FA, LoRA+."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxpeft as jp
+from jaxpeft import train
+
+L, D, F, R = 2, 6, 10, 3
+KEY = jax.random.key(0)
+
+
+def model(params, x):
+    def layer(h, p):
+        return h + jnp.tanh(h @ p["up"]) @ p["down"], None
+
+    h, _ = jax.lax.scan(layer, x, params["layers"])
+    return h @ params["head"]
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+PARAMS = {
+    "layers": {"up": normal(0, L, D, F) / 3, "down": normal(1, L, F, D) / 3},
+    "head": normal(2, D, 4),
+}
+X, TARGET = normal(3, 8, D), normal(4, 8, 4)
+SITES = jp.sites(model, PARAMS, X).linear
+TOTAL = R * (2 * L + 1)
+
+
+def loss(adapter, frozen, batch, key):
+    del batch, key
+    y = jp.lift(model)(jp.combine(frozen, adapter), X)
+    return jnp.sum((y - TARGET) ** 2) + 0.1 * jp.orthogonality(adapter), X.shape[0]
+
+
+def fitted(steps=30, budget=6, **options):
+    method = jp.adalora(R, SITES, alpha=6.0, dtype=jnp.float64)
+    frozen, adapter = jp.split(method(KEY, PARAMS))
+    options = {"steps": steps, "warmup": 4, "final": 6, "every": 3} | options
+    tx = train.rank_budget(optax.adam(3e-2), budget, **options)
+    state, counts = train.init(adapter, tx), []
+    step = jax.jit(train.train_step(loss, tx))
+    for _ in range(steps):
+        state, _ = step(state, frozen, X, None)
+        counts.append(sum(int(np.sum(x)) for x in jp.ranks(state.adapter).values()))
+    return method, frozen, state, counts
+
+
+def test_ranks_fall_along_the_cubic_schedule_to_the_budget_and_stay():
+    _, _, state, counts = fitted()
+    decisions = {t: counts[t - 1] for t in (6, 9, 12, 15, 18, 21)}
+    want = {t: int(6 + (TOTAL - 6) * (1 - (t - 4) / 20) ** 3) for t in decisions}
+    assert decisions == want and want[6] < TOTAL
+    assert counts[:4] == [TOTAL] * 4 and counts[23:] == [6] * 7
+    kept = {path: np.asarray(mask) for path, mask in state.opt_state.kept.items()}
+    for path, mask in kept.items():
+        np.testing.assert_array_equal(state.adapter[f"{path}/values"] != 0, mask)
+
+
+def test_what_is_least_important_is_given_up():
+    """A triplet whose gradient and value are large is kept, one without a gradient is not."""
+    adapter = {"w/a": normal(0, 4, 3), "w/values": jnp.ones(3), "w/b": normal(1, 3, 5)}
+    tx = train.rank_budget(optax.sgd(0.0), 1, steps=4, warmup=0, final=1, every=1)
+    state = tx.init(adapter)
+    slope = jax.tree.map(jnp.zeros_like, adapter)
+    for sign in (1.0, -1.0, 1.0):
+        slope["w/values"] = sign * jnp.array([0.1, 3.0, 0.0])
+        updates, state = tx.update(slope, state, adapter)
+    np.testing.assert_array_equal(state.kept["w"], [False, True, False])
+    after = optax.apply_updates(adapter, updates)
+    np.testing.assert_array_equal(after["w/values"], [0, 1, 0])
+    np.testing.assert_array_equal(after["w/a"], adapter["w/a"])
+
+
+def test_shrinking_takes_zeros_out_and_changes_no_output():
+    method, frozen, state, _ = fitted()
+    smaller, adapter = jp.shrunk(method, state.adapter)
+    assert sum(x.size for x in adapter.values()) < sum(x.size for x in state.adapter.values())
+    again, start = jp.split(smaller(KEY, PARAMS))
+    assert {k: x.shape for k, x in start.items()} == {k: x.shape for k, x in adapter.items()}
+    got, want = (
+        jp.lift(model)(jp.combine(f, a), X) for f, a in ((again, adapter), (frozen, state.adapter))
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-10)
+
+
+def test_orthogonality_is_the_sum_of_squared_distances():
+    adapter = {"w/a": normal(0, 4, 3), "w/values": jnp.ones(3), "w/b": normal(1, 3, 5)}
+    a, b = adapter["w/a"], adapter["w/b"]
+    want = np.sum((a.T @ a - np.eye(3)) ** 2) + np.sum((b @ b.T - np.eye(3)) ** 2)
+    np.testing.assert_allclose(jp.orthogonality(adapter), want)
+
+
+def test_the_values_of_the_budget_do_not_touch_other_arrays():
+    adapter = {"w/a": normal(0, 4, 3), "w/values": jnp.ones(3), "w/b": normal(1, 3, 5)}
+    adapter["other/bias"] = jnp.ones(2)
+    tx = train.rank_budget(optax.sgd(1.0), 1, steps=3, warmup=0, final=1, every=1)
+    state = tx.init(adapter)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, adapter), state, adapter)
+    np.testing.assert_array_equal(updates["other/bias"], [-1, -1])
+
+
+PLAIN = {"w/a": jnp.ones((2, 1)), "w/b": jnp.ones((1, 2))}
+BUDGET = {"steps": 9, "warmup": 2, "final": 2}
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: jp.adalora(7, SITES)(KEY, PARAMS), r"rank=7\)` needs 1 <= rank"),
+        (lambda: jp.adalora(R, SITES, std=0.0), r"std=0.0\)`: factors of zero"),
+        (lambda: jp.adalora(R, SITES.columns(0, 2)), "`adalora`: a part of the columns of 'head'"),
+        (lambda: jp.orthogonality(PLAIN), r"nothing of `adalora` is among \['w/a', 'w/b'\]"),
+        (lambda: jp.shrunk(jp.lora(R, SITES), PLAIN), "this one is of 'lora'"),
+        (
+            lambda: jp.shrunk(m := jp.adalora(R, SITES), jp.split(m(KEY, PARAMS))[1]),
+            "all values of this adapter are zero",
+        ),
+        (lambda: train.rank_budget(optax.sgd(1), 1, steps=4, warmup=2, final=2), "fewer than all"),
+        (lambda: train.rank_budget(optax.sgd(1), 0, **BUDGET), "every=10, budget=0.*at least 1"),
+        (lambda: train.rank_budget(optax.sgd(1), 1, beta2=1.0, **BUDGET), r"beta2=1.0\)`: a decay"),
+        (
+            lambda: train.rank_budget(optax.sgd(1), 99, **BUDGET).init(
+                jp.split(jp.adalora(R, SITES)(KEY, PARAMS))[1]
+            ),
+            f"budget=99.*has {TOTAL} singular values in 3 arrays",
+        ),
+        (lambda: train.lora_plus(optax.sgd, 1.0, ratio=0), r"ratio=0\)`: a positive"),
+        (lambda: train.lora_plus(optax.sgd, 1.0).init({"x/c": X}), r"called `b`; it has \['x/c'\]"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_an_update_without_parameters_is_refused():
+    adapter = {"w/a": normal(0, 4, 3), "w/values": jnp.ones(3), "w/b": normal(1, 3, 5)}
+    tx = train.rank_budget(optax.sgd(1.0), 1, **BUDGET)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        tx.update(adapter, tx.init(adapter))
+
+
+# LoRA-FA and LoRA+ ------------------------------------------------------------------------------
+
+
+def test_lora_fa_trains_b_over_the_a_of_its_key():
+    frozen, adapter = jp.split(jp.lora_fa(R, SITES, alpha=6.0)(KEY, PARAMS))
+    both = jp.split(jp.lora(R, SITES, alpha=6.0)(KEY, PARAMS))
+    assert set(adapter) == {"layers/up/b", "layers/down/b", "head/b"}
+    b = {
+        path: jnp.asarray(np.random.default_rng(5).normal(size=adapter[path].shape))
+        for path in adapter
+    }
+    got = jp.lift(model)(jp.combine(frozen, b), X)
+    want = jp.lift(model)(jp.combine(both[0], {**both[1], **b}), X)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_lora_fa_refuses_an_embedding():
+    def embedded(params, ids):
+        return params["table"][ids] @ params["head"]
+
+    params = {"table": jnp.ones((7, D)), "head": PARAMS["head"]}
+    sites = jp.sites(embedded, params, jnp.zeros(2, int))
+    with pytest.raises(ValueError, match="`lora_fa`: 'table' is an embedding"):
+        jp.lora_fa(2, sites.matrices)
+
+
+@pytest.mark.parametrize("rate", [0.5, lambda step: 0.5 / (step + 1)])
+def test_lora_plus_moves_b_faster(rate):
+    tx = train.lora_plus(optax.sgd, rate, ratio=4.0)
+    adapter = {"w/a": jnp.ones((2, 1)), "w/b": jnp.ones((1, 2)), "w/magnitude": jnp.ones(2)}
+    state = tx.init(adapter)
+    for factor in (1, 2 if callable(rate) else 1):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, adapter), state, adapter)
+        assert [float(updates[k].ravel()[0]) for k in sorted(adapter)] == [
+            -0.5 / factor,
+            -2.0 / factor,
+            -0.5 / factor,
+        ]
