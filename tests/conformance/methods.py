@@ -68,6 +68,22 @@ def _hira(sites, dtype):
     return jp.hira(2, sites.matrices, alpha=12.0, dtype=dtype)
 
 
+def _vera(sites, dtype):
+    return jp.vera(4, sites.matrices, dtype=dtype)
+
+
+def _loha(sites, dtype):
+    return jp.loha(2, sites.matrices, alpha=3.0, dtype=dtype)
+
+
+def _lokr(sites, dtype):
+    return jp.lokr(2, sites.matrices - sites.conv, alpha=3.0, dtype=dtype)
+
+
+def _miss(sites, dtype):
+    return jp.miss(3, sites.matrices, dtype=dtype)
+
+
 def _bottleneck(sites, dtype):
     return jp.bottleneck(3, sites.linear, dtype=dtype)
 
@@ -175,6 +191,10 @@ METHODS = [
     Method("lora on nf4", _lora_on_nf4, roles=_LINEAR, factored=False),
     Method("dora", _dora, rows=("x @ w", "lax.scan over layers")),
     Method("hira", _hira, factored=False, rows=("x @ w", "lax.scan over layers")),
+    Method("vera", _vera, rows=("x @ w",)),
+    Method("loha", _loha, rows=("x @ w",)),
+    Method("lokr", _lokr, roles=("linear", "embedding"), rows=("x @ w",)),
+    Method("miss", _miss, rows=("x @ w",)),
     Method(
         "bottleneck",
         _bottleneck,

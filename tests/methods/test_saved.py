@@ -107,6 +107,10 @@ NUMBERS = {
     "lora on nf4": 2 * (D + F) + 2 * (F + D),
     "dora": (2 * (D + F) + F) + (2 * (F + D) + D),
     "hira": 2 * (D + F) + 2 * (F + D),
+    "vera": (4 + F) + (4 + D),
+    "loha": 2 * 2 * (D + F) + 2 * 2 * (F + D),
+    "lokr": (1 + 2 * (D + F)) + (1 + 2 * (F + D)),  # their sides are prime
+    "miss": 3 * F + 3 * D,
     "bottleneck": (2 * 3 * F + 3 + F) + (2 * 3 * D + 3 + D),
     "parallel": D * 3 + 3 + 3 * D + D,
     "prefix": 2 * 2 * KEYS,
