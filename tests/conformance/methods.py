@@ -64,6 +64,22 @@ def _dora(sites, dtype):
     return jp.dora(2, sites.matrices, alpha=3.0, dtype=dtype)
 
 
+def _lora_fa(sites, dtype):
+    return jp.lora_fa(2, sites.matrices - sites.embedding, alpha=3.0, dtype=dtype)
+
+
+def _adalora(sites, dtype):
+    return jp.adalora(2, sites.matrices, alpha=3.0, std=0.5, dtype=dtype)
+
+
+def _pissa(sites, dtype):
+    return jp.pissa(2, sites.matrices, alpha=3.0, dtype=dtype)
+
+
+def _olora(sites, dtype):
+    return jp.olora(2, sites.matrices, dtype=dtype)
+
+
 def _hira(sites, dtype):
     return jp.hira(2, sites.matrices, alpha=12.0, dtype=dtype)
 
@@ -190,6 +206,10 @@ METHODS = [
     Method("ia3", lambda sites, dtype: jp.ia3(sites.linear, dtype=dtype), roles=_LINEAR),
     Method("lora on nf4", _lora_on_nf4, roles=_LINEAR, factored=False),
     Method("dora", _dora, rows=("x @ w", "lax.scan over layers")),
+    Method("lora_fa", _lora_fa, roles=("linear", "conv"), rows=("x @ w",)),
+    Method("adalora", _adalora, rows=("x @ w",)),
+    Method("pissa", _pissa, rows=("x @ w",)),
+    Method("olora", _olora, rows=("x @ w",)),
     Method("hira", _hira, factored=False, rows=("x @ w", "lax.scan over layers")),
     Method("vera", _vera, rows=("x @ w",)),
     Method("loha", _loha, rows=("x @ w",)),

@@ -106,6 +106,10 @@ NUMBERS = {
     "ia3": F + D,
     "lora on nf4": 2 * (D + F) + 2 * (F + D),
     "dora": (2 * (D + F) + F) + (2 * (F + D) + D),
+    "lora_fa": 2 * F + 2 * D,
+    "adalora": 2 * (D + F + 1) + 2 * (F + D + 1),
+    "pissa": 2 * (D + F) + 2 * (F + D),
+    "olora": 2 * (D + F) + 2 * (F + D),
     "hira": 2 * (D + F) + 2 * (F + D),
     "vera": (4 + F) + (4 + D),
     "loha": 2 * 2 * (D + F) + 2 * 2 * (F + D),
@@ -178,7 +182,8 @@ def check(s, how, params, adapter):
         want = jax.jit(lambda: over.expected(s.case.fn, s.case.args))()
     else:
         make = s.method.make(s.sites, jnp.float64)
-        frozen, _ = jp.split(make(KEY, params))
+        # What is drawn and frozen follows from the key that `chain` gives its second method.
+        frozen, _ = jp.split(make(jax.random.fold_in(KEY, 1), params))
         want = s.case.fn(jp.merge(jp.combine(frozen, s.adapter)), *s.case.args)
     assert worst(got, want) < 1e-10
     assert worst(got, on_its_own_base(s)) > 1e-4  # the base does matter
