@@ -155,8 +155,9 @@ def lokr(
       i1 * o1 + i2 * o2 where it is whole; with `both`, r * (i1 + o1) in the place of i1 * o1.
 
     Raises:
-      ValueError: A rank below 1, a factor that does not divide its side (names the weight, the
-        side and what does), a convolution, a dropout outside [0, 1), or a part of the outputs.
+      ValueError: A rank below 1, a factor that is no number or pair or does not divide its side
+        (names the weight, the side and what does), a convolution, a dropout outside [0, 1), or a
+        part of the outputs is selected.
 
     References:
       Yeh et al., Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model
@@ -225,6 +226,10 @@ def _sides(site: Site, factor: Any) -> list[tuple[int, int]]:
             "Kronecker product of small matrices. Leave it out of the sites, or use `loha`."
         )
     pair = factor if isinstance(factor, Sequence) else (factor, factor)
+    if len(pair) != 2:
+        raise ValueError(
+            f"`lokr(factor={factor})` for '{site.path}': a pair has two numbers, of `in` and `out`."
+        )
     found = []
     for role, first in zip((IN, OUT), pair, strict=True):
         size = site.size(role)

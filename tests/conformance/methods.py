@@ -10,6 +10,7 @@ import numpy as np
 import jaxpeft as jp
 
 from . import by_hand
+from .rows.row import F, H, N
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,11 +94,17 @@ def _loha(sites, dtype):
 
 
 def _lokr(sites, dtype):
-    return jp.lokr(2, sites.matrices - sites.conv, alpha=3.0, dtype=dtype)
+    """In blocks that stay whole where a row cuts a weight: inputs of `down`, outputs of `qkv`."""
+    chosen = sites.matrices - sites.conv
+    blocks = {
+        path: (F if site.size("in") == F else None, 3 if site.size("out") == 3 * N * H else None)
+        for path, site in chosen.items()
+    }
+    return jp.lokr(2, chosen, factor=blocks, alpha=3.0, dtype=dtype)
 
 
 def _miss(sites, dtype):
-    return jp.miss(3, sites.matrices, dtype=dtype)
+    return jp.miss(2, sites.matrices, dtype=dtype)
 
 
 def _bottleneck(sites, dtype):

@@ -113,8 +113,8 @@ NUMBERS = {
     "hira": 2 * (D + F) + 2 * (F + D),
     "vera": (4 + F) + (4 + D),
     "loha": 2 * 2 * (D + F) + 2 * 2 * (F + D),
-    "lokr": (1 + 2 * (D + F)) + (1 + 2 * (F + D)),  # their sides are prime
-    "miss": 3 * F + 3 * D,
+    "lokr": (1 + 2 * (D + F)) + (F + 2 * (1 + D)),  # blocks of 13 x 17 and of 1 x 13
+    "miss": 2 * F + 2 * D,
     "bottleneck": (2 * 3 * F + 3 + F) + (2 * 3 * D + 3 + D),
     "parallel": D * 3 + 3 + 3 * D + D,
     "prefix": 2 * 2 * KEYS,
