@@ -1,6 +1,7 @@
 """Fine-tuning methods, one file per method or tight family."""
 
 from jaxpeft.methods.adalora import adalora, orthogonality, ranks, shrunk
+from jaxpeft.methods.boft import boft
 from jaxpeft.methods.bottleneck import bottleneck, parallel
 from jaxpeft.methods.calibration import Moments, input_moments, mean_gradients
 from jaxpeft.methods.corda import corda
@@ -8,6 +9,7 @@ from jaxpeft.methods.dora import dora
 from jaxpeft.methods.eva import eva
 from jaxpeft.methods.folding import fold
 from jaxpeft.methods.hira import hira
+from jaxpeft.methods.hra import hra
 from jaxpeft.methods.hybrids import mam, unipelt
 from jaxpeft.methods.ia3 import ia3
 from jaxpeft.methods.loha import loha
@@ -16,6 +18,7 @@ from jaxpeft.methods.lora import lora
 from jaxpeft.methods.lora_fa import lora_fa
 from jaxpeft.methods.lora_ga import lora_ga
 from jaxpeft.methods.miss import miss
+from jaxpeft.methods.oft import oft
 from jaxpeft.methods.pissa import olora, pissa
 from jaxpeft.methods.prefix import prefix, with_prefixes, with_virtual, without_virtual
 from jaxpeft.methods.prompt import (
@@ -26,6 +29,7 @@ from jaxpeft.methods.prompt import (
     template,
     virtual_ids,
 )
+from jaxpeft.methods.road import road
 from jaxpeft.methods.selection import bitfit, full, last_layers, linear_probe, norm_tuning, unfreeze
 from jaxpeft.methods.shifting import as_lora
 from jaxpeft.methods.tokens import trainable_tokens
@@ -36,6 +40,7 @@ __all__ = [
     "adalora",
     "as_lora",
     "bitfit",
+    "boft",
     "bottleneck",
     "check_ids",
     "check_prompt",
@@ -45,6 +50,7 @@ __all__ = [
     "fold",
     "full",
     "hira",
+    "hra",
     "ia3",
     "input_moments",
     "last_layers",
@@ -58,6 +64,7 @@ __all__ = [
     "mean_gradients",
     "miss",
     "norm_tuning",
+    "oft",
     "olora",
     "orthogonality",
     "p_tuning",
@@ -66,6 +73,7 @@ __all__ = [
     "prefix",
     "prompt",
     "ranks",
+    "road",
     "shrunk",
     "template",
     "trainable_tokens",

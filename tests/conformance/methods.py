@@ -23,6 +23,8 @@ class Method:
       roles: The kinds of weight it takes: "linear", "embedding", "conv".
       factored: Whether it never forms an array of a weight's size. False only where the
         method's own formula does (a norm over the columns of the sum, codes to decode).
+      coarse: Rows whose sizes its blocks do not fit: cut, or as large as the weight, so that
+        dense arrays may be formed.
       rows: The rows of the everyday suite, by role; the others run in the full product.
       by_hand: For a method whose weight is no matrix: from (adapter, given) to what a model
         in by_hand.py calls in the place of a product or a table. `None`: merge says it.
@@ -36,12 +38,17 @@ class Method:
     make: Callable[[Any, Any], Any]
     roles: tuple[str, ...] = ("linear", "embedding", "conv")
     factored: bool = True
+    coarse: tuple[str, ...] = ()
     rows: tuple[str, ...] = ("x @ w", "tied head", "lax.scan over layers", "experts by ragged_dot")
     by_hand: Callable[..., Any] | None = None
     models: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     args: Callable[[tuple, Any], tuple] = lambda args, sites: args
     given: Callable[[tuple], dict[str, Any]] = lambda args: {}
+
+    def is_factored(self, row: Any) -> bool:
+        """Whether the test of sizes holds on a row."""
+        return self.factored and row.name not in self.coarse and not row.materializes
 
     def takes(self, row: Any) -> bool:
         """Whether the laws of the table hold for it on a row."""
@@ -105,6 +112,34 @@ def _lokr(sites, dtype):
 
 def _miss(sites, dtype):
     return jp.miss(2, sites.matrices, dtype=dtype)
+
+
+def _largest_prime(site, side):
+    """Of the prime factors of a side: the parts that devices have of it divide by it, too."""
+    n, p = site.size(side), 2
+    while p < n:
+        n, p = (n // p, p) if n % p == 0 else (n, p + 1)
+    return n
+
+
+def _oft(sites, dtype):
+    blocks = {path: _largest_prime(site, "in") for path, site in sites.linear.items()}
+    return jp.oft(blocks, sites.linear, dtype=dtype)
+
+
+def _boft(sites, dtype):
+    """One factor: no side of the rows is even. test_rotations.py has more."""
+    blocks = {path: _largest_prime(site, "in") for path, site in sites.linear.items()}
+    return jp.boft(blocks, sites.linear, factors=1, dtype=dtype)
+
+
+def _hra(sites, dtype):
+    return jp.hra(2, sites.matrices, dtype=dtype)
+
+
+def _road(sites, dtype):
+    groups = {path: _largest_prime(site, "out") for path, site in sites.matrices.items()}
+    return jp.road(sites.matrices, variant=2, group=groups, dtype=dtype)
 
 
 def _bottleneck(sites, dtype):
@@ -208,6 +243,15 @@ _PARTS = dict.fromkeys(
 )
 _POSITIONS = r"prefix at '.*' is told of virtual positions"
 
+# Sides are prime, so a block is all of them: as large as a square weight, cut where that is.
+_COARSE = (
+    "a weight used twice in one layer",
+    "tied head",
+    "nnx Embed.attend",
+    "lax.scan over time with constant weights",
+    "weight sliced into parts before use",
+)
+
 METHODS = [
     Method("lora", _lora),
     Method("ia3", lambda sites, dtype: jp.ia3(sites.linear, dtype=dtype), roles=_LINEAR),
@@ -222,6 +266,10 @@ METHODS = [
     Method("loha", _loha, rows=("x @ w",)),
     Method("lokr", _lokr, roles=("linear", "embedding"), rows=("x @ w",)),
     Method("miss", _miss, rows=("x @ w",)),
+    Method("oft", _oft, roles=_LINEAR, rows=("x @ w", "lax.scan over layers"), coarse=_COARSE),
+    Method("boft", _boft, roles=_LINEAR, rows=("x @ w",), coarse=_COARSE),
+    Method("hra", _hra, rows=("x @ w",)),
+    Method("road", _road, rows=("x @ w",)),
     Method(
         "bottleneck",
         _bottleneck,

@@ -116,7 +116,7 @@ def test_a_stack_of_adapters_shares_one_base(row, method):
         for i in (0, 1):
             wanted = real(s.expected(fn, args, many[i]))
             assert worst([y[i] for y in each], wanted) <= row.tolerance
-        if method.factored and not row.materializes:
+        if method.is_factored(row):
             sizes = {len(many) * n for n in s.sizes}
             copies = weight_sized(jax.make_jaxpr(jax.vmap(outputs))(stacked), sizes)
             assert not copies, "\n".join(map(str, copies))
@@ -221,7 +221,7 @@ def test_a_method_has_each_row_once():
         assert not method.by_hand or set(method.rows) <= own
 
 
-@table(lambda row, method: method.factored and not row.materializes)
+@table(lambda row, method: method.is_factored(row))
 def test_nothing_of_a_weights_size_is_formed(row, method):
     s = subject(row, method)
     lifted, dense = weight_sized_results(s)
@@ -245,7 +245,7 @@ def test_sites_finds_what_each_weight_does(row):
     }
 
 
-@table(everyday=few)
+@table(lambda row, method: row.name not in method.coarse, few)
 def test_sites_announces_what_lift_materializes(row, method):
     s = subject(row, method)
     events = []

@@ -115,6 +115,10 @@ NUMBERS = {
     "loha": 2 * 2 * (D + F) + 2 * 2 * (F + D),
     "lokr": (1 + 2 * (D + F)) + (F + 2 * (1 + D)),  # blocks of 13 x 17 and of 1 x 13
     "miss": 2 * F + 2 * D,
+    "oft": D * (D - 1) // 2 + F * (F - 1) // 2,  # one block each: their sides are prime
+    "boft": D * (D - 1) // 2 + F + F * (F - 1) // 2 + D,
+    "hra": 2 * D + 2 * F,
+    "road": 2 * (F + 1) + 2 * (D + 1),  # and a zero to make the pairs even
     "bottleneck": (2 * 3 * F + 3 + F) + (2 * 3 * D + 3 + D),
     "parallel": D * 3 + 3 + 3 * D + D,
     "prefix": 2 * 2 * KEYS,
