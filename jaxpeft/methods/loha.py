@@ -104,13 +104,15 @@ def loha(
                 f"{site.shape} is {n} x {m}. Lower the rank, or leave this weight out of the sites."
             )
         keys = jax.random.split(key, 3)
-        normal = [
-            Train(size * jax.random.normal(k, (*site.stack, *shape), dtype))
-            for k, shape, size in zip(keys, ((n, r), (r, m), (n, r)), (1, 0.1, 1), strict=True)
-        ]
+
+        def normal(key: jax.Array, size: float, *shape: int) -> Train:
+            return Train(size * jax.random.normal(key, (*site.stack, *shape), dtype))
+
         weight = HadamardProduct(
             view.weight,
-            *normal,
+            normal(keys[0], 1.0, n, r),
+            normal(keys[1], 0.1, r, m),
+            normal(keys[2], 1.0, n, r),
             Train(jnp.zeros((*site.stack, r, m), dtype)),
             key=dropout_key(site, view, dropout),
             scale=1.0 if alpha is None else alpha / r,

@@ -128,7 +128,7 @@ def miss(
             if "conv" in site.kinds:
                 ones = _one_hot(rows(n, r), r, dtype)
                 ones = jnp.broadcast_to(ones, (*site.stack, n, r))
-                weight = LowRank(view.weight, ones, b, drop, dropout=dropout)
+                weight = LowRank(view.weight, ones, b, drop, 1.0, dropout, part=None)
             else:
                 weight = SharedRows(view.weight, rows(n, r), b, drop, n, r, dropout)
             return dataclasses.replace(view, weight=weight)
