@@ -17,6 +17,7 @@ from jaxpeft.methods.lokr import lokr
 from jaxpeft.methods.lora import lora
 from jaxpeft.methods.lora_fa import lora_fa
 from jaxpeft.methods.lora_ga import lora_ga
+from jaxpeft.methods.masks import density, keep, prune
 from jaxpeft.methods.miss import miss
 from jaxpeft.methods.oft import oft
 from jaxpeft.methods.pissa import olora, pissa
@@ -30,8 +31,10 @@ from jaxpeft.methods.prompt import (
     virtual_ids,
 )
 from jaxpeft.methods.road import road
+from jaxpeft.methods.scores import magnitude, obs, saliency
 from jaxpeft.methods.selection import bitfit, full, last_layers, linear_probe, norm_tuning, unfreeze
 from jaxpeft.methods.shifting import as_lora
+from jaxpeft.methods.sparse import sparse
 from jaxpeft.methods.tokens import trainable_tokens
 from jaxpeft.methods.vera import vera
 
@@ -45,6 +48,7 @@ __all__ = [
     "check_ids",
     "check_prompt",
     "corda",
+    "density",
     "dora",
     "eva",
     "fold",
@@ -53,6 +57,7 @@ __all__ = [
     "hra",
     "ia3",
     "input_moments",
+    "keep",
     "last_layers",
     "linear_probe",
     "loha",
@@ -60,10 +65,12 @@ __all__ = [
     "lora",
     "lora_fa",
     "lora_ga",
+    "magnitude",
     "mam",
     "mean_gradients",
     "miss",
     "norm_tuning",
+    "obs",
     "oft",
     "olora",
     "orthogonality",
@@ -72,9 +79,12 @@ __all__ = [
     "pissa",
     "prefix",
     "prompt",
+    "prune",
     "ranks",
     "road",
+    "saliency",
     "shrunk",
+    "sparse",
     "template",
     "trainable_tokens",
     "unfreeze",

@@ -13,6 +13,7 @@ from jaxpeft.method import Method
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.lora import LowRank, lora
 from jaxpeft.methods.placing import place
+from jaxpeft.methods.whole import check_whole
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import View, Weight, axes, base, dense, static, weight
@@ -20,7 +21,7 @@ from jaxpeft.weight import View, Weight, axes, base, dense, static, weight
 
 @weight
 class Triplets(Weight):
-    """The matrix `w + scale * (a * values) @ b`: value k is that of column k of a and row k of b."""
+    """The matrix `w + scale * (a * values) @ b`: value k is of column k of a and row k of b."""
 
     w: Any = base()
     a: Any = axes("in", "rank")
@@ -87,12 +88,7 @@ def adalora(
     """
     if std <= 0:
         raise ValueError(f"`adalora(std={std})`: factors of zero would stay there.")
-    for site in sites.values():
-        if site.part is not None:
-            raise ValueError(
-                f"`adalora`: a part of the columns of '{site.path}' is selected ({site.part}). "
-                "Select the weight, or use `lora`."
-            )
+    check_whole("adalora", sites)
     low = lora(rank, sites, alpha=alpha, dropout=dropout, dtype=dtype)
 
     def make(key: jax.Array, site: Site, view: View) -> View:

@@ -5,7 +5,7 @@ gradient of an array that changes nothing.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -149,9 +149,9 @@ def input_moments(
         return jax.grad(total)(zeros)
 
     found = zeros
-    for number, batch in enumerate(_taken(batches, steps, "input_moments")):
+    for number, batch in enumerate(taken(batches, steps, "input_moments")):
         new = sums(zeros, frozen, batch)
-        _check_finite(new, number, "the inputs of", "input_moments")
+        check_finite(new, number, "the inputs of", "input_moments")
         found = jax.tree.map(jnp.add, found, new)
     by_path = {
         path: Moments(*(found[f"{path}/{name}"] for name in Moments._fields)) for path in sites
@@ -186,35 +186,46 @@ def mean_gradients(
       ValueError: There is no batch, or fewer than `steps`; a gradient is not finite (names the
         weight and the batch); a selected weight is no plain array, or not in the tree.
     """
-    flat, treedef = flatten(params, is_leaf=is_view)
-    for path in sites:
-        if is_view(flat.get(path, params)) or path not in flat:
-            raise ValueError(
-                f"`mean_gradients`: '{path}' is no plain array of this tree, so it has no gradient "
-                "of its shape. Give the params before quantization or another method."
-            )
-    chosen = {path: flat[path] for path in sites}
+    chosen, with_chosen = chosen_arrays(params, sites, "mean_gradients")
     lifted = lift(loss_fn)
 
     @jax.jit
     def gradients(chosen: Any, rest: Any, batch: Any) -> Any:
-        def loss(chosen: Any) -> jax.Array:
-            tree = jax.tree.unflatten(treedef, list({**rest, **chosen}.values()))
-            return lifted(tree, batch)
+        return jax.grad(lambda chosen: lifted(with_chosen(chosen, rest), batch))(chosen)
 
-        return jax.grad(loss)(chosen)
-
-    rest = {path: None if path in chosen else x for path, x in flat.items()}
     found, count = None, 0
-    for number, batch in enumerate(_taken(batches, steps, "mean_gradients")):
-        new = gradients(chosen, rest, batch)
-        _check_finite(new, number, "the gradient of", "mean_gradients")
+    for number, batch in enumerate(taken(batches, steps, "mean_gradients")):
+        new = gradients(chosen, params, batch)
+        check_finite(new, number, "the gradient of", "mean_gradients")
         found = new if found is None else jax.tree.map(jnp.add, found, new)
         count = number + 1
     return jax.tree.map(lambda x: x / count, found)
 
 
-def _taken(batches: Iterable[Any], steps: int | None, who: str) -> Iterator[Any]:
+def chosen_arrays(
+    params: Any, sites: Sites, who: str
+) -> tuple[dict[str, jax.Array], Callable[[Mapping[str, Any], Any], Any]]:
+    """The selected arrays, {path: array}, and a function that puts others into a tree.
+
+    Raises:
+      ValueError: A selected weight is no plain array, or not in the tree.
+    """
+    flat, _ = flatten(params, is_leaf=is_view)
+    for path in sites:
+        if path not in flat or is_view(flat[path]):
+            raise ValueError(
+                f"`{who}`: '{path}' is no plain array of this tree, so it has no entries and no "
+                "gradient of its shape. Give the params before quantization or another method."
+            )
+
+    def with_chosen(chosen: Mapping[str, Any], tree: Any) -> Any:
+        flat, treedef = flatten(tree, is_leaf=is_view)
+        return jax.tree.unflatten(treedef, list({**flat, **chosen}.values()))
+
+    return {path: flat[path] for path in sites}, with_chosen
+
+
+def taken(batches: Iterable[Any], steps: int | None, who: str) -> Iterator[Any]:
     """The first `steps` batches, or all.
 
     Raises:
@@ -236,7 +247,7 @@ def _taken(batches: Iterable[Any], steps: int | None, who: str) -> Iterator[Any]
         )
 
 
-def _check_finite(found: dict[str, jax.Array], number: int, what: str, who: str) -> None:
+def check_finite(found: dict[str, jax.Array], number: int, what: str, who: str) -> None:
     fine = jax.device_get({path: jnp.all(jnp.isfinite(x)) for path, x in found.items()})
     bad = [path for path, ok in fine.items() if not ok]
     if bad:

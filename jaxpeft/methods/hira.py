@@ -11,6 +11,7 @@ from jaxpeft.computed import Computed, matrix_of
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import LowRank, lora
 from jaxpeft.methods.placing import place
+from jaxpeft.methods.whole import check_whole
 from jaxpeft.sites import Site, Sites
 from jaxpeft.weight import View, Weight, axes, base, dense, static, weight
 
@@ -87,12 +88,7 @@ def hira(
       Models, 2025, section 3. https://openreview.net/forum?id=TwJrTz9cRS
     """
     low = lora(rank, sites, alpha=alpha, init=init, dtype=dtype)
-    for site in sites.values():
-        if site.part is not None:
-            raise ValueError(
-                f"`hira`: a part of the columns of '{site.path}' is selected ({site.part}), but "
-                "the base is multiplied as a whole. Select the weight, or use `lora`."
-            )
+    check_whole("hira", sites)
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         del key

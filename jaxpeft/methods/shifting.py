@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import LowRank, lora
 from jaxpeft.methods.placing import place
+from jaxpeft.methods.whole import check_whole
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import View, Weight, dense
@@ -33,12 +34,7 @@ def starting_at(start: Start, sites: Sites, options: Mapping[str, Any], who: str
       who: For messages.
     """
     low = lora(sites=sites, **options)  # type: ignore[arg-type]
-    for site in sites.values():
-        if site.part is not None:
-            raise ValueError(
-                f"`{who}`: a part of the columns of '{site.path}' is selected ({site.part}), but "
-                "the start is that of a whole matrix. Select the weight, or use `lora`."
-            )
+    check_whole(who, sites)
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         old: LowRank = view.weight

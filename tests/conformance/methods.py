@@ -25,6 +25,8 @@ class Method:
         method's own formula does (a norm over the columns of the sum, codes to decode).
       coarse: Rows whose sizes its blocks do not fit: cut, or as large as the weight, so that
         dense arrays may be formed.
+      keeps_base: Whether the base's arrays stay what they were.
+      on_trained: Whether it can be put on a weight that another method trains.
       rows: The rows of the everyday suite, by role; the others run in the full product.
       by_hand: For a method whose weight is no matrix: from (adapter, given) to what a model
         in by_hand.py calls in the place of a product or a table. `None`: merge says it.
@@ -38,6 +40,8 @@ class Method:
     make: Callable[[Any, Any], Any]
     roles: tuple[str, ...] = ("linear", "embedding", "conv")
     factored: bool = True
+    keeps_base: bool = True
+    on_trained: bool = True
     coarse: tuple[str, ...] = ()
     rows: tuple[str, ...] = ("x @ w", "tied head", "lax.scan over layers", "experts by ragged_dot")
     by_hand: Callable[..., Any] | None = None
@@ -86,6 +90,17 @@ def _pissa(sites, dtype):
 
 def _olora(sites, dtype):
     return jp.olora(2, sites.matrices, dtype=dtype)
+
+
+def _sparse(sites, dtype):
+    return jp.sparse(0.3, sites.matrices, dtype=dtype)
+
+
+def _under_a_mask(sites, dtype):
+    rng = np.random.default_rng(0)
+    masks = {path: rng.random(site.shape) < 0.6 for path, site in sites.matrices.items()}
+    pruned = jp.prune(masks, sites.matrices)
+    return jp.chain(pruned, jp.lora(2, sites.matrices, alpha=3.0, dtype=dtype), pruned)
 
 
 def _hira(sites, dtype):
@@ -255,12 +270,14 @@ _COARSE = (
 METHODS = [
     Method("lora", _lora),
     Method("ia3", lambda sites, dtype: jp.ia3(sites.linear, dtype=dtype), roles=_LINEAR),
-    Method("lora on nf4", _lora_on_nf4, roles=_LINEAR, factored=False),
-    Method("dora", _dora, rows=("x @ w", "lax.scan over layers")),
+    Method("lora on nf4", _lora_on_nf4, roles=_LINEAR, factored=False, keeps_base=False),
+    Method("dora", _dora, on_trained=False, rows=("x @ w", "lax.scan over layers")),
     Method("lora_fa", _lora_fa, roles=("linear", "conv"), rows=("x @ w",)),
     Method("adalora", _adalora, rows=("x @ w",)),
-    Method("pissa", _pissa, rows=("x @ w",)),
-    Method("olora", _olora, rows=("x @ w",)),
+    Method("pissa", _pissa, keeps_base=False, on_trained=False, rows=("x @ w",)),
+    Method("olora", _olora, keeps_base=False, on_trained=False, rows=("x @ w",)),
+    Method("sparse", _sparse, factored=False, rows=("x @ w",)),
+    Method("lora under a mask", _under_a_mask, factored=False, keeps_base=False, rows=("x @ w",)),
     Method("hira", _hira, factored=False, rows=("x @ w", "lax.scan over layers")),
     Method("vera", _vera, rows=("x @ w",)),
     Method("loha", _loha, rows=("x @ w",)),

@@ -1,0 +1,158 @@
+"""How important the entries of a weight are: {path: numbers of the weight's shape}.
+
+All are the larger, the more an entry is worth keeping or training; `keep` turns them into masks.
+w is an entry, g the gradient of the loss, H its second derivatives.
+
+    magnitude   |w|                                          Han et al. 2015
+    snip        |w E[g]|                                     Lee et al. 2019
+    taylor      E[(w g)^2], over batches                     Molchanov et al. 2019
+    fisher      E[g^2], over batches                         Sung et al. 2021, for training
+    obd         w^2 diag(H) / 2                              LeCun et al. 1990
+    grasp       w (H E[g]), the flow of gradients it keeps   Wang et al. 2020
+    obs         w^2 / diag((X^T X)^-1), by row of inputs     Hassibi and Stork 1993
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.lift import lift
+from jaxpeft.methods.calibration import Moments, check_finite, check_moments, chosen_arrays, taken
+from jaxpeft.methods.masks import canonical, natural
+from jaxpeft.sites import Sites
+
+Rule = Literal["snip", "taylor", "fisher", "obd", "grasp"]
+
+
+def magnitude(params: Any, sites: Sites) -> dict[str, jax.Array]:
+    """|w|.
+
+    References:
+      Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015.
+      https://arxiv.org/abs/1506.02626
+    """
+    chosen, _ = chosen_arrays(params, sites, "magnitude")
+    return {path: jnp.abs(w) for path, w in chosen.items()}
+
+
+def saliency(
+    rule: Rule,
+    loss_fn: Callable[[Any, Any], jax.Array],
+    params: Any,
+    sites: Sites,
+    batches: Iterable[Any],
+    *,
+    steps: int | None = None,
+    key: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    """Scores from the gradients of a few batches; see the top of this module.
+
+    Args:
+      rule: "snip", "taylor" or "fisher", from one gradient a batch; "obd" and "grasp", from a
+        gradient and a product with the Hessian (forward over reverse).
+      loss_fn: `loss_fn(params, batch)`, a number.
+      params: Parameters; the selected ones are plain arrays.
+      sites: The weights.
+      batches: Any iterable of batches, all of one shape.
+      steps: How many are taken; `None` takes all.
+      key: For "obd", whose diagonal is estimated with random signs, anew for each batch
+        (Hutchinson).
+
+    Raises:
+      ValueError: An unknown rule, "obd" without a key; there is no batch, or fewer than `steps`;
+        scores are not finite (names the weight and the batch); a selected weight is no plain array.
+
+    References:
+      Lee et al., SNIP, 2019. https://arxiv.org/abs/1810.02340
+      Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, equation 8.
+      https://arxiv.org/abs/1906.10771
+      Sung et al., Training Neural Networks with Fixed Sparse Masks, 2021, equation 7.
+      https://arxiv.org/abs/2111.09839
+      LeCun et al., Optimal Brain Damage, 1990, equation 5.
+      Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow (GraSP),
+      2020, equation 8. https://arxiv.org/abs/2002.07376
+    """
+    rules: Mapping[str, Callable] = {
+        "snip": lambda w, g, h: g,
+        "taylor": lambda w, g, h: (w * g) ** 2,
+        "fisher": lambda w, g, h: g**2,
+        "obd": lambda w, g, h: w**2 * h / 2,
+        "grasp": lambda w, g, h: w * h,
+    }
+    if rule not in rules:
+        raise ValueError(f"`saliency('{rule}')`: choose one of {', '.join(rules)}.")
+    if rule == "obd" and key is None:
+        raise ValueError("`saliency('obd')` draws random signs: give it a key.")
+    chosen, with_chosen = chosen_arrays(params, sites, "saliency")
+    lifted = lift(loss_fn)
+
+    @jax.jit
+    def scored(chosen: Any, rest: Any, batch: Any, key: Any) -> Any:
+        def gradient(chosen: Any) -> Any:
+            return jax.grad(lambda chosen: lifted(with_chosen(chosen, rest), batch))(chosen)
+
+        if rule in ("snip", "taylor", "fisher"):
+            g = gradient(chosen)
+            return {path: rules[rule](w, g[path], None) for path, w in chosen.items()}
+        if rule == "grasp":
+            g = jax.lax.stop_gradient(gradient(chosen))
+            h = jax.jvp(gradient, (chosen,), (g,))[1]
+        else:
+            keys = jax.random.split(key, len(chosen))
+            signs = {
+                path: jax.random.rademacher(k, w.shape, w.dtype)
+                for k, (path, w) in zip(keys, chosen.items(), strict=True)
+            }
+            product = jax.jvp(gradient, (chosen,), (signs,))[1]
+            h = {path: signs[path] * product[path] for path in chosen}
+        return {path: rules[rule](w, None, h[path]) for path, w in chosen.items()}
+
+    total, count = None, 0
+    start = jax.random.key(0) if key is None else key
+    for number, batch in enumerate(taken(batches, steps, "saliency")):
+        new = scored(chosen, params, batch, jax.random.fold_in(start, number))
+        check_finite(new, number, "the scores of", "saliency")
+        total = new if total is None else jax.tree.map(jnp.add, total, new)
+        count = number + 1
+    mean = jax.tree.map(lambda x: x / count, total)
+    if rule == "snip":
+        return {path: jnp.abs(w * mean[path]) for path, w in chosen.items()}
+    return mean
+
+
+def obs(
+    params: Any, sites: Sites, moments: Mapping[str, Moments], *, damping: float = 0.01
+) -> dict[str, jax.Array]:
+    """What removing an entry costs its output, were the others of its column then made to help.
+
+    For y = x @ w with inputs x, the error of column j grows by w_ij^2 / [H^-1]_ii, H = X^T X: the
+    optimal brain surgeon, layer by layer. The others are not changed here.
+
+    Args:
+      params: Parameters; the selected ones are plain arrays.
+      sites: The weights.
+      moments: From `input_moments`, of at least these sites.
+      damping: Share of the mean of H's diagonal that is added to it, so that it can be inverted.
+
+    Raises:
+      ValueError: A damping that is not positive, no moments of a site or those of another model, a
+        selected weight is no plain array.
+
+    References:
+      Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon, 1993.
+      Frantar and Alistarh, SparseGPT, 2023, section 3.1. https://arxiv.org/abs/2301.00774
+    """
+    if damping <= 0:
+        raise ValueError(f"`obs(damping={damping})`: a positive share is needed.")
+    chosen, _ = chosen_arrays(params, sites, "obs")
+    scores = {}
+    for path, site in sites.items():
+        h = check_moments(moments, site, "obs").second
+        size = jnp.trace(h, axis1=-2, axis2=-1)[..., None, None] / h.shape[-1]
+        inverse = jnp.linalg.inv(h + damping * size * jnp.eye(h.shape[-1], dtype=h.dtype))
+        cost = jnp.diagonal(inverse, axis1=-2, axis2=-1)[..., :, None]
+        matrices = canonical(site, chosen[path])
+        scores[path] = natural(site, matrices**2 / cost)
+    return scores
