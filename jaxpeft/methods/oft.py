@@ -151,7 +151,7 @@ def rotations(skew: jax.Array, block: int, terms: int | None = None) -> jax.Arra
     sign[upper] = 1
     wide = skew.astype(jnp.promote_types(skew.dtype, jnp.float32))
     q = wide[..., place + place.T] * (sign - sign.T).astype(wide.dtype)
-    # The transpose is the same of -Q, and its two factors change places.
+    # R.T = (I + Q)^-1 (I - Q), since Q.T is -Q and the two factors commute.
     one = jnp.eye(block, dtype=wide.dtype)
     if terms is None:
         return jnp.linalg.solve(one + q, one - q)
@@ -174,8 +174,9 @@ def oft(
 
     Each selected matrix `w` (in, out) becomes `R @ w`, R block-diagonal with orthogonal blocks
     (I + Q) (I - Q)^-1 of Cayley's form, where the skew-symmetric Q start at zero, so that
-    training starts at the base model. A product is (x @ R) @ w: in * block more
-    multiplications for each token than the base's, whatever there is of outputs.
+    training starts at the base model. R is computed once for each call, in * block^2 operations.
+    A product is (x @ R) @ w: in * block more multiplications for each token than the base's,
+    whatever there is of outputs.
 
     Args:
       block: Inputs in a block. Divides `in`. A mapping from path patterns gives each target
