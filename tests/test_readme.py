@@ -26,6 +26,6 @@ def test_the_table_has_every_method_and_no_other():
     helpers |= {"with_prefixes", "with_virtual", "without_virtual"}
     helpers |= {"Moments", "as_lora", "input_moments", "mean_gradients"}
     helpers |= {"orthogonality", "ranks", "shrunk"}
-    helpers |= {"density", "keep", "magnitude", "obs", "saliency"}
+    helpers |= {"density", "for_task", "keep", "magnitude", "obs", "saliency"}
     assert named == set(methods.__all__) - helpers | {"quantize", "loftq"}
     assert all(hasattr(jp, name) for name in named)

@@ -19,6 +19,7 @@ from jaxpeft.methods.lora_fa import lora_fa
 from jaxpeft.methods.lora_ga import lora_ga
 from jaxpeft.methods.masks import density, keep, prune
 from jaxpeft.methods.miss import miss
+from jaxpeft.methods.mixtures import for_task, moelora, poly
 from jaxpeft.methods.oft import oft
 from jaxpeft.methods.pissa import olora, pissa
 from jaxpeft.methods.prefix import prefix, with_prefixes, with_virtual, without_virtual
@@ -52,6 +53,7 @@ __all__ = [
     "dora",
     "eva",
     "fold",
+    "for_task",
     "full",
     "hira",
     "hra",
@@ -69,6 +71,7 @@ __all__ = [
     "mam",
     "mean_gradients",
     "miss",
+    "moelora",
     "norm_tuning",
     "obs",
     "oft",
@@ -77,6 +80,7 @@ __all__ = [
     "p_tuning",
     "parallel",
     "pissa",
+    "poly",
     "prefix",
     "prompt",
     "prune",

@@ -144,6 +144,41 @@ def unipelt(adapter, given):
     return product
 
 
+def moelora(adapter, given):
+    """Two experts of rank 2, weighed by the task."""
+    (start,) = {name.removesuffix("/tasks") for name in adapter if name.endswith("/tasks")}
+    weights = jnp.exp(adapter[f"{start}/tasks"][given["task"]] @ adapter[f"{start}/gate"])
+    weights = weights / weights.sum()
+
+    def product(path, h, w, b=0.0, layer=None, around=None):
+        y = h @ w + b
+        found = fields(adapter, path, layer, "a", "b")
+        for i in range(2) if found else ():
+            rows = slice(2 * i, 2 * i + 2)
+            y = y + 1.5 * weights[i] * (h @ found[0][:, rows] @ found[1][rows])
+        return y
+
+    return product
+
+
+def poly(adapter, given):
+    """Three skills of rank 2, of which the task has weighed means."""
+
+    def product(path, h, w, b=0.0, layer=None, around=None):
+        y = h @ w + b
+        found = fields(adapter, path, layer, "a", "b", "logits")
+        if not found:
+            return y
+        a, low, logits = found
+        open_ = 1 / (1 + jnp.exp(-logits[given["task"]]))
+        share = open_ / open_.sum()
+        mean_a = sum(share[k] * a[:, 2 * k : 2 * k + 2] for k in range(3))
+        mean_b = sum(share[k] * low[2 * k : 2 * k + 2] for k in range(3))
+        return y + 1.5 * (h @ mean_a @ mean_b)
+
+    return product
+
+
 def prompt(adapter, given):
     """Trained rows behind those of the table."""
     return lambda path, table: jnp.concatenate([table, adapter[f"{path}/rows"]])

@@ -205,6 +205,18 @@ def _unipelt(sites, dtype):
     )
 
 
+def _moelora(sites, dtype):
+    return jp.moelora(4, sites.linear, experts=2, tasks=3, width=5, alpha=6.0, dtype=dtype)
+
+
+def _poly(sites, dtype):
+    return jp.poly(2, sites.linear, skills=3, tasks=4, alpha=3.0, dtype=dtype)
+
+
+def _one_task(args):
+    return {"task": np.array(2)}
+
+
 def _virtual_positions(args):
     """Two in each of the first two examples, at different places; none in the others."""
     x = next(a for a in args if getattr(a, "ndim", 0) == 3)
@@ -375,5 +387,21 @@ METHODS = [
         by_hand=by_hand.unipelt,
         models=by_hand.TRANSFORMER,
         given=_virtual_positions,
+    ),
+    Method(
+        "moelora",
+        _moelora,
+        rows=("x @ w",),
+        by_hand=by_hand.moelora,
+        models=by_hand.FEED_FORWARD | by_hand.ATTENTION,
+        given=_one_task,
+    ),
+    Method(
+        "poly",
+        _poly,
+        rows=("x @ w",),
+        by_hand=by_hand.poly,
+        models=by_hand.FEED_FORWARD | by_hand.ATTENTION,
+        given=_one_task,
     ),
 ]

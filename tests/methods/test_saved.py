@@ -129,6 +129,8 @@ NUMBERS = {
     "encoded prefix": 2 * 4 + 4 * 5 + 5 + 2 * (5 + 1) * KEYS,
     "p_tuning": 2 * 4 + LSTM,
     "trainable tokens": 11 * D,
+    "moelora": 4 * (D + F) + 4 * (F + D) + 5 * (3 + 2),
+    "poly": 2 * (3 * 2 * (D + F) + 4 * 3),
     "mam": L * (2 * 2 * KEYS + 2 * 3 * D + 3 + D),
     # Each gate is a vector of its input and one number.
     "unipelt": L * (2 * 2 * (D + KEYS) + 2 * 2 * KEYS + 2 * 3 * D + 3 + D + 4 * (D + 1)),

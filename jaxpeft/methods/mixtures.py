@@ -1,0 +1,305 @@
+"""Mixtures: several low-rank experts at each weight, weighed by the task of an example."""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.method import Method
+from jaxpeft.methods.lora import lora
+from jaxpeft.methods.placing import place
+from jaxpeft.methods.whole import check_whole
+from jaxpeft.sites import Site, Sites
+from jaxpeft.tree import Hole, Train
+from jaxpeft.weight import IN, OUT, View, Weight, axes, base, static, weight
+
+
+def shares_of(shares: jax.Array, task: Any, x: jax.Array, path: str) -> jax.Array:
+    """Rows of `shares` (tasks, n) for the inputs x (batch, ..., in): (batch, 1, ..., n).
+
+    One task for all gives (n,). A task that there is not gives NaN.
+
+    Raises:
+      ValueError: There is one task for each example, and x does not lead with the examples.
+    """
+    own = jnp.take(shares, task.array, axis=0, mode="fill", fill_value=jnp.nan)
+    if task.array.ndim == 0:
+        return own
+    if task.array.ndim > 1 or x.ndim < 2 or x.shape[0] != task.array.shape[0]:
+        raise ValueError(
+            f"The mixture at '{path}' is told of tasks {task.array.shape} (batch,), but its input "
+            f"has shape {x.shape}: the model merges or moves the batch before this product. Give "
+            "one task for the whole call, or lift the model over one example and use `jax.vmap`."
+        )
+    return own.reshape(own.shape[0], *(1,) * (x.ndim - 2), own.shape[-1])
+
+
+@weight
+class Mixture(Weight):
+    """x @ w + scale * ((x @ a) * share) @ b: columns of `a` belong to experts, in equal parts.
+
+    share = softmax(tasks @ gate)[task].
+    """
+
+    w: Any = base()
+    a: Any = axes("in", "rank")
+    b: Any = axes("rank", "out")
+    tasks: Any = axes("task", "width", shared=True)
+    gate: Any = axes("width", "expert", shared=True)
+    task: Any = axes(shared=True)  # () or (batch,)
+    scale: float = static(1.0)
+    path: str = static("")
+
+    is_matrix = False
+    local_in = local_out = True
+
+    def forward(self, x):
+        shares = spread(mixture_shares(self.tasks.array, self.gate.array), self.a.array.shape[-1])
+        low = x @ self.a
+        low = low * shares_of(shares, self.task, x, self.path)
+        return x @ self.w + self.scale * (low @ self.b)
+
+
+def mixture_shares(tasks: jax.Array, gate: jax.Array) -> jax.Array:
+    """The share (tasks, experts) of each expert in each task."""
+    return jax.nn.softmax(tasks @ gate, axis=-1)
+
+
+def spread(shares: jax.Array, rank: int) -> jax.Array:
+    """(tasks, rank) of (tasks, experts): an expert has as many columns as the others."""
+    return jnp.repeat(shares, rank // shares.shape[-1], axis=-1)
+
+
+@weight
+class Skills(Weight):
+    """x @ w + scale * (x @ a_t) @ b_t, with a_t and b_t weighed means of every skill's.
+
+    `a` holds the skills' (in, rank) side by side, `b` their (rank, out) one below the other.
+    """
+
+    w: Any = base()
+    a: Any = axes("in", "skills")
+    b: Any = axes("skills", "out")
+    logits: Any = axes("task", "skill")
+    task: Any = axes(shared=True)
+    key: Any = axes(optional=True)
+    scale: float = static(1.0)
+    path: str = static("")
+
+    is_matrix = False
+    local_in = local_out = True
+
+    def forward(self, x):
+        logits = self.logits.array
+        if self.key is not None:
+            key = jax.random.fold_in(self.key.array, self.key.site.salt)
+            logits = logits + jax.random.logistic(key, logits.shape, logits.dtype)
+        share = shares_of(skill_shares(logits), self.task, x, self.path)
+        low = x @ self.a
+        low = low.reshape(*low.shape[:-1], share.shape[-1], -1)
+        low = jnp.sum(low * share[..., None], axis=-2)  # x @ a_t
+        low = low[..., None, :] * share[..., None]
+        return x @ self.w + self.scale * (low.reshape(*low.shape[:-2], -1) @ self.b)
+
+
+def skill_shares(logits: jax.Array) -> jax.Array:
+    """The share of each skill: sigmoids, divided by their sum."""
+    open_ = jax.nn.sigmoid(logits)
+    return open_ / jnp.sum(open_, axis=-1, keepdims=True)
+
+
+def moelora(
+    rank: int,
+    sites: Sites,
+    *,
+    experts: int,
+    tasks: int,
+    width: int = 64,
+    alpha: float | None = None,
+    dtype: Any = jnp.float32,
+) -> Method:
+    """A mixture of LoRA experts for several tasks, gated by the task alone.
+
+    Each selected matrix gives y = x @ w + s * sum_i share[t, i] * x @ a_i @ b_i, with experts of
+    rank r / experts and s = alpha / r. The shares of task t are softmax(e_t @ g), with one table
+    of task embeddings `e` (tasks, width) and one gate `g` (width, experts) for all weights.
+    `a` starts random, `b` at zero, so that training starts at the base model. The call names the
+    tasks: `combine(frozen, adapter, task=ids)`, ids (batch,), or one for all. `for_task` makes
+    plain LoRA of it.
+
+    Args:
+      rank: Of all experts together.
+      sites: The matrices, each used as a product.
+      experts, tasks: How many; the experts divide the rank.
+      width: Of the task embeddings, 64 in the paper.
+      alpha: `None` means s = 1.
+      dtype: Of what is trained.
+
+    Returns:
+      A method with r * (in + out) trained numbers per matrix, and width * (tasks + experts).
+
+    Raises:
+      ValueError: As `lora`; no task or no expert, or a rank that experts do not divide.
+
+    References:
+      Liu et al., When MOE Meets LLMs: Parameter Efficient Fine-tuning for Multi-task Medical
+      Applications, 2023, section 4. https://arxiv.org/abs/2310.18339
+    """
+    _check_counts("moelora", tasks, experts, "experts")
+    if rank % experts:
+        fit = [n for n in range(1, rank + 1) if rank % n == 0]
+        raise ValueError(
+            f"`moelora(rank={rank}, experts={experts})`: each expert has rank / experts columns. "
+            f"Of this rank, {fit} experts can be made."
+        )
+    check_whole("moelora", sites)
+    low = lora(rank, sites, alpha=alpha, dtype=dtype)
+    names = {name: f"{next(iter(sites))}/{name}" for name in ("tasks", "gate")} if sites else {}
+
+    def make(key: jax.Array, site: Site, view: View) -> View:
+        old: Any = view.weight
+        keys = jax.random.split(key)
+        shapes = {"tasks": (tasks, width), "gate": (width, experts)}
+        shared: dict[str, Any] = {name: Hole(path) for name, path in names.items()}
+        if site.path == next(iter(sites)):
+            for k, (name, shape) in zip(keys, shapes.items(), strict=True):
+                drawn = jax.random.normal(k, shape, dtype) / math.sqrt(width)
+                shared[name] = Train(drawn, name=names[name])
+        mixture = Mixture(
+            old.w,
+            old.a,
+            old.b,
+            shared["tasks"],
+            shared["gate"],
+            Hole("task"),
+            old.scale,
+            site.path,
+        )
+        return dataclasses.replace(view, weight=mixture)
+
+    options = dict(
+        rank=rank, sites=sites, experts=experts, tasks=tasks, width=width, alpha=alpha, dtype=dtype
+    )
+    return Method(
+        "moelora", options, lambda key, tree: place(key, low(key, tree), sites, make, who="moelora")
+    )
+
+
+def poly(
+    rank: int,
+    sites: Sites,
+    *,
+    skills: int,
+    tasks: int,
+    alpha: float | None = None,
+    dtype: Any = jnp.float32,
+) -> Method:
+    """Polytropon: tasks that share an inventory of LoRA skills, each of which it picks some.
+
+    Each selected matrix gives y = x @ w + s * (x @ a_t) @ b_t, a_t = sum_k share[t, k] a_k and
+    b_t likewise, s = alpha / r. The shares of task t are sigmoids of trained logits, divided by
+    their sum. The logits start within 1e-3 of zero, every `a` random, every `b` at zero, so that
+    training starts at the base model. The call names the tasks, `combine(frozen, adapter,
+    task=ids)`, ids (batch,) or one for all; in training also `skills=key`: the sigmoids are then
+    drawn from relaxed Bernoulli distributions. `for_task` makes plain LoRA of it.
+
+    Args:
+      rank: Of each skill.
+      sites: The matrices, each used as a product.
+      skills, tasks: How many.
+      alpha: `None` means s = 1; PEFT and the paper's code have 1 (s = 1 / r).
+      dtype: Of what is trained.
+
+    Returns:
+      A method with skills * r * (in + out) + tasks * skills trained numbers per matrix.
+
+    Raises:
+      ValueError: As `lora`; no task or no skill.
+
+    References:
+      Ponti et al., Combining Parameter-efficient Modules for Task-level Generalisation, 2022,
+      section 2. https://arxiv.org/abs/2202.13914
+    """
+    _check_counts("poly", tasks, skills, "skills")
+    check_whole("poly", sites)
+    low = lora(rank, sites, alpha=alpha, dtype=dtype)
+
+    def make(key: jax.Array, site: Site, view: View) -> View:
+        old: Any = view.weight
+        n, m = site.size(IN), site.size(OUT)
+        first, second = jax.random.split(key)
+        a = jax.random.uniform(first, (*site.stack, n, skills * rank), dtype, -1, 1) / math.sqrt(n)
+        b = jnp.zeros((*site.stack, skills * rank, m), dtype)
+        logits = jax.random.uniform(second, (*site.stack, tasks, skills), dtype, -1e-3, 1e-3)
+        drawn = Hole(
+            "skills", optional=True, fold=zlib.crc32(site.path.encode()), stack=view.sizes("stack")
+        )
+        weight = Skills(
+            old.w,
+            Train(a.astype(dtype)),
+            Train(b),
+            Train(logits),
+            Hole("task"),
+            drawn,
+            old.scale,
+            site.path,
+        )
+        return dataclasses.replace(view, weight=weight)
+
+    options = dict(rank=rank, sites=sites, skills=skills, tasks=tasks, alpha=alpha, dtype=dtype)
+    return Method(
+        "poly", options, lambda key, tree: place(key, low(key, tree), sites, make, who="poly")
+    )
+
+
+def _check_counts(who: str, tasks: int, experts: int, name: str) -> None:
+    if tasks < 1 or experts < 1:
+        raise ValueError(
+            f"`{who}(tasks={tasks}, {name}={experts})`: tasks without {name} have nothing to "
+            f"weigh, and {name} without tasks nobody who weighs them. Both are at least 1."
+        )
+
+
+def for_task(
+    method: Method, adapter: Mapping[str, Any], task: int
+) -> tuple[Method, dict[str, jax.Array]]:
+    """What a mixture is for one task, as plain LoRA.
+
+    Args:
+      method: From `moelora` or `poly`.
+      adapter: Trained.
+      task: Its number.
+
+    Returns:
+      The method, for the original params, and its adapter; they merge, and are stored, like any
+      other.
+
+    Raises:
+      ValueError: It is another method, or has no such task.
+    """
+    if method.name not in ("moelora", "poly"):
+        raise ValueError(f"`for_task` takes mixtures; this one is of '{method.name}'.")
+    options = method.options
+    if not 0 <= task < options["tasks"]:
+        raise ValueError(f"`for_task(task={task})`: there are {options['tasks']} tasks, from 0 on.")
+    sites: Sites = options["sites"]
+    plain: dict[str, jax.Array] = {}
+    first = next(iter(sites))
+    for path in sites:
+        a, b = (jnp.asarray(adapter[f"{path}/{name}"]) for name in "ab")
+        if method.name == "moelora":
+            shares = mixture_shares(adapter[f"{first}/tasks"], adapter[f"{first}/gate"])
+            b = spread(shares, options["rank"])[task][:, None] * b
+        else:
+            share = skill_shares(jnp.asarray(adapter[f"{path}/logits"]))[..., task, :]
+            a = a.reshape(*a.shape[:-1], options["skills"], -1)
+            a = jnp.einsum("...nkr,...k->...nr", a, share)
+            b = b.reshape(*b.shape[:-2], options["skills"], -1, b.shape[-1])
+            b = jnp.einsum("...krm,...k->...rm", b, share)
+        plain[f"{path}/a"], plain[f"{path}/b"] = a, b
+    low = lora(options["rank"], sites, alpha=options["alpha"], dtype=options["dtype"])
+    return low, plain

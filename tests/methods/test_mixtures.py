@@ -1,0 +1,122 @@
+"""Mixtures: an example's own task weighs the experts, and one task's mixture is plain LoRA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpeft as jp
+from jaxpeft.io.adapter import load_adapter, save_adapter
+
+L, D, F, N, T = 2, 5, 7, 4, 3
+KEY = jax.random.key(0)
+
+
+def model(params, x):
+    def layer(h, p):
+        return h + jnp.tanh(h @ p["up"]) @ p["down"], None
+
+    h, _ = jax.lax.scan(layer, x, params["layers"])
+    return h @ params["head"]
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+PARAMS = {
+    "layers": {"up": normal(0, L, D, F) / 2, "down": normal(1, L, F, D) / 2},
+    "head": normal(2, D, 4),
+}
+X = normal(3, N, T, D)
+SITES = jp.sites(model, PARAMS, X).linear
+MAKE = {
+    "moelora": lambda: jp.moelora(4, SITES, experts=2, tasks=3, alpha=6.0, dtype=jnp.float64),
+    "poly": lambda: jp.poly(2, SITES, skills=3, tasks=3, alpha=3.0, dtype=jnp.float64),
+}
+each = pytest.mark.parametrize("name", MAKE)
+
+
+def trained(name):
+    method = MAKE[name]()
+    frozen, adapter = jp.split(method(KEY, PARAMS))
+    return method, frozen, {k: v + normal(i, *v.shape) for i, (k, v) in enumerate(adapter.items())}
+
+
+def run(frozen, adapter, x=X, **call):
+    return jp.lift(model)(jp.combine(frozen, adapter, **call), x)
+
+
+@each
+def test_training_starts_at_the_base(name):
+    frozen, adapter = jp.split(MAKE[name]()(KEY, PARAMS))
+    np.testing.assert_allclose(
+        run(frozen, adapter, task=jnp.array(1)), model(PARAMS, X), rtol=1e-12
+    )
+
+
+@each
+def test_every_example_has_its_own_task(name):
+    _, frozen, adapter = trained(name)
+    ids = jnp.array([2, 0, 1, 2])
+    together = run(frozen, adapter, task=ids)
+    for i, task in enumerate(ids):
+        alone = run(frozen, adapter, X[i : i + 1], task=task)
+        np.testing.assert_allclose(together[i], alone[0], rtol=1e-10)
+    assert np.abs(run(frozen, adapter, X[:1], task=ids[1:2]) - together[0]).max() > 1e-3
+
+
+@each
+def test_one_tasks_mixture_is_plain_lora(name, tmp_path):
+    method, frozen, adapter = trained(name)
+    for task in range(3):
+        plain, own = jp.for_task(method, adapter, task)
+        save_adapter(tmp_path, own, plain, PARAMS, key=KEY)
+        loaded = load_adapter(tmp_path, PARAMS)
+        want = run(frozen, adapter, task=jnp.array(task))
+        np.testing.assert_allclose(run(loaded.frozen, loaded.adapter), want, rtol=1e-10)
+        merged = jp.merge(jp.combine(loaded.frozen, loaded.adapter))
+        np.testing.assert_allclose(model(merged, X), want, rtol=1e-9)
+
+
+def test_skills_are_drawn_where_the_call_has_a_key():
+    _, frozen, adapter = trained("poly")
+    ids = jnp.zeros(N, int)
+    calls = [run(frozen, adapter, task=ids, skills=jax.random.key(i)) for i in (0, 0, 1)]
+    np.testing.assert_array_equal(calls[0], calls[1])
+    assert np.abs(calls[0] - calls[2]).max() > 1e-3
+    assert np.abs(calls[0] - run(frozen, adapter, task=ids)).max() > 1e-3
+
+
+@each
+def test_a_task_that_there_is_not_gives_nan(name):
+    _, frozen, adapter = trained(name)
+    y = run(frozen, adapter, task=jnp.array([0, 3, 1, 2]))
+    assert jnp.isnan(y[1]).all() and jnp.isfinite(y[jnp.array([0, 2, 3])]).all()
+
+
+@each
+def test_tasks_of_another_batch_are_refused(name):
+    _, frozen, adapter = trained(name)
+    message = r"told of tasks \(2,\) \(batch,\), but its input has shape \(4, 3, 5\)"
+    with pytest.raises(ValueError, match=message):
+        run(frozen, adapter, task=jnp.zeros(2, int))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: jp.moelora(4, SITES, experts=3, tasks=2),
+            r"rank=4, experts=3.*\[1, 2, 4\] experts can",
+        ),
+        (lambda: jp.moelora(4, SITES, experts=2, tasks=0), r"tasks=0, experts=2.*tasks nobody"),
+        (lambda: jp.poly(4, SITES, skills=0, tasks=2), r"tasks=2, skills=0.*nothing to weigh"),
+        (lambda: jp.poly(4, SITES.columns(0, 1), skills=1, tasks=1), "`poly`: a part of the col"),
+        (lambda: jp.for_task(jp.lora(2, SITES), {}, 0), "this one is of 'lora'"),
+        (lambda: jp.for_task(MAKE["poly"](), {}, 3), "task=3.*there are 3 tasks"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
