@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import LowRank
+from jaxpeft.methods.oft import as_sharded
 from jaxpeft.methods.placing import place
 from jaxpeft.methods.whole import check_whole
 from jaxpeft.sites import Site, Sites, by_pattern
@@ -41,7 +42,10 @@ class Reflected(Weight):
         return LowRank(self.w, derived["a"], derived["b"], None, scale=1.0, dropout=0.0, part=None)
 
     def materialize(self):
-        w, u = dense(self.w), self._unit(self.u)
+        return as_sharded(self._reflected, dense(self.w), self.u)
+
+    def _reflected(self, w, u):
+        u = self._unit(u)
         return w + u @ self._reflecting(u, u.T @ w)
 
     def _unit(self, u):

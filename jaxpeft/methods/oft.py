@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpeft import compat
 from jaxpeft.method import Method
 from jaxpeft.methods.placing import place
 from jaxpeft.methods.whole import check_whole
@@ -60,10 +61,13 @@ class RotatedIn(Weight):
         return self._turned(y @ self.w.T, back=True)
 
     def materialize(self):
-        w = dense(self.w)
+        return as_sharded(self._rotated, dense(self.w), self.rotation)
+
+    def _rotated(self, w, rotation):
+        """R @ w, column by column."""
         blocks = self._gathered(w.T).reshape(w.shape[1], -1, self.block)
-        turns = self.rotation.reshape(-1, self.block, self.block)
-        out = jnp.einsum("mkj,kji->mki", blocks, turns)  # column by column: R @ w
+        turns = rotation.reshape(-1, self.block, self.block)
+        out = jnp.einsum("mkj,kji->mki", blocks, turns)
         return self._scattered(out.reshape(w.shape[1], -1)).T
 
     def _turned(self, x, back=False):
@@ -221,6 +225,20 @@ def oft(
 
     options = dict(block=block, sites=sites, share=share, terms=terms, dtype=dtype)
     return Method("oft", options, lambda key, tree: place(key, tree, sites, make, who="oft"))
+
+
+def as_sharded(f: Callable[..., jax.Array], w: jax.Array, *others: jax.Array) -> jax.Array:
+    """f(w, *others) of w's shape; where shardings are part of the types, it has that of w.
+
+    Args:
+      f: Runs under the compiler's choice of shardings.
+      w: A matrix.
+      others: What else f takes.
+    """
+    sharding = compat.typed_sharding(jax.typeof(w))
+    if sharding is None:
+        return f(w, *others)
+    return jax.sharding.auto_axes(f, out_sharding=sharding)(w, *others)
 
 
 def check_blocks(
