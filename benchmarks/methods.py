@@ -9,7 +9,8 @@ method trains the same head from the same start at the same rate; the probe is t
 E2E the final norm and an untied copy of the head). Three rates a factor of three apart around a
 centre per family (comparison/rows.py has them with their sources), and one more where the best is
 an edge, are swept on the validation parts of SNIPS and E2E with seed 0; TREC takes the encoder's
-rate. Then seeds 0, 1 and 2 on test.
+rate. Then seeds 0, 1 and 2 on test. LoRA's descendants, rotations and sparse deltas are swept on
+SNIPS, take their centre on E2E, and have no row on TREC.
 
 A finished run is a line of results/methods.jsonl, so a repeated command goes on where it was
 killed; a change of code that results depend on starts anew.

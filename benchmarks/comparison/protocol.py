@@ -11,7 +11,7 @@ from comparison import costs
 from comparison.cell import Cell, Run, Trained
 from comparison.code import code_hash
 from comparison.records import Results, gap, pack, unpack
-from comparison.rows import FULL, PROBE, ROWS, Row
+from comparison.rows import DESCENDANTS, FULL, PROBE, ROWS, Row
 from comparison.tasks import TASKS, Task
 
 
@@ -60,7 +60,8 @@ class Plan:
 
 #: A parity row: tuning gains nothing over the probe there, so there is nothing to contest.
 PARITY = {"banking77": ("probe", "lora")}
-WHOLE = Plan(tuple(ROWS), {"snips": None, "e2e": None, "trec": None} | PARITY)
+_FOUNDING = tuple(row.name for row in ROWS)
+WHOLE = Plan(tuple(ROWS + DESCENDANTS), {"snips": None, "e2e": None, "trec": _FOUNDING} | PARITY)
 _FEW = ("probe", "full", "lora", "houlsby", "prompt", "p-tuning v2")
 SHORT = Plan(
     tuple(row for row in ROWS if row.name in _FEW),
@@ -161,6 +162,8 @@ class _Work:
             return rates[1]
         if source := RATE_FROM.get(self.name):
             return _Work(self.protocol, source, self.row).rate() if rates else 0.0
+        if rates and self.name not in self.row.swept:
+            return rates[1]
         found = {rate: self.line("validation", rate)["score"] for rate in rates or (0.0,)}
         best = max(found, key=found.__getitem__)
         if best in (beyond := {min(found): best / 3, max(found): best * 3}) and best:

@@ -8,6 +8,9 @@ import jaxpeft as jp
 from comparison.places import Places
 
 RANK = 8
+VERA_RANK = 256  # of matrices that are not trained
+BLOCK = 4  # of a rotation
+ENTRIES = 0.02  # share of entries that is trained, about as many as LoRA's
 VIRTUAL = 20  # virtual tokens, where they are all there is
 
 
@@ -41,6 +44,9 @@ FAMILIES = {
     "prompt networks": Family(1e-3, "as adapters: P-tuning's own 1e-5 is for the base with it"),
     "prefix networks": Family(1e-3, "Li and Liang 2021: 5e-5; He et al. 2021: 5e-5 to 1e-4"),
     "deep prompts": Family(1e-2, "Liu et al. 2021 (P-tuning v2): 5e-3 to 1e-2"),
+    "vectors": Family(1e-2, "Kopiczko et al. 2023 (VeRA): 4e-3 to 1e-2; Liao et al. 2024: 1e-3"),
+    "rotations": Family(3e-3, "Liu et al. 2023 (BOFT): 2e-4 to 1e-3, for ten times the steps"),
+    "entries": Family(1e-3, "Bhardwaj et al. 2024 (SHiRA): as LoRA's, 2e-4 to 5e-4"),
     "hybrids": Family(1e-3, "Mao et al. 2022 (UniPELT): 1e-4 to 5e-4 by part"),
 }
 
@@ -55,6 +61,7 @@ class Row:
       family: Its rates, of FAMILIES.
       make: From the places of a model to the method, without the head.
       length: Virtual positions in front of the input.
+      swept: Tasks with a sweep of its rates; on others with one, its family's centre is taken.
       virtual: What stands there: "ids" beyond the table, or placeholders with "slots".
       decoder: Why it has no row on the decoder; `None` where it has one.
     """
@@ -65,6 +72,7 @@ class Row:
     make: Callable[[Places], Any] | None
     length: int = 0
     virtual: Literal["ids", "slots"] = "ids"
+    swept: tuple[str, ...] = ("snips", "e2e")
     decoder: str | None = None
 
     @property
@@ -159,6 +167,115 @@ ROWS = [
     ),
     Row("mam", "He et al. 2021", "hybrids", _mam, length=VIRTUAL, virtual="slots"),
     Row("unipelt", "Mao et al. 2022", "hybrids", _unipelt, length=10, virtual="slots"),
+]
+
+
+def _descendant(
+    name: str,
+    paper: str,
+    make: Callable[[Places], Any],
+    family: str,
+    decoder: str | None = None,
+) -> Row:
+    return Row(name, paper, family, make, decoder=decoder, swept=("snips",))
+
+
+#: LoRA's descendants, rotations and sparse subnetworks.
+DESCENDANTS = [
+    _descendant(*row)
+    for row in [
+        (
+            "rslora",
+            "Kalajdzievski 2023",
+            lambda p: jp.lora(RANK, p.kernels, alpha=2 * RANK, scaling="alpha/sqrt(r)"),
+            "low rank",
+        ),
+        (
+            "dora",
+            "Liu et al. 2024",
+            lambda p: jp.dora(RANK, p.kernels, alpha=2 * RANK),
+            "low rank",
+        ),
+        (
+            "pissa",
+            "Meng et al. 2024",
+            lambda p: jp.pissa(RANK, p.kernels),
+            "low rank",
+        ),
+        (
+            "olora",
+            "Büyükakyüz 2024",
+            lambda p: jp.olora(RANK, p.kernels),
+            "low rank",
+        ),
+        (
+            "lora_fa",
+            "Zhang et al. 2023",
+            lambda p: jp.lora_fa(RANK, p.kernels, alpha=2 * RANK),
+            "low rank",
+        ),
+        (
+            "vera",
+            "Kopiczko et al. 2023",
+            lambda p: jp.vera(VERA_RANK, p.kernels),
+            "vectors",
+        ),
+        (
+            "loha",
+            "Hyeon-Woo et al. 2021",
+            lambda p: jp.loha(RANK // 2, p.kernels, alpha=RANK),
+            "low rank",
+        ),
+        (
+            "lokr",
+            "Yeh et al. 2023",
+            lambda p: jp.lokr(RANK, p.kernels, alpha=2 * RANK),
+            "low rank",
+        ),
+        (
+            "hira",
+            "Huang et al. 2025",
+            lambda p: jp.hira(RANK, p.kernels),
+            "low rank",
+        ),
+        (
+            "miss",
+            "Kang and Yin 2024",
+            lambda p: jp.miss(RANK, p.kernels),
+            "low rank",
+        ),
+        (
+            "oft",
+            "Qiu et al. 2023",
+            lambda p: jp.oft(BLOCK, p.kernels),
+            "rotations",
+        ),
+        (
+            "boft",
+            "Liu et al. 2023",
+            lambda p: jp.boft(BLOCK, p.kernels, factors=2),
+            "rotations",
+            "its feed-forward width, 172, has no butterfly of two factors",
+        ),
+        (
+            "hra",
+            "Yuan et al. 2024",
+            lambda p: jp.hra(RANK, p.kernels),
+            "rotations",
+        ),
+        (
+            "road",
+            "Liao et al. 2024",
+            lambda p: jp.road(p.kernels),
+            "vectors",
+        ),
+        (
+            "sparse",
+            "Bhardwaj et al. 2024",
+            lambda p: jp.sparse(ENTRIES, p.kernels),
+            "entries",
+        ),
+    ]
 ]
 
 #: Those that benchmarks/prompts.py compares.

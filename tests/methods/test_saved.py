@@ -63,32 +63,26 @@ for method in METHODS:
 """
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Every adapter in a folder of its own, with the outputs that a new process has of it."""
-    top = tmp_path_factory.mktemp("adapters")
+def test_a_new_process_has_the_same_outputs_to_the_bit(tmp_path):
+    """All of them in one: a process costs more than a method."""
     for method in METHODS:
         s = at(method)
         made = method.make(s.sites, jnp.float64)
-        save_adapter(top / method.name, s.adapter, made, s.case.params, key=KEY)
+        save_adapter(tmp_path / method.name, s.adapter, made, s.case.params, key=KEY)
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", READER, str(top)], check=True, cwd=root)
-    return top
-
-
-@each
-def test_a_new_process_has_the_same_outputs_to_the_bit(folders, method):
-    s = at(method)
-    run = jax.jit(jp.lift(s.case.fn))
-    here = jax.tree.leaves(run(s.tree(s.case.args), *s.case.args))
-    with np.load(folders / method.name / "outputs.npz") as there:
-        assert len(there.files) == len(here)
-        for name, y in zip(there.files, here, strict=True):
-            np.testing.assert_array_equal(there[name], y)
-    start, _ = jp.split(method.make(s.sites, jnp.float64)(KEY, s.case.params))
-    fresh = jp.combine(start, untrained(s), **method.given(s.case.args))
-    moved = worst(jax.tree.leaves(run(fresh, *s.case.args)), here)
-    assert moved > 1e-3  # else an adapter that is not read would pass
+    subprocess.run([sys.executable, "-c", READER, str(tmp_path)], check=True, cwd=root)
+    for method in METHODS:
+        s = at(method)
+        run = jax.jit(jp.lift(s.case.fn))
+        here = jax.tree.leaves(run(s.tree(s.case.args), *s.case.args))
+        with np.load(tmp_path / method.name / "outputs.npz") as there:
+            assert len(there.files) == len(here), method.name
+            for name, y in zip(there.files, here, strict=True):
+                np.testing.assert_array_equal(there[name], y, method.name)
+        start, _ = jp.split(method.make(s.sites, jnp.float64)(KEY, s.case.params))
+        fresh = jp.combine(start, untrained(s), **method.given(s.case.args))
+        moved = worst(jax.tree.leaves(run(fresh, *s.case.args)), here)
+        assert moved > 1e-3, method.name  # else an adapter that is not read would pass
 
 
 def untrained(s):
@@ -168,9 +162,22 @@ def test_a_step_moves_every_array_of_the_adapter_and_nothing_else(method):
 
 # Other bases --------------------------------------------------------------------------------------
 
+#: Of each kind of weight one; `make conformance` has the others.
+EVERYDAY = ("lora", "hira", "oft", "ia3", "bottleneck", "prefix", "prompt")
+
+
+def others(methods):
+    """The methods, of which those that are not everyday carry the mark."""
+    return pytest.mark.parametrize(
+        "method",
+        [
+            pytest.param(m, id=m.name, marks=() if m.name in EVERYDAY else pytest.mark.conformance)
+            for m in methods
+        ],
+    )
+
+
 plain = [m for m in METHODS if m.name != "lora on nf4"]
-on_plain = pytest.mark.parametrize("method", plain, ids=[m.name for m in plain])
-on_trained = [m for m in plain if m.on_trained]
 
 
 @functools.cache
@@ -197,7 +204,7 @@ def check(s, how, params, adapter):
 
 
 @pytest.mark.parametrize("format", ["int8", pytest.param("nf4", marks=pytest.mark.conformance)])
-@on_plain
+@others(plain)
 @pytest.mark.filterwarnings("ignore::jaxpeft.MaterializedWarning")
 def test_over_codes_it_is_the_method_over_what_they_say(method, format):
     s = at(method)
@@ -214,7 +221,7 @@ def moved(adapter):
     }
 
 
-@pytest.mark.parametrize("method", on_trained, ids=[m.name for m in on_trained])
+@others([m for m in plain if m.on_trained])
 def test_over_lora_it_is_the_method_over_the_merged_weights(method):
     """On the same weights and on all others."""
     s = at(method)
