@@ -336,3 +336,19 @@ def test_moments_of_another_model_are_refused():
     other = {path: m._replace(second=m.second[..., 1:, 1:]) for path, m in moments().items()}
     with pytest.raises(ValueError, match=r"'layers/down' have shape \(3, 11, 11\), should be"):
         jp.eva(R, LAYERS, other)
+
+
+@pytest.mark.parametrize("make", [jp.lora, jp.adalora, jp.dora], ids=lambda f: f.__name__)
+def test_a_full_rank_reaches_any_change(make):
+    head = SITES.match("head")
+    change = np.random.default_rng(3).normal(size=PARAMS["head"].shape)
+    frozen, adapter = jp.split(make(5, head, dtype=jnp.float64)(KEY, PARAMS))
+    u, s, v = np.linalg.svd(change, full_matrices=False)
+    values = {"head/a": u * s, "head/b": v}
+    if make is jp.adalora:
+        values = {"head/a": u, "head/values": s, "head/b": v}
+    if make is jp.dora:
+        values["head/magnitude"] = np.linalg.norm(PARAMS["head"] + change, axis=0)
+    assert values.keys() == adapter.keys()
+    merged = jp.merge(jp.combine(frozen, jax.tree.map(jnp.asarray, values)))
+    np.testing.assert_allclose(merged["head"], PARAMS["head"] + change, rtol=1e-9)
