@@ -11,9 +11,10 @@ from jaxpeft.method import Method
 from jaxpeft.methods.oft import check_blocks
 from jaxpeft.methods.placing import place
 from jaxpeft.methods.whole import check_whole
+from jaxpeft.rules.contractions import ConvSite
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Hole, Train
-from jaxpeft.weight import OUT, View, Weight, axes, base, dense, static, weight
+from jaxpeft.weight import OUT, Unsupported, View, Weight, axes, base, dense, static, weight
 
 
 @weight
@@ -38,6 +39,9 @@ class RotatedOut(Weight):
 
     def forward(self, x):
         """x @ (w * cos + partner(w) * sin) = y * cos + partner(y) * sin, y = x @ w."""
+        site = self.cos.site
+        if isinstance(site, ConvSite) and self.cos.shape[-1] // site.groups % self.group:
+            raise Unsupported("partners in two groups of a convolution, which see other inputs")
         return self._turned(x @ self.w)
 
     def transposed(self, y):

@@ -298,7 +298,7 @@ METHODS = [
     Method("oft", _oft, roles=_LINEAR, rows=("x @ w", "lax.scan over layers"), coarse=_COARSE),
     Method("boft", _boft, roles=_LINEAR, rows=("x @ w",), coarse=_COARSE),
     Method("hra", _hra, rows=("x @ w",)),
-    Method("road", _road, rows=("x @ w",)),
+    Method("road", _road, rows=("x @ w",), coarse=("convolution in one group per channel",)),
     Method(
         "bottleneck",
         _bottleneck,
