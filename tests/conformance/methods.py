@@ -288,7 +288,7 @@ METHODS = [
     Method("adalora", _adalora, rows=("x @ w",)),
     Method("pissa", _pissa, keeps_base=False, on_trained=False, rows=("x @ w",)),
     Method("olora", _olora, keeps_base=False, on_trained=False, rows=("x @ w",)),
-    Method("sparse", _sparse, factored=False, rows=("x @ w",)),
+    Method("sparse", _sparse, factored=False, coarse=tuple(_PARTS), rows=("x @ w",)),
     Method("lora under a mask", _under_a_mask, factored=False, keeps_base=False, rows=("x @ w",)),
     Method("hira", _hira, factored=False, rows=("x @ w", "lax.scan over layers")),
     Method("vera", _vera, rows=("x @ w",)),
