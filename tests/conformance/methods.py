@@ -275,6 +275,8 @@ _COARSE = (
     "a weight used twice in one layer",
     "tied head",
     "nnx Embed.attend",
+    "linen Embed.attend",
+    "linen LSTM under nn.RNN",
     "lax.scan over time with constant weights",
     "weight sliced into parts before use",
 )
