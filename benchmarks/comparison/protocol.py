@@ -91,6 +91,8 @@ class Protocol:
 
     def __init__(self, plan: Plan, results: Results, say: Callable[[str], None] = print):
         self.plan, self.results, self.say = plan, results, say
+        for row in plan.rows:
+            code_hash(row)  # of the code that runs: files may be edited in the meantime
 
     def run(self) -> None:
         """All that is missing."""

@@ -281,6 +281,14 @@ _COARSE = (
     "weight sliced into parts before use",
 )
 
+# Where weights lie in parts, and what numbers their entries would have to be told.
+_CUT = (
+    *_PARTS,
+    "shard_map with a gathered output",
+    "shard_map, weights gathered by each device before use",
+    "shard_map, layers scanned and gathered one by one",
+)
+
 METHODS = [
     Method("lora", _lora),
     Method("ia3", lambda sites, dtype: jp.ia3(sites.linear, dtype=dtype), roles=_LINEAR),
@@ -290,7 +298,7 @@ METHODS = [
     Method("adalora", _adalora, rows=("x @ w",)),
     Method("pissa", _pissa, keeps_base=False, on_trained=False, rows=("x @ w",)),
     Method("olora", _olora, keeps_base=False, on_trained=False, rows=("x @ w",)),
-    Method("sparse", _sparse, factored=False, coarse=tuple(_PARTS), rows=("x @ w",)),
+    Method("sparse", _sparse, factored=False, coarse=_CUT, rows=("x @ w",)),
     Method("lora under a mask", _under_a_mask, factored=False, keeps_base=False, rows=("x @ w",)),
     Method("hira", _hira, factored=False, rows=("x @ w", "lax.scan over layers")),
     Method("vera", _vera, rows=("x @ w",)),
