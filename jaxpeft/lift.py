@@ -264,12 +264,17 @@ def lift(
 
 def _whole(f: Callable[[View], Any], view: View) -> Any:
     """f(view); on a mesh with Explicit axes the results are whole on every device."""
-    typed = (compat.typed_sharding(jax.typeof(x)) for x in jax.tree.leaves(view.weight))
-    sharding = next((s for s in typed if s is not None), None)
-    if sharding is None:
+    leaves = jax.tree.leaves(view.weight)
+    typed = [x for x in leaves if compat.typed_sharding(jax.typeof(x)) is not None]
+    if not typed:
         return f(view)
-    everywhere = jax.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return jax.sharding.auto_axes(f, out_sharding=everywhere)(view)
+    mesh = compat.typed_sharding(jax.typeof(typed[0])).mesh
+    everywhere = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    # Outside of `jit`, what follows from an array of one device alone would stay there.
+    placed = (x.sharding.mesh for x in typed if not isinstance(x, jax.core.Tracer))
+    devices = next(placed, None)
+    with contextlib.nullcontext() if devices is None else jax.set_mesh(devices):
+        return jax.sharding.auto_axes(f, out_sharding=everywhere)(view)
 
 
 def _is_array(x: Any) -> bool:

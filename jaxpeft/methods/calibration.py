@@ -248,6 +248,14 @@ def taken(batches: Iterable[Any], steps: int | None, who: str) -> Iterator[Any]:
 
 
 def check_finite(found: dict[str, jax.Array], number: int, what: str, who: str) -> None:
+    """Raises ValueError where an array of a batch is not finite; names its weight.
+
+    Args:
+      found: {path: array}.
+      number: Of the batch.
+      what: Before the names in the message.
+      who: Likewise.
+    """
     fine = jax.device_get({path: jnp.all(jnp.isfinite(x)) for path, x in found.items()})
     bad = [path for path, ok in fine.items() if not ok]
     if bad:

@@ -98,14 +98,15 @@ def sparse(masks: Mapping[str, Any] | float, sites: Sites, *, dtype: Any = jnp.f
     else:
         if not 0 < masks <= 1:
             raise ValueError(f"`sparse({masks})`: a share of entries in (0, 1] is needed.")
-        found, given = {}, masks
+        found, given = {}, float(masks)
+    share = 0.0 if found else given
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         n, m = site.size(IN), site.size(OUT)
         if site.path in found:
             positions = _positions(np.asarray(canonical(site, found[site.path])), site)
         else:
-            positions = _drawn(key, site, max(round(masks * n * m), 1))
+            positions = _drawn(key, site, max(round(share * n * m), 1))
         values = Train(jnp.zeros(positions.shape, dtype))
         return dataclasses.replace(view, weight=SparseDelta(view.weight, values, positions, (n, m)))
 

@@ -287,6 +287,8 @@ _CUT = (
     "shard_map with a gathered output",
     "shard_map, weights gathered by each device before use",
     "shard_map, layers scanned and gathered one by one",
+    "weight sliced into parts before use",
+    "weight split into parts before use",
 )
 
 METHODS = [
