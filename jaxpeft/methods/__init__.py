@@ -14,6 +14,7 @@ from jaxpeft.methods.hybrids import mam, unipelt
 from jaxpeft.methods.ia3 import ia3
 from jaxpeft.methods.loha import loha
 from jaxpeft.methods.lokr import lokr
+from jaxpeft.methods.longlora import longlora
 from jaxpeft.methods.lora import lora
 from jaxpeft.methods.lora_fa import lora_fa
 from jaxpeft.methods.lora_ga import lora_ga
@@ -64,6 +65,7 @@ __all__ = [
     "linear_probe",
     "loha",
     "lokr",
+    "longlora",
     "lora",
     "lora_fa",
     "lora_ga",
