@@ -38,6 +38,21 @@ def at(method) -> Subject:
 each = pytest.mark.parametrize("method", METHODS, ids=[m.name for m in METHODS])
 
 
+#: Of each kind of weight one; `make conformance` has the others.
+EVERYDAY = ("lora", "hira", "oft", "ia3", "bottleneck", "prefix", "prompt")
+
+
+def others(methods):
+    """The methods, of which those that are not everyday carry the mark."""
+    return pytest.mark.parametrize(
+        "method",
+        [
+            pytest.param(m, id=m.name, marks=() if m.name in EVERYDAY else pytest.mark.conformance)
+            for m in methods
+        ],
+    )
+
+
 # A new process ------------------------------------------------------------------------------------
 
 # Knows the model, what a call is given, and the folder; the method comes from the folder alone.
@@ -138,7 +153,7 @@ def test_it_trains_as_many_numbers_as_its_paper_says(method):
     assert counts.trainable == sum(x.size for x in s.adapter.values()) == NUMBERS[method.name]
 
 
-@each
+@others(METHODS)
 def test_a_step_moves_every_array_of_the_adapter_and_nothing_else(method):
     s = at(method)
     before = {k: np.array(x) for k, x in paths(s.case.params).items()}
@@ -161,21 +176,6 @@ def test_a_step_moves_every_array_of_the_adapter_and_nothing_else(method):
 
 
 # Other bases --------------------------------------------------------------------------------------
-
-#: Of each kind of weight one; `make conformance` has the others.
-EVERYDAY = ("lora", "hira", "oft", "ia3", "bottleneck", "prefix", "prompt")
-
-
-def others(methods):
-    """The methods, of which those that are not everyday carry the mark."""
-    return pytest.mark.parametrize(
-        "method",
-        [
-            pytest.param(m, id=m.name, marks=() if m.name in EVERYDAY else pytest.mark.conformance)
-            for m in methods
-        ],
-    )
-
 
 plain = [m for m in METHODS if m.name != "lora on nf4"]
 
