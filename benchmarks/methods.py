@@ -21,8 +21,8 @@ killed; a change of code that results depend on starts anew.
     --table              writes results/methods.md and methods.png from the runs and runs nothing
     --json               the last line is the summary
 
-About six hours on 2 idle cores (a run of full fine-tuning on SNIPS takes 80 seconds), estimated from
-its parts: the whole has not been run yet.
+About six hours on 2 idle cores, estimated from its parts (full fine-tuning on SNIPS takes 80
+seconds a run): the whole has not been run yet.
 """
 
 import os
