@@ -16,6 +16,9 @@ A finished run is a line of results/methods.jsonl, so a repeated command goes on
 killed; a change of code that results depend on starts anew.
 
     --cell METHOD TASK   does one again
+    --methods A B ...    runs these alone; several processes can share the work and the file, each
+                         on a core of its own (taskset -c 0 python benchmarks/methods.py ...), which
+                         takes four fifths of the time of one on two cores
     --short              a tenth of the steps, fewer methods, no sweep: 10 minutes, into
                          results/methods.short.jsonl, and no quality to speak of
     --table              writes results/methods.md and methods.png from the runs and runs nothing

@@ -98,6 +98,15 @@ class Site:
         """The leaf of the tree at this path as a view."""
         return leaf if isinstance(leaf, View) else View.of(leaf, self.axes, self.path)
 
+    def matrices(self, array: jax.Array) -> jax.Array:
+        """(*stack, in, out) of an array as the program lays this parameter out."""
+        return View.of(array, self.axes).canonical()
+
+    def array(self, matrices: jax.Array) -> jax.Array:
+        """The other way round."""
+        like = View.of(jax.ShapeDtypeStruct(self.shape, matrices.dtype), self.axes)
+        return dataclasses.replace(like, weight=matrices, natural=False).materialize()
+
 
 class Sites(Mapping[str, Site]):
     """The parameters of a program by path, and selections of them.

@@ -131,6 +131,19 @@ class Weight:
         inner = base_of(self)
         return inner.extra_rows if isinstance(inner, Weight) else 0
 
+    def changed(self, rows: jax.Array, ids: Any, change: jax.Array, site: "Site") -> jax.Array:
+        """rows + change, for `lookup`: rows that the base serves beyond its table stay as they are.
+
+        Args:
+          rows: Those of the base at `ids`, (..., out).
+          ids: (...).
+          change: (..., out).
+          site: Of any operand.
+        """
+        if self.extra_rows:
+            change = jnp.where((ids < site.rows)[..., None], change, 0)
+        return rows + change
+
     def materialize(self) -> jax.Array:
         """The matrix (in, out)."""
         raise NotImplementedError(f"{type(self).__name__} is no matrix")

@@ -1,4 +1,4 @@
-"""The command line of a comparison: runs what is missing, or one cell, or writes the table."""
+"""The command line of a comparison: runs what is missing, or a part, or writes the table."""
 
 import argparse
 import json
@@ -34,6 +34,7 @@ def main(
     parser.add_argument("--json", action="store_true", help="print the summary as the last line")
     parser.add_argument("--short", action="store_true", help="10 minutes, a file of its own")
     parser.add_argument("--cell", nargs=2, metavar=("METHOD", "TASK"), help="do one again")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="run these alone")
     parser.add_argument("--table", action="store_true", help="write table and figures, run nothing")
     options = parser.parse_args(arguments)
 
@@ -44,7 +45,7 @@ def main(
             method, task = options.cell
             Protocol(plan, results, _say).redo(task, method)
         elif not options.table:
-            Protocol(plan, results, _say).run()
+            Protocol(plan, results, _say).run(options.methods)
         lines = report.latest(results, plan.steps)
         found = report.summary(lines, plan)
         if options.table and not lines:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,10 +94,15 @@ class Protocol:
         for row in plan.rows:
             code_hash(row)  # of the code that runs: files may be edited in the meantime
 
-    def run(self) -> None:
-        """All that is missing."""
+    def run(self, methods: Sequence[str] | None = None) -> None:
+        """All that is missing, or what is missing of these methods.
+
+        Raises:
+          ValueError: There is no such method; names those there are.
+        """
+        chosen = self.plan.rows if methods is None else [self.plan.row(name) for name in methods]
         for task, row in self.plan.cells():
-            if unfit(task, row) is None:
+            if row in chosen and unfit(task, row) is None:
                 self.cell(task, row)
 
     def cell(self, task: str, row: Row) -> None:

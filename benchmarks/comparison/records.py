@@ -1,6 +1,7 @@
 """Finished runs: a file of JSON lines."""
 
 import base64
+import fcntl
 import json
 import zlib
 from pathlib import Path
@@ -34,12 +35,14 @@ class Results:
         self.lines = [line for line in self.lines if not _has(line, fields)]
 
     def add(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Appends a finished run."""
+        """Appends a finished run; other processes may be adding to the same file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = self.path.read_text() if self.path.exists() else ""
-        if text and not text.endswith("\n"):
-            self.path.write_text(text[: text.rfind("\n") + 1])
-        with open(self.path, "a") as file:
+        with open(self.path, "a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            whole, _, cut_off = file.read().rpartition("\n")
+            if cut_off:
+                file.truncate(len((whole + "\n" * bool(whole)).encode()))
             file.write(json.dumps(line) + "\n")
         self.lines.append(line)
         return line

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from comparison.code import code_hash
 from comparison.protocol import PARITY, Plan, unfit
 from comparison.records import Results, gap, unpack
 from comparison.rows import FAMILIES, Row
@@ -28,6 +29,7 @@ def summary(lines: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
     """
     tasks: dict[str, Any] = {}
     missing = []
+    earlier = []
     for task, row in plan.cells():
         method = row.name
         if why := unfit(task, row):
@@ -39,6 +41,8 @@ def summary(lines: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
             continue
         cell = _cell(mine, on_test(lines, task, "probe"))
         tasks.setdefault(task, {})[method] = cell
+        if mine[-1]["code"] != code_hash(row):
+            earlier.append(f"{method} on {task}")
         if len(mine) < len(plan.seeds):
             found = f"{len(mine)} of {len(plan.seeds)} seeds"
             missing.append({"task": task, "method": method, "why": found})
@@ -47,6 +51,7 @@ def summary(lines: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
         "seeds": len(plan.seeds),
         "tasks": tasks,
         "not_run": missing,
+        "of_earlier_code": earlier,
         "below_probe": [
             f"{method} on {task}"
             for task, cells in tasks.items()
@@ -137,6 +142,10 @@ def table(found: dict[str, Any], plan: Plan) -> str:
     if found["not_run"]:
         rows = [f"- {x['method']} on {x['task']}: {x['why']}" for x in found["not_run"]]
         parts += ["## Not run", "\n".join(rows)]
+    if found["of_earlier_code"]:
+        what = "The code that these depend on has changed since they ran; gaps to them are of two "
+        rows = [f"- {name}" for name in found["of_earlier_code"]]
+        parts += ["## Of earlier code", what + "states of it.", "\n".join(rows)]
     rows = [f"| {name} | {f.centre:g} | {f.source} |" for name, f in FAMILIES.items() if f.centre]
     sources = "\n".join(["| family | centre | source |", "|---|---|---|", *rows])
     parts += ["## Rates", "Three a factor of three apart, one more beyond an edge.", sources]

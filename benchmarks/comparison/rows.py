@@ -182,100 +182,97 @@ def _descendant(
 
 #: LoRA's descendants, rotations and sparse subnetworks.
 DESCENDANTS = [
-    _descendant(*row)
-    for row in [
-        (
-            "rslora",
-            "Kalajdzievski 2023",
-            lambda p: jp.lora(RANK, p.kernels, alpha=2 * RANK, scaling="alpha/sqrt(r)"),
-            "low rank",
-        ),
-        (
-            "dora",
-            "Liu et al. 2024",
-            lambda p: jp.dora(RANK, p.kernels, alpha=2 * RANK),
-            "low rank",
-        ),
-        (
-            "pissa",
-            "Meng et al. 2024",
-            lambda p: jp.pissa(RANK, p.kernels),
-            "low rank",
-        ),
-        (
-            "olora",
-            "Büyükakyüz 2024",
-            lambda p: jp.olora(RANK, p.kernels),
-            "low rank",
-        ),
-        (
-            "lora_fa",
-            "Zhang et al. 2023",
-            lambda p: jp.lora_fa(RANK, p.kernels, alpha=2 * RANK),
-            "low rank",
-        ),
-        (
-            "vera",
-            "Kopiczko et al. 2023",
-            lambda p: jp.vera(VERA_RANK, p.kernels),
-            "vectors",
-        ),
-        (
-            "loha",
-            "Hyeon-Woo et al. 2021",
-            lambda p: jp.loha(RANK // 2, p.kernels, alpha=RANK),
-            "low rank",
-        ),
-        (
-            "lokr",
-            "Yeh et al. 2023",
-            lambda p: jp.lokr(RANK, p.kernels, alpha=2 * RANK),
-            "low rank",
-        ),
-        (
-            "hira",
-            "Huang et al. 2025",
-            lambda p: jp.hira(RANK, p.kernels),
-            "low rank",
-        ),
-        (
-            "miss",
-            "Kang and Yin 2024",
-            lambda p: jp.miss(RANK, p.kernels),
-            "low rank",
-        ),
-        (
-            "oft",
-            "Qiu et al. 2023",
-            lambda p: jp.oft(BLOCK, p.kernels),
-            "rotations",
-        ),
-        (
-            "boft",
-            "Liu et al. 2023",
-            lambda p: jp.boft(BLOCK, p.kernels, factors=2),
-            "rotations",
-            "its feed-forward width, 172, has no butterfly of two factors",
-        ),
-        (
-            "hra",
-            "Yuan et al. 2024",
-            lambda p: jp.hra(RANK, p.kernels),
-            "rotations",
-        ),
-        (
-            "road",
-            "Liao et al. 2024",
-            lambda p: jp.road(p.kernels),
-            "vectors",
-        ),
-        (
-            "sparse",
-            "Bhardwaj et al. 2024",
-            lambda p: jp.sparse(ENTRIES, p.kernels),
-            "entries",
-        ),
-    ]
+    _descendant(
+        "rslora",
+        "Kalajdzievski 2023",
+        lambda p: jp.lora(RANK, p.kernels, alpha=2 * RANK, scaling="alpha/sqrt(r)"),
+        "low rank",
+    ),
+    _descendant(
+        "dora",
+        "Liu et al. 2024",
+        lambda p: jp.dora(RANK, p.kernels, alpha=2 * RANK),
+        "low rank",
+    ),
+    _descendant(
+        "pissa",
+        "Meng et al. 2024",
+        lambda p: jp.pissa(RANK, p.kernels),
+        "low rank",
+    ),
+    _descendant(
+        "olora",
+        "Büyükakyüz 2024",
+        lambda p: jp.olora(RANK, p.kernels),
+        "low rank",
+    ),
+    _descendant(
+        "lora_fa",
+        "Zhang et al. 2023",
+        lambda p: jp.lora_fa(RANK, p.kernels, alpha=2 * RANK),
+        "low rank",
+    ),
+    _descendant(
+        "vera",
+        "Kopiczko et al. 2023",
+        lambda p: jp.vera(VERA_RANK, p.kernels),
+        "vectors",
+    ),
+    _descendant(
+        "loha",
+        "Hyeon-Woo et al. 2021",
+        lambda p: jp.loha(RANK // 2, p.kernels, alpha=RANK),
+        "low rank",
+    ),
+    _descendant(
+        "lokr",
+        "Yeh et al. 2023",
+        lambda p: jp.lokr(RANK, p.kernels, alpha=2 * RANK),
+        "low rank",
+    ),
+    _descendant(
+        "hira",
+        "Huang et al. 2025",
+        lambda p: jp.hira(RANK, p.kernels),
+        "low rank",
+    ),
+    _descendant(
+        "miss",
+        "Kang and Yin 2024",
+        lambda p: jp.miss(RANK, p.kernels),
+        "low rank",
+    ),
+    _descendant(
+        "oft",
+        "Qiu et al. 2023",
+        lambda p: jp.oft(BLOCK, p.kernels),
+        "rotations",
+    ),
+    _descendant(
+        "boft",
+        "Liu et al. 2023",
+        lambda p: jp.boft(BLOCK, p.kernels, factors=2),
+        "rotations",
+        "its feed-forward width, 172, has no butterfly of two factors",
+    ),
+    _descendant(
+        "hra",
+        "Yuan et al. 2024",
+        lambda p: jp.hra(RANK, p.kernels),
+        "rotations",
+    ),
+    _descendant(
+        "road",
+        "Liao et al. 2024",
+        lambda p: jp.road(p.kernels),
+        "vectors",
+    ),
+    _descendant(
+        "sparse",
+        "Bhardwaj et al. 2024",
+        lambda p: jp.sparse(ENTRIES, p.kernels),
+        "entries",
+    ),
 ]
 
 #: Those that benchmarks/prompts.py compares.

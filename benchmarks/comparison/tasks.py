@@ -126,8 +126,9 @@ def base(name: str) -> Base:
         trunks = (encoder.pure(config), encoder.pure(config, unroll=config.layers))
     else:
         config, params = decoder.load(folder, jnp.float32)
-        whole = decoder.pure(config, "hidden", unroll=config.layers)
-        trunks = (decoder.pure(config, "hidden"), whole)
+        # Also to train with: the arrays that a loop saves for its backward pass are a quarter of
+        # the step of so small a model.
+        trunks = (decoder.pure(config, "hidden", unroll=config.layers),) * 2
     return Base(name, config, params, tokenizer, *trunks)
 
 

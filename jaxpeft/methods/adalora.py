@@ -12,8 +12,7 @@ import numpy as np
 from jaxpeft.method import Method
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.lora import LowRank, lora
-from jaxpeft.methods.placing import place
-from jaxpeft.methods.whole import check_whole
+from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import View, Weight, axes, base, dense, static, weight
@@ -45,7 +44,8 @@ class Triplets(Weight):
 
     def lookup(self, ids):
         """w[ids] + scale * (a[ids] * values) @ b."""
-        return self.w[ids] + self.scale * ((self.a[ids] * self.values) @ self.b)
+        change = self.scale * ((self.a[ids] * self.values) @ self.b)
+        return self.changed(self.w[ids], ids, change, self.a.site)
 
     def materialize(self):
         return dense(self.w) + self.scale * (self.a * self.values) @ self.b

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jaxpeft.method import Method
 from jaxpeft.methods.ia3 import ScaledOut
 from jaxpeft.methods.oft import RotatedIn, check_blocks, rotations
-from jaxpeft.methods.placing import place
-from jaxpeft.methods.whole import check_whole
+from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, View, Weight, axes, base, static, weight

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.dropping import check_rate, dropout_key, dropped
-from jaxpeft.methods.placing import bias_of, place, vector_of
+from jaxpeft.methods.placing import bias_of, check_whole, place, vector_of
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import Unsupported, View, Weight, axes, base, static, weight
@@ -179,7 +179,8 @@ def bottleneck(
       A method with 2md + d + m trained numbers per kernel with d outputs.
 
     Raises:
-      ValueError: An option out of range, or norms that do not fit the sites. When the model is
+      ValueError: An option out of range, a part of the outputs, or norms that do not fit the
+        sites. When the model is
         called: the stream cannot be found; says what the model does instead of adding one.
 
     References:
@@ -189,6 +190,7 @@ def bottleneck(
       https://arxiv.org/abs/2005.00247
     """
     _check("bottleneck", width, activation, dropout)
+    check_whole("bottleneck", sites)
     if reads not in READS or init not in ("zero", "normal"):
         raise ValueError(
             f"`bottleneck(reads='{reads}', init='{init}')`: an adapter reads one of {READS} and "
@@ -259,14 +261,15 @@ def parallel(
       A method with m (in + out) + m + out trained numbers per sub-layer.
 
     Raises:
-      ValueError: Inputs and outputs differ in number, or (when the model is called) the two
-        ends lie in scopes of the model that cannot see each other.
+      ValueError: Inputs and outputs differ in number, a part of the outputs is selected, or (when
+        the model is called) the two ends lie in scopes of the model that cannot see each other.
 
     References:
       He et al., Towards a Unified View of Parameter-Efficient Transfer Learning, 2021,
       section 4.1. https://arxiv.org/abs/2110.04366
     """
     _check("parallel", width, activation, dropout)
+    check_whole("parallel", inputs | outputs)
     if len(inputs) != len(outputs) or set(inputs) & set(outputs):
         raise ValueError(
             f"`parallel` pairs the first and the last kernel of each sub-layer, but got "

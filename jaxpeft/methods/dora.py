@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxpeft.method import Method
 from jaxpeft.methods.ia3 import ScaledOut
 from jaxpeft.methods.lora import LowRank, lora
-from jaxpeft.methods.placing import place
+from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import View, Weight, axes, base, dense, static, weight
@@ -91,12 +91,7 @@ def dora(
       https://arxiv.org/abs/2402.09353
     """
     low = lora(rank, sites, alpha=alpha, scaling=scaling, dropout=dropout, init=init, dtype=dtype)
-    for site in sites.values():
-        if site.part is not None:
-            raise ValueError(
-                f"`dora`: a part of the columns of '{site.path}' is selected ({site.part}). "
-                "Lengths are those of whole columns; select the weight, or use `lora`."
-            )
+    check_whole("dora", sites)
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         del key

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jaxpeft.computed import Computed, matrix_of
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import LowRank, lora
-from jaxpeft.methods.placing import place
-from jaxpeft.methods.whole import check_whole
+from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.weight import View, Weight, axes, base, dense, static, weight
 
@@ -42,7 +41,8 @@ class Hadamard(Weight):
     def lookup(self, ids):
         """w[ids] * (1 + scale * a[ids] @ b)."""
         rows = self.w[ids]
-        return rows + rows * (self.scale * (self.a[ids] @ self.b)).astype(rows.dtype)
+        change = rows * (self.scale * (self.a[ids] @ self.b)).astype(rows.dtype)
+        return self.changed(rows, ids, change, self.a.site)
 
     def materialize(self):
         w = dense(self.w)

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import LowRank
 from jaxpeft.methods.oft import as_sharded
-from jaxpeft.methods.placing import place
-from jaxpeft.methods.whole import check_whole
+from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, View, Weight, axes, base, dense, weight

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.method import Method
-from jaxpeft.methods.placing import place
+from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
 from jaxpeft.weight import View, Weight, axes, base, dense, weight
@@ -74,10 +74,15 @@ def ia3(sites: Sites, feedforward: Sites | None = None, *, dtype: Any = jnp.floa
     Returns:
       A method with `out` trained numbers for each of `sites`, `in` for each of `feedforward`.
 
+    Raises:
+      ValueError: A part of the outputs is selected.
+
     References:
       Liu et al., Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
       In-Context Learning, 2022, section 3.3. https://arxiv.org/abs/2205.05638
     """
+
+    check_whole("ia3", sites if feedforward is None else sites | feedforward)
 
     def scaled_out(key: jax.Array, site: Site, view: View) -> View:
         del key

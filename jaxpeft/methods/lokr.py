@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.dropping import check_rate, dropout_key, dropped
-from jaxpeft.methods.placing import place
-from jaxpeft.methods.whole import check_whole
+from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, Operand, View, Weight, axes, base, dense, static, weight
@@ -71,10 +70,7 @@ class Kronecker(Weight):
         inner = _row(ids % self.inner[0], self._inner)
         change = self.scale * outer[..., :, None] * inner[..., None, :]
         change = change.reshape(*ids.shape, -1)
-        if isinstance(self.w, Weight) and self.w.extra_rows:  # virtual tokens have no row in `w1`
-            rows = self._outer[0].site.rows
-            change = jnp.where((ids < rows)[..., None], change, 0)
-        return self.w[ids] + change
+        return self.changed(self.w[ids], ids, change, self._outer[0].site)
 
     def materialize(self):
         w1 = self.a1 @ self.b1 if self.w1 is None else self.w1

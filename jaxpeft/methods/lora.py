@@ -47,9 +47,7 @@ class LowRank(Weight):
     def lookup(self, ids):
         """(w + scale * a @ b)[ids] = w[ids] + scale * a[ids] @ b."""
         change = self._columns(self.scale * (self.a[ids] @ self.b))
-        if isinstance(self.w, Weight) and self.w.extra_rows:  # virtual tokens have no row in `a`
-            change = jnp.where((ids < self.a.site.rows)[..., None], change, 0)
-        return self.w[ids] + change
+        return self.changed(self.w[ids], ids, change, self.a.site)
 
     def materialize(self):
         return dense(self.w) + self._columns(self.scale * self.a @ self.b)

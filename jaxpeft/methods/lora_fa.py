@@ -43,16 +43,7 @@ def lora_fa(
       Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
       Fine-tuning, 2023, section 3. https://arxiv.org/abs/2308.03303
     """
-    options = dict(
-        rank=rank,
-        sites=sites,
-        alpha=alpha,
-        scaling=scaling,
-        dropout=dropout,
-        init=init,
-        dtype=dtype,
-    )
-    low = lora(**options)  # type: ignore[arg-type]
+    low = lora(rank, sites, alpha=alpha, scaling=scaling, dropout=dropout, init=init, dtype=dtype)
     if lookups := [path for path, site in sites.items() if "embedding" in site.kinds]:
         raise ValueError(
             f"`lora_fa`: '{lookups[0]}' is an embedding, whose `a` starts at zero and, frozen, "
@@ -67,4 +58,4 @@ def lora_fa(
     def apply(key: jax.Array, tree: Any) -> Any:
         return place(key, low(key, tree), sites, make, who="lora_fa")
 
-    return Method("lora_fa", options, apply)
+    return Method("lora_fa", dict(low.options), apply)

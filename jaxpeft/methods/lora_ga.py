@@ -68,7 +68,7 @@ def lora_ga(
                 f"'{site.path}' is {w.shape[-2]} x {w.shape[-1]}. Lower the rank to "
                 f"{min(w.shape[-2:]) // 2}, or leave this weight out of the sites."
             )
-        gradient = site.view(gradients[site.path]).canonical().astype(w.dtype)
+        gradient = site.matrices(gradients[site.path]).astype(w.dtype)
         u, _, v = leading(key, gradient, 2 * r, turns)
         size = site.size(OUT) ** 0.25 / gamma**0.5
         return size * u[..., :r], size * v[..., r:, :]

@@ -19,8 +19,7 @@ import numpy as np
 
 from jaxpeft.computed import Computed, matrix_of
 from jaxpeft.method import Method
-from jaxpeft.methods.placing import place
-from jaxpeft.methods.whole import check_whole
+from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, dense, weight
@@ -68,7 +67,7 @@ def keep(
     grouped, sizes = {}, {}
     for path, site in sites.items():
         rows, columns = _block(structure, site)
-        whole = canonical(site, _checked(scores, site))
+        whole = site.matrices(_checked(scores, site))
         n, m = whole.shape[-2:]
         blocks = whole.reshape(-1, n // rows, rows, m // columns, columns)
         grouped[path] = np.asarray(jnp.mean(blocks, axis=(2, 4)), np.float64)
@@ -86,7 +85,8 @@ def keep(
             )
         rows, columns = _block(structure, site)
         spread = np.repeat(np.repeat(own, rows, axis=1), columns, axis=2)
-        masks[path] = natural(site, jnp.asarray(spread))
+        shape = (*site.stack, site.size(IN), site.size(OUT))
+        masks[path] = site.array(jnp.asarray(spread).reshape(shape))
     return masks
 
 
@@ -104,19 +104,6 @@ def _checked(scores: Mapping[str, jax.Array], site: Site) -> jax.Array:
             "were computed from overflows; leave that batch or weight out."
         )
     return found
-
-
-def canonical(site: Site, array: jax.Array) -> jax.Array:
-    """(*stack, in, out) of an array as the program lays it out."""
-    return site.view(array).unfolded().canonical()
-
-
-def natural(site: Site, matrices: jax.Array) -> jax.Array:
-    """The array as the program lays it out, of matrices (stack, in, out)."""
-    shape = (*site.stack, site.size(IN), site.size(OUT))
-    like = site.view(jax.ShapeDtypeStruct(site.shape, matrices.dtype))
-    view = dataclasses.replace(like, weight=matrices.reshape(shape), natural=False)
-    return view.materialize()
 
 
 def _block(structure: Structure, site: Site) -> tuple[int, int]:
@@ -224,7 +211,8 @@ class Masked(Weight):
 
     def lookup(self, ids):
         """w[ids] * mask[ids]."""
-        return jnp.where(self.mask[ids], self.w[ids], 0)
+        rows = self.w[ids]
+        return self.changed(rows, ids, jnp.where(self.mask[ids], 0, -rows), self.mask.site)
 
     def materialize(self):
         return jnp.where(self.mask, dense(self.w), 0)
@@ -269,7 +257,7 @@ def prune(masks: Mapping[str, Any], sites: Sites) -> Method:
                 "from zero. Train its entries with `sparse`, or under `train.pruned`."
             )
         if isinstance(w, Weight):
-            return dataclasses.replace(view, weight=Masked(w, canonical(site, mask)))
+            return dataclasses.replace(view, weight=Masked(w, site.matrices(mask)))
         return jnp.where(mask, w, jnp.zeros((), w.dtype))  # an array again, as it was
 
     texts = {path: packed(mask) for path, mask in found.items()}

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jaxpeft.method import Method
 from jaxpeft.methods.dropping import check_rate, dropout_key, dropped
 from jaxpeft.methods.lora import LowRank
-from jaxpeft.methods.placing import place
-from jaxpeft.methods.whole import check_whole
+from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, Operand, View, Weight, axes, base, dense, static, weight
@@ -47,9 +46,7 @@ class SharedRows(Weight):
     def lookup(self, ids):
         """(w + b[row])[ids] = w[ids] + b[row[ids]]."""
         change = self.b[jnp.take(self.row.array, ids, mode="clip")]
-        if isinstance(self.w, Weight) and self.w.extra_rows:  # virtual tokens have no row in `b`
-            change = jnp.where((ids < self.row.site.rows)[..., None], change, 0)
-        return self.w[ids] + change
+        return self.changed(self.w[ids], ids, change, self.row.site)
 
     def materialize(self):
         return dense(self.w) + self.b[self.row]

@@ -11,8 +11,7 @@ import numpy as np
 
 from jaxpeft import compat
 from jaxpeft.method import Method
-from jaxpeft.methods.placing import place
-from jaxpeft.methods.whole import check_whole
+from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import (

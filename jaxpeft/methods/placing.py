@@ -59,6 +59,16 @@ def place(
     return jax.tree.unflatten(treedef, list(flat.values()))
 
 
+def check_whole(who: str, sites: Sites) -> None:
+    """Raises ValueError where a part of the outputs is selected; names the weight."""
+    for site in sites.values():
+        if site.part is not None:
+            raise ValueError(
+                f"`{who}`: a part of the columns of '{site.path}' is selected ({site.part}), but "
+                "the method acts on all of them. Select the weight, or use `lora`."
+            )
+
+
 def at_its_start(view: View) -> View:
     """The view with trained arrays where they start, and nothing of what a call gives."""
 

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.oft import check_blocks
-from jaxpeft.methods.placing import place
-from jaxpeft.methods.whole import check_whole
+from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.rules.contractions import ConvSite
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Hole, Train

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 
 from jaxpeft.lift import lift
 from jaxpeft.methods.calibration import Moments, check_finite, check_moments, chosen_arrays, taken
-from jaxpeft.methods.masks import canonical, natural
 from jaxpeft.sites import Sites
 
 Rule = Literal["snip", "taylor", "fisher", "obd", "grasp"]
@@ -153,6 +152,5 @@ def obs(
         size = jnp.trace(h, axis1=-2, axis2=-1)[..., None, None] / h.shape[-1]
         inverse = jnp.linalg.inv(h + damping * size * jnp.eye(h.shape[-1], dtype=h.dtype))
         cost = jnp.diagonal(inverse, axis1=-2, axis2=-1)[..., :, None]
-        matrices = canonical(site, chosen[path])
-        scores[path] = natural(site, matrices**2 / cost)
+        scores[path] = site.array(site.matrices(chosen[path]) ** 2 / cost)
     return scores

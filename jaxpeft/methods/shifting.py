@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import LowRank, lora
-from jaxpeft.methods.placing import place
-from jaxpeft.methods.whole import check_whole
+from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import View, Weight, dense
@@ -44,12 +43,11 @@ def starting_at(start: Start, sites: Sites, options: Mapping[str, Any], who: str
                 f"no base to start from. Put that method behind `{who}` in the `chain`, or leave "
                 "the weight out."
             )
-        below = dataclasses.replace(view, weight=old.w)
-        w = _matrices(below)
+        w = _matrices(dataclasses.replace(view, weight=old.w))
         with jax.default_matmul_precision("highest"):
             a, b = start(key, site, w, old.a.value.shape[-1], old.scale)
         a, b = (x.astype(old.a.value.dtype) for x in (a, b))
-        rest = _without(below, w, a, b, old.scale)
+        rest = _without(old.w, site, w, a, b, old.scale)
         weight = dataclasses.replace(old, w=rest, a=Train(a), b=Train(b))
         return dataclasses.replace(view, weight=weight)
 
@@ -68,14 +66,14 @@ def _matrices(view: View) -> jax.Array:
     return matrices.astype(jnp.promote_types(matrices.dtype, jnp.float32))
 
 
-def _without(view: View, w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> Any:
+def _without(base: Any, site: Site, w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> Any:
     """What stands for `w - scale * a @ b`: an array as it lay, or a frozen weight on top."""
-    if isinstance(view.weight, Weight):
+    if isinstance(base, Weight):
         a, b = (jnp.array(x, copy=True) for x in (a, b))  # the adapter's own may be donated
-        return LowRank(view.weight, a, b, key=None, scale=-scale, dropout=0.0, part=None)
+        return LowRank(base, a, b, key=None, scale=-scale, dropout=0.0, part=None)
     with jax.default_matmul_precision("highest"):
         rest = w - scale * (a.astype(w.dtype) @ b.astype(w.dtype))
-    return dataclasses.replace(view, weight=rest, natural=False).materialize()
+    return site.array(rest).astype(base.dtype)
 
 
 def as_lora(

@@ -10,9 +10,8 @@ import numpy as np
 
 from jaxpeft.computed import Computed, matrix_of
 from jaxpeft.method import Method
-from jaxpeft.methods.masks import canonical, packed, unpacked
-from jaxpeft.methods.placing import place
-from jaxpeft.methods.whole import check_whole
+from jaxpeft.methods.masks import packed, unpacked
+from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, dense, static, weight
@@ -32,17 +31,15 @@ class SparseDelta(Weight):
 
     def forward(self, x):
         """x @ (w + delta)."""
-        if jnp.promote_types(self.values.dtype, self.values.site.dtype) == self.values.site.dtype:
-            return x @ self._sum()
-        return x @ self.w + x @ self._delta()  # a narrow base would swallow small values
+        return sum(x @ part for part in self._parts())
 
     def transposed(self, y):
-        """y @ w.T + y @ delta.T."""
-        return y @ self.w.T + y @ self._delta().T
+        """y @ (w + delta).T."""
+        return sum(y @ part.T for part in self._parts())
 
     def lookup(self, ids):
         """w[ids] + delta[ids]."""
-        return self.w[ids] + self._delta()[ids]
+        return self.changed(self.w[ids], ids, self._delta()[ids], self.values.site)
 
     def materialize(self):
         return dense(self.w) + self._scattered(self.values, self.positions)
@@ -53,6 +50,11 @@ class SparseDelta(Weight):
             return jax.vmap(self._scattered)(values, positions)
         flat = jnp.zeros(self.sides[0] * self.sides[1], values.dtype)
         return flat.at[positions].add(values, mode="drop").reshape(self.sides)
+
+    def _parts(self) -> list[Any]:
+        """What adds up to the matrix: itself, or two where a narrow base would swallow values."""
+        wide = jnp.promote_types(self.values.dtype, self.values.site.dtype)
+        return [self._sum()] if wide == self.values.site.dtype else [self.w, self._delta()]
 
     def _delta(self) -> Computed:
         return Computed(self._scattered, {"values": self.values, "positions": self.positions})
@@ -104,7 +106,7 @@ def sparse(masks: Mapping[str, Any] | float, sites: Sites, *, dtype: Any = jnp.f
     def make(key: jax.Array, site: Site, view: View) -> View:
         n, m = site.size(IN), site.size(OUT)
         if site.path in found:
-            positions = _positions(np.asarray(canonical(site, found[site.path])), site)
+            positions = _positions(np.asarray(site.matrices(found[site.path])), site)
         else:
             positions = _drawn(key, site, max(round(share * n * m), 1))
         values = Train(jnp.zeros(positions.shape, dtype))

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.dropping import check_rate, dropout_key, dropped
-from jaxpeft.methods.placing import place
-from jaxpeft.methods.whole import check_whole
+from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, dense, static, weight
@@ -44,9 +43,7 @@ class ScaledRandom(Weight):
     def lookup(self, ids):
         """(w + (left * d) @ (right * b))[ids] = w[ids] + (left[ids] * d) @ right * b."""
         change = self.left[ids] * self.d @ self.right * self.b
-        if isinstance(self.w, Weight) and self.w.extra_rows:  # virtual tokens have no row in `left`
-            change = jnp.where((ids < self.left.site.rows)[..., None], change, 0)
-        return self.w[ids] + change
+        return self.changed(self.w[ids], ids, change, self.left.site)
 
     def materialize(self):
         return dense(self.w) + (self.left * self.d) @ (self.right * self.b)

@@ -476,6 +476,11 @@ def test_the_summary_has_gaps_with_errors_and_says_what_was_not_run(finished):
     less = [line for line in lines if line["method"] != "full"]
     why = [x["why"] for x in report.summary(less, PLAN)["not_run"] if x["method"] == "full"]
     assert why == ["not finished"] * 3  # tasks
+    assert found["of_earlier_code"] == []
+    old = [line | {"code": "0"} if line["method"] == "full" else line for line in lines]
+    found = report.summary(old, PLAN)
+    assert found["of_earlier_code"] == ["full on e2e", "full on snips", "full on trec"]
+    assert "## Of earlier code" in report.table(found, PLAN)
 
 
 def test_the_table_and_the_figure_are_made_from_the_file_alone(finished, tmp_path, monkeypatch):

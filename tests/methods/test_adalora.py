@@ -9,26 +9,13 @@ import pytest
 import jaxpeft as jp
 from jaxpeft import train
 
+from .stack import model, normal, params
+
 L, D, F, R = 2, 6, 10, 3
 KEY = jax.random.key(0)
 
 
-def model(params, x):
-    def layer(h, p):
-        return h + jnp.tanh(h @ p["up"]) @ p["down"], None
-
-    h, _ = jax.lax.scan(layer, x, params["layers"])
-    return h @ params["head"]
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
-
-
-PARAMS = {
-    "layers": {"up": normal(0, L, D, F) / 3, "down": normal(1, L, F, D) / 3},
-    "head": normal(2, D, 4),
-}
+PARAMS = params(L, D, F, 4)
 X, TARGET = normal(3, 8, D), normal(4, 8, 4)
 SITES = jp.sites(model, PARAMS, X).linear
 TOTAL = R * (2 * L + 1)

@@ -8,26 +8,13 @@ import pytest
 import jaxpeft as jp
 from jaxpeft.io.adapter import load_adapter, save_adapter
 
+from .stack import model, normal, params
+
 L, D, F, N, T = 2, 5, 7, 4, 3
 KEY = jax.random.key(0)
 
 
-def model(params, x):
-    def layer(h, p):
-        return h + jnp.tanh(h @ p["up"]) @ p["down"], None
-
-    h, _ = jax.lax.scan(layer, x, params["layers"])
-    return h @ params["head"]
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
-
-
-PARAMS = {
-    "layers": {"up": normal(0, L, D, F) / 2, "down": normal(1, L, F, D) / 2},
-    "head": normal(2, D, 4),
-}
+PARAMS = params(L, D, F, 4)
 X = normal(3, N, T, D)
 SITES = jp.sites(model, PARAMS, X).linear
 MAKE = {

@@ -11,26 +11,13 @@ import jaxpeft as jp
 from jaxpeft.io.adapter import load_adapter, save_adapter
 from jaxpeft.methods.masks import packed, unpacked
 
+from .stack import model, normal, params
+
 L, D, F = 2, 4, 6
 KEY = jax.random.key(0)
 
 
-def model(params, x):
-    def layer(h, p):
-        return h + jnp.tanh(h @ p["up"]) @ p["down"], None
-
-    h, _ = jax.lax.scan(layer, x, params["layers"])
-    return h @ params["head"]
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
-
-
-PARAMS = {
-    "layers": {"up": normal(0, L, D, F) / 2, "down": normal(1, L, F, D) / 2},
-    "head": normal(2, D, 3),
-}
+PARAMS = params(L, D, F, 3)
 BATCHES = [(normal(3 + i, 5, D), normal(9 + i, 5, 3)) for i in range(2)]
 X = BATCHES[0][0]
 SITES = jp.sites(model, PARAMS, X).linear

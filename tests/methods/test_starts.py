@@ -11,28 +11,13 @@ import jaxpeft as jp
 from jaxpeft.io.adapter import load_adapter, save_adapter
 from jaxpeft.methods.pissa import leading
 
+from .stack import model, params
+
 L, D, F, R = 3, 8, 12, 2
 KEY = jax.random.key(0)
 
 
-def model(params, batch):
-    """A stack of feed-forward layers under a scan, and a head."""
-
-    def layer(h, p):
-        return h + jnp.tanh(h @ p["up"]) @ p["down"], None
-
-    h, _ = jax.lax.scan(layer, batch, params["layers"])
-    return h @ params["head"]
-
-
-def random_params(seed=0):
-    rng = np.random.default_rng(seed)
-    shapes = {"up": (L, D, F), "down": (L, F, D)}
-    layers = {name: jnp.asarray(rng.normal(size=shape) / 3) for name, shape in shapes.items()}
-    return {"layers": layers, "head": jnp.asarray(rng.normal(size=(D, 5)))}
-
-
-PARAMS = random_params()
+PARAMS = params(L, D, F, 5)
 BATCHES = [jnp.asarray(np.random.default_rng(i).normal(size=(4, 6, D))) for i in range(3)]
 SITES = jp.sites(model, PARAMS, BATCHES[0])
 LAYERS = SITES.match("layers/*")
