@@ -64,14 +64,11 @@ def keep(
         raise ValueError(f"`keep(density={density})`: a share in (0, 1] is needed.")
     if scope not in ("all", "matrix"):
         raise ValueError(f"`keep(scope='{scope}')`: choose 'all' or 'matrix'.")
-    grouped, sizes = {}, {}
-    for path, site in sites.items():
-        rows, columns = _block(structure, site)
-        whole = site.matrices(_checked(scores, site))
-        n, m = whole.shape[-2:]
-        blocks = whole.reshape(-1, n // rows, rows, m // columns, columns)
-        grouped[path] = np.asarray(jnp.mean(blocks, axis=(2, 4)), np.float64)
-        sizes[path] = rows * columns
+    grouped = {
+        path: np.asarray(group_means(_checked(scores, site), site, structure), np.float64)
+        for path, site in sites.items()
+    }
+    sizes = {path: math.prod(block_of(structure, site)) for path, site in sites.items()}
     chosen = _largest(grouped, sizes, density, scope)
     masks = {}
     for path, site in sites.items():
@@ -83,11 +80,27 @@ def keep(
                 f"`keep(density={density})` leaves no entry of {which}. Keep more, compare "
                 "entries with those of the same matrix (scope='matrix'), or allow it (empty=True)."
             )
-        rows, columns = _block(structure, site)
-        spread = np.repeat(np.repeat(own, rows, axis=1), columns, axis=2)
-        shape = (*site.stack, site.size(IN), site.size(OUT))
-        masks[path] = site.array(jnp.asarray(spread).reshape(shape))
+        masks[path] = spread(jnp.asarray(own), site, structure)
     return masks
+
+
+def group_means(array: jax.Array, site: Site, structure: Structure) -> jax.Array:
+    """The mean over each group of a weight's entries, (stack, groups of rows, of columns).
+
+    All axes of the stack are one here.
+    """
+    rows, columns = block_of(structure, site)
+    whole = site.matrices(array)
+    n, m = whole.shape[-2:]
+    blocks = whole.reshape(-1, n // rows, rows, m // columns, columns)
+    return jnp.mean(blocks, axis=(2, 4))
+
+
+def spread(groups: jax.Array, site: Site, structure: Structure) -> jax.Array:
+    """What stands at each group, at each of its entries: an array of the weight's shape."""
+    rows, columns = block_of(structure, site)
+    whole = jnp.repeat(jnp.repeat(groups, rows, axis=1), columns, axis=2)
+    return site.array(whole.reshape(*site.stack, site.size(IN), site.size(OUT)))
 
 
 def _checked(scores: Mapping[str, jax.Array], site: Site) -> jax.Array:
@@ -106,7 +119,7 @@ def _checked(scores: Mapping[str, jax.Array], site: Site) -> jax.Array:
     return found
 
 
-def _block(structure: Structure, site: Site) -> tuple[int, int]:
+def block_of(structure: Structure, site: Site) -> tuple[int, int]:
     """Rows and columns of a group.
 
     Raises:

@@ -16,6 +16,7 @@ from jaxpeft.train.loop import Evaluation, Run, evaluate, fit
 from jaxpeft.train.lora_plus import lora_plus
 from jaxpeft.train.loss import cross_entropy, next_token
 from jaxpeft.train.paging import paged, to_host
+from jaxpeft.train.pruning import masked_entries, pruned, rigl
 from jaxpeft.train.rank_budget import rank_budget
 from jaxpeft.train.report import loss_figure, read_metrics
 from jaxpeft.train.step import LossFn, Metrics, State, fill_float0, init, train_step
@@ -45,12 +46,15 @@ __all__ = [
     "init",
     "lora_plus",
     "loss_figure",
+    "masked_entries",
     "next_token",
     "one_line_errors",
     "paged",
+    "pruned",
     "rank_budget",
     "read_examples",
     "read_metrics",
+    "rigl",
     "scale_by_adam8bit",
     "to_host",
     "train_step",

@@ -1,0 +1,189 @@
+"""What a pruned matrix keeps makes up for what it loses, on the inputs that were seen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpeft as jp
+from jaxpeft.methods.compensation import compensate
+
+from .stack import model, normal, params
+
+L, D, F, OUT = 2, 6, 8, 5
+KEY = jax.random.key(0)
+PARAMS = params(L, D, F, OUT)
+# Inputs that go together, so that one can make up for another.
+X = normal(3, 40, D) @ (jnp.eye(D) + 0.8 * normal(4, D, D))
+SITES = jp.sites(model, PARAMS, X).linear
+HEAD = SITES.match("head")
+MOMENTS = jp.input_moments(model, PARAMS, SITES, [X])
+MASKS = jp.keep(jp.magnitude(PARAMS, SITES), SITES, 0.5, scope="matrix")
+
+
+def linear(p, x):
+    return x @ p["w"]
+
+
+def one(w, x):
+    """The tree, sites and moments of one product."""
+    sites = jp.sites(linear, {"w": w}, x).linear
+    return {"w": w}, sites, jp.input_moments(linear, {"w": w}, sites, [x])
+
+
+def by_hand(w, mask, second, damping):
+    """One matrix, from the inverse itself."""
+    w, h = np.array(w, np.float64), np.array(second, np.float64)
+    n = len(h)
+    inverse = np.linalg.inv(h + damping * np.trace(h) / n * np.eye(n))
+    u = np.linalg.cholesky(inverse).T
+    np.testing.assert_allclose(u.T @ u, inverse, rtol=1e-8)
+    for column in range(w.shape[1]):
+        for i in range(n):
+            if mask[i, column]:
+                continue
+            e = w[i, column] / u[i, i]
+            for j in range(i + 1, n):
+                w[j, column] -= u[i, j] * e
+            w[i, column] = 0
+    return w
+
+
+def flat(tree):
+    return {"layers/up": tree["layers"]["up"], "layers/down": tree["layers"]["down"]} | {
+        "head": tree["head"]
+    }
+
+
+def test_every_matrix_of_a_stack_is_that_of_the_formula():
+    tree = compensate(PARAMS, SITES, MASKS, MOMENTS, damping=0.05)
+    got, old = flat(tree), flat(PARAMS)
+    want = by_hand(old["head"], MASKS["head"], MOMENTS["head"].second, 0.05)
+    np.testing.assert_allclose(got["head"], want, rtol=1e-8, atol=1e-12)
+    for path in ("layers/up", "layers/down"):
+        for i in range(L):
+            want = by_hand(old[path][i], MASKS[path][i], MOMENTS[path].second[i], 0.05)
+            np.testing.assert_allclose(got[path][i], want, rtol=1e-8, atol=1e-12)
+    assert np.abs(got["layers/up"] - jnp.where(MASKS["layers/up"], old["layers/up"], 0)).max() > 0.1
+
+
+def test_what_comes_first_is_made_up_for_by_the_least_squares_solution():
+    w, lost = normal(7, D, OUT), [1, 3, 0, 2, 5]
+    mask = np.arange(D)[:, None] >= np.array(lost)[None]  # the first so many of each column
+    tree, sites, moments = one(w, X)
+    got = compensate(tree, sites, {"w": jnp.asarray(mask)}, moments, damping=1e-12)["w"]
+    for j, k in enumerate(lost):
+        best = np.linalg.lstsq(np.asarray(X[:, k:]), np.asarray(X @ w[:, j]), rcond=None)[0]
+        np.testing.assert_allclose(got[k:, j], best, rtol=1e-7)
+
+
+def test_outputs_are_nearer_than_without_compensation():
+    got = flat(compensate(PARAMS, SITES, MASKS, MOMENTS))
+    old = flat(PARAMS)
+
+    def error(path, w):
+        off = (w - old[path]).reshape(-1, *w.shape[-2:])
+        second = MOMENTS[path].second.reshape(len(off), *MOMENTS[path].second.shape[-2:])
+        return np.einsum("sij,sik,skj->s", off, second, off)
+
+    for path in SITES:
+        plain = error(path, jnp.where(MASKS[path], old[path], 0))
+        assert (error(path, got[path]) < 0.7 * plain).all(), path
+    after = jnp.linalg.norm(X @ (got["head"] - old["head"]))
+    assert after < 0.85 * jnp.linalg.norm(X @ jnp.where(MASKS["head"], 0, old["head"]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
+def test_zeros_are_exact_and_arrays_keep_their_dtypes(dtype):
+    tree = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+    got = compensate(tree, SITES, MASKS, MOMENTS)
+    assert jax.tree.structure(got) == jax.tree.structure(tree)
+    for path, w in flat(got).items():
+        assert w.dtype == dtype and w.shape == SITES[path].shape
+        np.testing.assert_array_equal(w == 0, ~MASKS[path])
+
+
+def test_narrow_weights_are_computed_in_wide_ones():
+    w = normal(7, D, OUT).astype(jnp.bfloat16)
+    tree, sites, moments = one(w, X)
+    assert moments["w"].second.dtype == jnp.float32
+    mask = jnp.asarray(np.random.default_rng(0).random((D, OUT)) < 0.5)
+    got = compensate(tree, sites, {"w": mask}, moments)["w"]
+    want = by_hand(w, mask, moments["w"].second, 0.01)
+    np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=2**-8, atol=1e-5)
+
+
+def test_what_is_kept_whole_or_not_selected_stays():
+    whole = {path: jnp.ones(site.shape, bool) for path, site in SITES.items()}
+    for path, w in flat(compensate(PARAMS, SITES, whole, MOMENTS)).items():
+        np.testing.assert_array_equal(w, flat(PARAMS)[path])
+    got = compensate(PARAMS, HEAD, MASKS, MOMENTS)
+    assert got["layers"]["up"] is PARAMS["layers"]["up"]
+
+
+def test_kernels_of_several_axes_are_those_of_their_matrices():
+    def heads(p, x):
+        return jnp.einsum("thk,hkd->td", jnp.einsum("td,dhk->thk", x, p["q"]), p["o"])
+
+    tree = {"q": normal(0, D, 3, 2), "o": normal(1, 3, 2, D)}
+    sites = jp.sites(heads, tree, X).linear
+    moments = jp.input_moments(heads, tree, sites, [X])
+    masks = jp.keep(jp.magnitude(tree, sites), sites, 0.5)
+    got = compensate(tree, sites, masks, moments)
+    for path, shape in (("q", (D, 6)), ("o", (6, D))):
+        w, mask = tree[path].reshape(shape), masks[path].reshape(shape)
+        want = by_hand(w, mask, moments[path].second, 0.01)
+        np.testing.assert_allclose(got[path].reshape(shape), want, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: compensate(PARAMS, HEAD, MASKS, {}), "no moments of the inputs of 'head'"),
+        (
+            lambda: compensate(
+                PARAMS,
+                HEAD,
+                MASKS,
+                {"head": MOMENTS["head"]._replace(second=jnp.eye(5))},
+            ),
+            r"moments of 'head' have shape \(5, 5\), should be \(6, 6\)",
+        ),
+        (
+            lambda: compensate(PARAMS, HEAD, {}, MOMENTS),
+            "`compensate`: the mask of 'head' has shape None",
+        ),
+        (
+            lambda: compensate(PARAMS, HEAD, {"head": MASKS["head"].T}, MOMENTS),
+            r"mask of 'head' has shape \(5, 6\), should be \(6, 5\)",
+        ),
+        (
+            lambda: compensate(PARAMS, HEAD, MASKS, MOMENTS, damping=0.0),
+            r"damping=0.0\)`: a positive share",
+        ),
+        (
+            lambda: compensate(
+                PARAMS,
+                HEAD,
+                MASKS,
+                {"head": MOMENTS["head"]._replace(second=jnp.zeros((D, D)))},
+            ),
+            r"moments of 'head' cannot be inverted in float64.*larger damping",
+        ),
+        (
+            lambda: compensate(jp.quantize("int8", HEAD)(KEY, PARAMS), HEAD, MASKS, MOMENTS),
+            "`compensate`: 'head' is no plain array",
+        ),
+        (
+            lambda: compensate({**PARAMS, "head": PARAMS["head"].T}, HEAD, MASKS, MOMENTS),
+            r"'head' has shape \(5, 6\), but had \(6, 5\)",
+        ),
+        (
+            lambda: compensate(PARAMS, HEAD.columns(0, 5), MASKS, MOMENTS),
+            "`compensate`: a part of the columns of 'head'",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

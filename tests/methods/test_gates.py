@@ -1,0 +1,432 @@
+"""Learned gates: their formulas, what they cost the loss, and that training closes the right ones."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jaxpeft as jp
+from jaxpeft.method import from_json, to_json
+from jaxpeft.methods.gates import Gated, gate_values, gates, open_gates, openness
+
+from .stack import normal
+
+L, D, H, K, V = 2, 4, 3, 2, 6
+KEY = jax.random.key(0)
+STRUCTURES = ["entry", "input", "output", "matrix", (2, 2), (None, K), (K, None)]
+each_structure = pytest.mark.parametrize("structure", STRUCTURES)
+KINDS = ["hard concrete", "sigmoid"]
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def model(params, ids):
+    """Kernels by heads, in layers under a scan, and a table that is also the head."""
+
+    def layer(h, p):
+        q = jnp.tanh(jnp.einsum("td,dhk->thk", h, p["q"]))
+        return h + jnp.einsum("thk,hkd->td", q, p["o"]), None
+
+    h, _ = jax.lax.scan(layer, params["embed"][ids], params["layers"])
+    return h @ params["embed"].T
+
+
+PARAMS = {
+    "embed": normal(0, V, D),
+    "layers": {"q": normal(1, L, D, H, K), "o": normal(2, L, H, K, D)},
+}
+IDS = jnp.array([0, 3, 5, 1, 3])
+SITES = jp.sites(model, PARAMS, IDS).matrices
+#: {path: (*stack, in, out)}
+SIDES = {"embed": (V, D), "layers/q": (L, D, H * K), "layers/o": (L, H * K, D)}
+TABLE = SITES.match("embed")
+
+
+def flat(params):
+    return {"embed": params["embed"], **{f"layers/{k}": v for k, v in params["layers"].items()}}
+
+
+def tree_of(found):
+    layers = {k: found[f"layers/{k}"] for k in ("q", "o")}
+    return {"embed": found["embed"], "layers": layers}
+
+
+def label(structure):
+    named = isinstance(structure, str)
+    return structure if named else "x".join("all" if n is None else str(n) for n in structure)
+
+
+def made(structure, kind, sites=SITES, params=PARAMS, size=3.0):
+    """The method, the frozen tree, and logits of which some are open, some closed, some between."""
+    method = gates(sites, kind=kind, structure=structure, dtype=jnp.float64)
+    frozen, adapter = jp.split(method(KEY, params))
+    adapter = {k: normal(i, *v.shape) * size for i, (k, v) in enumerate(sorted(adapter.items()))}
+    return method, frozen, adapter
+
+
+def block_sides(structure, n, m):
+    named = {"entry": (1, 1), "input": (1, m), "output": (n, 1), "matrix": (n, m)}
+    rows, columns = named.get(structure, structure) if isinstance(structure, str) else structure
+    return rows or n, columns or m
+
+
+def over_entries(structure, path, values):
+    """What stands at each group (*stack, groups), at every entry of the weight."""
+    *stack, n, m = SIDES[path]
+    rows, columns = block_sides(structure, n, m)
+    out = np.zeros((*stack, n, m), np.asarray(values).dtype)
+    for i in range(n):
+        for j in range(m):
+            out[..., i, j] = values[..., (i // rows) * (m // columns) + j // columns]
+    return out.reshape(SITES[path].shape)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-np.asarray(x)))
+
+
+def z_by_hand(kind, logits, sharpness=None):
+    if kind == "hard concrete":
+        return np.clip(sigmoid(logits) * (1.1 - -0.1) - 0.1, 0, 1)
+    return sigmoid(sharpness * logits) if sharpness else (logits > 0).astype(float)
+
+
+def run(frozen, adapter, ids=IDS, **call):
+    lifted = jp.lift(model, materialize="error")
+    return lifted(jp.combine(frozen, adapter, **call), ids)
+
+
+# Formulas ---------------------------------------------------------------------------------------
+
+
+@each_structure
+@pytest.mark.parametrize(
+    "kind, sharpness", [("hard concrete", None), ("sigmoid", None), ("sigmoid", 1.7)]
+)
+def test_gates_are_those_of_the_formula(structure, kind, sharpness):
+    _, frozen, adapter = made(structure, kind)
+    call = {} if sharpness is None else {"sharpness": sharpness}
+    want = {}
+    for path, w in flat(PARAMS).items():
+        logits = np.asarray(adapter[f"{path}/gates/{label(structure)}"])
+        *stack, n, m = SIDES[path]
+        assert logits.shape == (*stack, n * m // math.prod(block_sides(structure, n, m)))
+        want[path] = w * over_entries(structure, path, z_by_hand(kind, logits, sharpness))
+    merged = flat(jp.merge(jp.combine(frozen, adapter, **call)))
+    for path, w in want.items():
+        np.testing.assert_allclose(merged[path], w, rtol=1e-12)
+    np.testing.assert_allclose(
+        run(frozen, adapter, **call), model(tree_of(want), IDS), rtol=1e-9, atol=1e-12
+    )
+
+
+@each_kind
+@each_structure
+def test_masks_and_openness_are_those_of_the_formula(structure, kind):
+    method, _, adapter = made(structure, kind)
+    masks = open_gates(method, adapter)
+    assert list(masks) == list(SITES)
+    chances, hard = [], []
+    for path, mask in masks.items():
+        logits = np.asarray(adapter[f"{path}/gates/{label(structure)}"])
+        z = over_entries(structure, path, z_by_hand(kind, logits))
+        np.testing.assert_array_equal(mask, z > 0)
+        hard.append(z.ravel() > 0)
+        if kind == "hard concrete":
+            chance = sigmoid(logits - 2 / 3 * np.log(0.1 / 1.1))
+        else:
+            chance = sigmoid(2.5 * logits)
+        chances.append(over_entries(structure, path, chance).ravel())
+    given = 2.5 if kind == "sigmoid" else None
+    share = openness(method, adapter, sharpness=given)
+    np.testing.assert_allclose(share, np.concatenate(chances).mean(), rtol=1e-6)
+    if kind == "sigmoid":
+        np.testing.assert_allclose(
+            openness(method, adapter), np.concatenate(hard).mean(), rtol=1e-6
+        )
+    some = open_gates(method, adapter, TABLE)
+    assert list(some) == ["embed"] and (some["embed"] == masks["embed"]).all()
+
+
+def test_a_drawn_gate_is_a_stretched_and_clipped_concrete_number():
+    logits = normal(0, 6)
+    drawn = Gated(jnp.ones((3, 2)), logits, None, KEY, sides=(3, 2)).materialize()
+    u = sigmoid(jax.random.logistic(KEY, (6,), jnp.float64))
+    s = sigmoid((np.log(u) - np.log(1 - u) + np.asarray(logits)) / (2 / 3))
+    want = np.clip(s * 1.2 - 0.1, 0, 1).reshape(3, 2)
+    np.testing.assert_allclose(drawn, want, rtol=1e-9)
+    assert (want == 1).any() and ((want > 0) & (want < 1)).any()
+
+
+# Draws ------------------------------------------------------------------------------------------
+
+
+def test_every_weight_and_layer_has_draws_of_its_own():
+    sites = SITES.match("layers/*")
+    _, frozen, adapter = made("entry", "hard concrete", sites)
+    adapter = {k: jnp.zeros_like(v) for k, v in adapter.items()}
+
+    def draw(key):
+        merged = flat(jp.merge(jp.combine(frozen, adapter, gates=key)))
+        z = {p: merged[p] / flat(PARAMS)[p] for p in sites}
+        return [z[p][i].ravel() for p in sites for i in range(L)]
+
+    first = draw(KEY)
+    for a, b in zip(first, draw(KEY), strict=True):
+        np.testing.assert_array_equal(a, b)
+    every = [*first, *draw(jax.random.key(1))]
+    for i, a in enumerate(every):
+        for b in every[:i]:
+            assert np.abs(a - b).max() > 0.1
+
+
+@each_structure
+def test_what_is_drawn_with_a_key_is_what_is_merged_with_it(structure):
+    _, frozen, adapter = made(structure, "hard concrete")
+    merged = jp.merge(jp.combine(frozen, adapter, gates=KEY))
+    np.testing.assert_allclose(
+        run(frozen, adapter, gates=KEY), model(merged, IDS), rtol=1e-9, atol=1e-12
+    )
+
+
+def test_the_share_of_open_draws_is_the_openness():
+    method, frozen, adapter = made("input", "hard concrete", size=1.5)
+    count = 4000
+
+    def share(key):
+        merged = flat(jp.merge(jp.combine(frozen, adapter, gates=key)))
+        entries = jnp.concatenate([w.ravel() for w in merged.values()])
+        return jnp.mean(entries != 0)
+
+    shares = jax.jit(jax.vmap(share))(jax.random.split(KEY, count))
+    error = 4 * float(jnp.std(shares)) / math.sqrt(count)
+    assert 0.3 < float(shares.mean()) < 0.9 and error < 0.01
+    np.testing.assert_allclose(openness(method, adapter), shares.mean(), atol=error)
+
+
+# Training ---------------------------------------------------------------------------------------
+
+
+@each_kind
+@pytest.mark.parametrize("structure", ["entry", "input", "output", (2, 2)])
+def test_gradients_are_those_of_the_merged_model_and_of_differences(structure, kind):
+    method, frozen, adapter = made(structure, kind, size=0.7)
+    call = {"gates": KEY} if kind == "hard concrete" else {"sharpness": 3.0}
+    penalty = lambda a: openness(method, a, call.get("sharpness"))  # noqa: E731
+
+    @jax.jit
+    def lifted(a):
+        return jnp.sum(run(frozen, a, **call) ** 2) + penalty(a)
+
+    def merged(a):
+        return jnp.sum(model(jp.merge(jp.combine(frozen, a, **call)), IDS) ** 2) + penalty(a)
+
+    slope, want = jax.grad(lifted)(adapter), jax.jit(jax.grad(merged))(adapter)
+    name = f"layers/q/gates/{label(structure)}"
+    for path, g in slope.items():
+        np.testing.assert_allclose(g, want[path], rtol=1e-7, atol=1e-9)
+        assert g.any()
+    at = np.unravel_index(np.argmax(np.abs(slope[name])), slope[name].shape)
+    ends = [lifted({**adapter, name: adapter[name].at[at].add(h)}) for h in (1e-4, -1e-4)]
+    # The penalty is a float32: its own difference is too coarse, and small beside the loss's.
+    np.testing.assert_allclose((ends[0] - ends[1]) / 2e-4, slope[name][at], rtol=1e-2, atol=2e-3)
+
+
+@each_kind
+@each_structure
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
+def test_training_starts_at_the_base_to_the_last_bit(structure, kind, dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+    start = {"hard concrete": 0.92, "sigmoid": 0.501}[kind]
+    method = gates(SITES, kind=kind, structure=structure, start=start, dtype=jnp.bfloat16)
+    tree = jp.combine(*jp.split(method(KEY, params)))
+    got, want = jp.lift(model, materialize="error")(tree, IDS), model(params, IDS)
+    np.testing.assert_array_equal(got, want)
+    jax.tree.map(np.testing.assert_array_equal, jp.merge(tree), params)
+
+
+@each_kind
+def test_a_start_is_the_sigmoid_of_the_logits(kind):
+    _, adapter = jp.split(gates(TABLE, kind=kind, start=0.97)(KEY, PARAMS))
+    (logits,) = adapter.values()
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(sigmoid(logits), 0.97, rtol=1e-6)
+
+
+@each_kind
+def test_training_closes_the_gates_of_inputs_that_do_not_matter(kind):
+    x, w = normal(0, 64, 6), normal(1, 6, 2)
+    linear = lambda params, x: x @ params["w"]  # noqa: E731
+    params = {"w": jnp.where(jnp.abs(w) < 0.5, 0.5, w)}
+    y = x[:, ::2] @ params["w"][::2]  # every other input has no part in it
+    sites = jp.sites(linear, params, x).linear
+    method = gates(sites, kind=kind, structure="input", dtype=jnp.float64)
+    frozen, adapter = jp.split(method(KEY, params))
+    steps, tx = 300, optax.adam(0.1)
+    sharpness = optax.exponential_decay(1.0, steps, 200.0)
+
+    def step(carry, i):
+        adapter, state = carry
+        hard = kind == "hard concrete"
+        call = {"gates": jax.random.fold_in(KEY, i)} if hard else {"sharpness": sharpness(i)}
+
+        def loss(a):
+            off = jp.lift(linear)(jp.combine(frozen, a, **call), x) - y
+            return jnp.mean(off**2) + 0.02 * openness(method, a, call.get("sharpness"))
+
+        updates, state = tx.update(jax.grad(loss)(adapter), state, adapter)
+        return (optax.apply_updates(adapter, updates), state), None
+
+    carry = adapter, tx.init(adapter)
+    (adapter, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(steps)))(carry)
+    masks = open_gates(method, adapter)
+    np.testing.assert_array_equal(masks["w"], jnp.array([[True], [False]] * 3) & jnp.ones(2, bool))
+    # What is pruned is the merged matrix but for the values of the gates that stay.
+    merged = jp.merge(jp.combine(frozen, adapter))
+    pruned = jp.prune(masks, sites)(KEY, params)
+    z = gate_values(kind, adapter["w/gates/input"])
+    np.testing.assert_allclose(linear(merged, x), (x * z) @ pruned["w"], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(linear(merged, x), y, atol=0.1 * float(jnp.abs(y).max()))
+    again = jp.prune(masks, sites)(KEY, merged)
+    np.testing.assert_array_equal(again["w"], merged["w"])
+
+
+# Uses -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", ["entry", "input", "output", (2, 2)])
+@pytest.mark.parametrize("below", ["full", "lora", "int8"])
+def test_gates_stand_over_and_under_other_methods(structure, below):
+    under = {
+        "full": jp.full(SITES),
+        "lora": jp.lora(2, SITES, dtype=jnp.float64),
+        "int8": jp.quantize("int8", SITES),
+    }[below]
+    own = gates(SITES, structure=structure, dtype=jnp.float64)
+    method = jp.chain(under, own, jp.lora(1, SITES, dtype=jnp.float64))
+    frozen, adapter = jp.split(method(KEY, PARAMS))
+    adapter = {k: v - 2.2 + normal(i, *v.shape) for i, (k, v) in enumerate(adapter.items())}
+    merged = jp.merge(jp.combine(frozen, adapter, gates=KEY))
+    np.testing.assert_allclose(run(frozen, adapter, gates=KEY), model(merged, IDS), rtol=1e-5)
+    masks = open_gates(own, adapter)  # logits are found whatever stands above and below
+    assert 0 < jp.density(masks)[""] < 1
+
+
+def test_inputs_and_outputs_of_one_weight_may_have_gates():
+    sites = SITES.match("layers/q")
+    both = [gates(sites, structure=s, dtype=jnp.float64) for s in ("input", (None, K))]
+    frozen, adapter = jp.split(jp.chain(*both)(KEY, PARAMS))
+    assert sorted(adapter) == ["layers/q/gates/allx2", "layers/q/gates/input"]
+    adapter = {k: normal(i, *v.shape) for i, (k, v) in enumerate(sorted(adapter.items()))}
+    z = {k: z_by_hand("hard concrete", np.asarray(v)) for k, v in adapter.items()}
+    merged = flat(jp.merge(jp.combine(frozen, adapter)))
+    want = flat(PARAMS)["layers/q"] * z["layers/q/gates/input"][:, :, None, None]
+    want = want * z["layers/q/gates/allx2"][:, None, :, None]
+    np.testing.assert_allclose(merged["layers/q"], want, rtol=1e-12)
+
+
+def test_a_sharpness_may_be_traced():
+    _, frozen, adapter = made("input", "sigmoid")
+    traced = jax.jit(lambda s: run(frozen, adapter, sharpness=s))
+    np.testing.assert_allclose(traced(1.7), run(frozen, adapter, sharpness=1.7), rtol=1e-9)
+    assert np.abs(traced(4.0) - traced(1.7)).max() > 1e-3
+
+
+@pytest.mark.parametrize("structure", ["entry", "input", "output", (9, 1)])
+def test_an_input_of_a_convolution_is_one_of_its_window(structure):
+    def conv(params, x):
+        return jax.lax.conv_general_dilated(
+            x, params["k"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    params, x = {"k": normal(0, 3, 3, 2, 4)}, normal(1, 1, 5, 4, 2)
+    sites = jp.sites(conv, params, x).conv
+    _, frozen, adapter = made(structure, "hard concrete", sites, params)
+    tree = jp.combine(frozen, adapter)
+    merged = jp.merge(tree)
+    assert (merged["k"] == 0).any() and (merged["k"] != 0).any()
+    got = jp.lift(conv, materialize="error")(tree, x)
+    np.testing.assert_allclose(got, conv(merged, x), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", ["entry", "input", "output", (2, 3)])
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_gates_are_cut_with_their_matrix(structure, side):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    w, x = normal(0, 8, 6), normal(1, 5, 8)
+    specs = ((P("d"), P(None, "d")), P()) if side == "in" else ((P(None, "d"), P()), P(None, "d"))
+
+    def local(w, x):
+        return jax.lax.psum(x @ w, "d") if side == "in" else x @ w
+
+    def sharded(params, x):
+        parts = jax.shard_map(local, mesh=mesh, in_specs=specs[0], out_specs=specs[1])
+        return parts(params["w"], x) @ params["w"][:6, :3]
+
+    sites = jp.sites(sharded, {"w": w}, x).match("w")
+    _, frozen, adapter = made(structure, "hard concrete", sites, {"w": w})
+    tree = jp.combine(frozen, adapter)
+    got = jax.jit(jp.lift(sharded, materialize="error"))(tree, x)
+    np.testing.assert_allclose(got, sharded(jp.merge(tree), x), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure, start", [("output", 0.93), ((None, K), 0.99)])
+def test_a_method_survives_its_description(structure, start):
+    method = gates(SITES, structure=structure, start=start, dtype=jnp.bfloat16)
+    again = from_json(json.loads(json.dumps(to_json(method))), {"gates": gates})
+    trees = [jp.split(m(KEY, PARAMS)) for m in (method, again)]
+    assert list(trees[0][1]) == list(trees[1][1])
+    adapter = {k: v - 2 + normal(i, *v.shape) for i, (k, v) in enumerate(trees[0][1].items())}
+    got = [run(frozen, adapter, gates=KEY) for frozen, _ in trees]
+    np.testing.assert_array_equal(got[0], got[1])
+    for path, mask in open_gates(again, adapter).items():
+        np.testing.assert_array_equal(mask, open_gates(method, adapter)[path])
+    assert jax.tree.map(jnp.array_equal, trees[0][1], trees[1][1])
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: gates(SITES, kind="gumbel"),
+            r"kind='gumbel'\)`: choose 'hard concrete' or 'sigmoid'",
+        ),
+        (lambda: gates(SITES, start=0.9), r"'hard concrete', start=0.9\)`: 0.92 <= start < 1 is"),
+        (lambda: gates(SITES, start=1.0), r"'hard concrete', start=1.0\)`: 0.92 <= start < 1 is"),
+        (
+            lambda: gates(SITES, kind="sigmoid", start=0.5),
+            r"kind='sigmoid', start=0.5\)`: 0.5 < start < 1 is needed",
+        ),
+        (lambda: gates(TABLE, structure=(4, 1)), "Blocks of 4 x 1 do not.*'embed', which is 6 x 4"),
+        (lambda: gates(TABLE, structure="ring"), "no structure 'ring'; there are entry"),
+        (lambda: gates(SITES - SITES)(KEY, PARAMS), "`gates` selects no parameter"),
+        (lambda: gates(TABLE.columns(0, 2)), "`gates`: a part of the columns of 'embed'"),
+        (
+            lambda: jp.chain(
+                jp.moelora(2, SITES.match("*q"), experts=1, tasks=2), gates(SITES.match("*q"))
+            )(KEY, PARAMS),
+            r"structure='entry'\)`: 'layers/q' holds Mixture, which is no matrix",
+        ),
+        (
+            lambda: open_gates(jp.prune({}, SITES - SITES), {}),
+            "`open_gates` takes.*this one is 'pr",
+        ),
+        (lambda: openness(jp.chain(gates(TABLE)), {}), "`openness` takes.*this one is 'chain'"),
+        (
+            lambda: openness(gates(TABLE), {"embed/gates/input": jnp.ones(6)}),
+            r"no 'embed/gates/entry', the logits.*\['embed/gates/input'\]",
+        ),
+        (
+            lambda: open_gates(gates(TABLE), {}, SITES),
+            r"`open_gates`: \['layers/o', 'layers/q'\] have no gates.*at \['embed'\]",
+        ),
+        (lambda: openness(gates(TABLE), {}, sharpness=3), r"sharpness=3\)`: gates of kind 'hard"),
+    ],
+)
+def test_what_cannot_be_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,509 @@
+"""X-LoRA: frozen experts side by side, and gates that weigh them by example, token or input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+import jaxpeft as jp
+from jaxpeft.io.adapter import factories
+from jaxpeft.method import from_json, to_json
+from jaxpeft.methods.xlora import bank, for_shares, xlora
+
+from .stack import model, normal, params
+
+L, D, F, N, T, W = 2, 5, 7, 4, 3, 6
+KEY = jax.random.key(0)
+F8 = jnp.float64
+
+PARAMS = params(L, D, F, 4)
+X = normal(3, N, T, D)
+SITES = jp.sites(model, PARAMS, X).linear
+HEAD = SITES.match("head")
+METHODS = [
+    jp.lora(2, SITES, alpha=3.0, dtype=F8),
+    jp.lora(
+        {"*up": 1, "*": 3},
+        SITES,
+        alpha={"layers/*": 2.0, "*": 5.0},
+        scaling="alpha/sqrt(r)",
+        dtype=F8,
+    ),
+    jp.lora(1, SITES.match("layers/*"), dtype=F8),
+]
+STRENGTHS = [
+    {"layers/up": 1.5, "layers/down": 1.5, "head": 1.5},
+    {"layers/up": 2.0, "layers/down": 2 / 3**0.5, "head": 5 / 3**0.5},
+    {"layers/up": 1.0, "layers/down": 1.0},
+]
+
+
+def trained(method, params=PARAMS, seed=0):
+    """An adapter of the method, away from its start."""
+    _, adapter = jp.split(method(KEY, params))
+    return {k: normal(seed + i, *v.shape) / 2 for i, (k, v) in enumerate(adapter.items())}
+
+
+ADAPTERS = [trained(method, seed=10 * i) for i, method in enumerate(METHODS)]
+BANK = bank(list(zip(METHODS, ADAPTERS, strict=True)))
+ALONE = [
+    jp.merge(jp.combine(jp.split(method(KEY, PARAMS))[0], adapter))
+    for method, adapter in zip(METHODS, ADAPTERS, strict=True)
+]
+
+
+def gated(seed=None, base=None, **options):
+    """The frozen tree and gates, away from their start if there is a seed."""
+    method = xlora(BANK.sites, BANK.ranks, dtype=F8, **options)
+    frozen, adapter = jp.split((jp.chain(base, method) if base else method)(KEY, PARAMS))
+    if seed is not None:
+        adapter = {k: normal(seed + i, *v.shape) for i, (k, v) in enumerate(adapter.items())}
+    return frozen, adapter
+
+
+def run(frozen, adapter, x=X, **call):
+    return jp.lift(model)(jp.combine(frozen, {**BANK.arrays, **adapter}, **call), x)
+
+
+# The formula -------------------------------------------------------------------------------------
+
+
+def shares_by_hand(logits, temperature, top):
+    shares = np.exp(logits / temperature)
+    if top is not None:
+        shares[shares < np.sort(shares, axis=-1)[..., -top, None]] = 0
+    return shares / shares.sum(-1, keepdims=True)
+
+
+def by_hand(adapter, hidden, temperature, top):
+    def product(path, x, layer=None):
+        def at(array):
+            return np.asarray(array if layer is None else array[layer])
+
+        h = x if hidden is None else hidden
+        logits = h @ at(adapter[f"{path}/experts/gate"]) + at(adapter[f"{path}/experts/bias"])
+        shares = shares_by_hand(logits, temperature, top)
+        shares = shares.reshape(*h.shape[:-1], *(1,) * (x.ndim - h.ndim), 3)
+        y = x @ at(PARAMS["head"] if layer is None else PARAMS["layers"][path[7:]])
+        for i, (trained, strengths) in enumerate(zip(ADAPTERS, STRENGTHS, strict=True)):
+            if path in strengths:
+                a, b = at(trained[f"{path}/a"]), at(trained[f"{path}/b"])
+                y = y + shares[..., i : i + 1] * strengths[path] * (x @ a @ b)
+        return y
+
+    h = np.asarray(X)
+    for layer in range(L):
+        h = h + product("layers/down", np.tanh(product("layers/up", h, layer)), layer)
+    return product("head", h)
+
+
+@pytest.mark.parametrize("lead", [(), (N,), (N, T), None], ids=str)
+@pytest.mark.parametrize("top", [None, 1, 2])
+def test_the_change_is_that_of_the_formula(lead, top):
+    options = dict(temperature=0.7, top=top)
+    if lead is None:
+        frozen, adapter = gated(40, reads="input", **options)
+        got, h = run(frozen, adapter), None
+    else:
+        frozen, adapter = gated(40, width=W, **options)
+        h = normal(50, *lead, W)
+        got = run(frozen, adapter, hidden=h)
+        h = np.asarray(h)
+    np.testing.assert_allclose(got, by_hand(adapter, h, 0.7, top), rtol=1e-10)
+
+
+def test_a_bank_holds_the_factors_side_by_side_and_no_columns_for_who_is_absent():
+    assert BANK.ranks == {"layers/up": [2, 1, 1], "layers/down": [2, 3, 1], "head": [2, 3, 0]}
+    assert {path: x.shape for path, x in BANK.arrays.items()} == {
+        "layers/up/experts/a": (L, D, 4),
+        "layers/up/experts/b": (L, 4, F),
+        "layers/down/experts/a": (L, F, 6),
+        "layers/down/experts/b": (L, 6, D),
+        "head/experts/a": (D, 5),
+        "head/experts/b": (5, 4),
+    }
+    np.testing.assert_array_equal(BANK.arrays["head/experts/a"][:, 2:], ADAPTERS[1]["head/a"])
+    np.testing.assert_array_equal(BANK.arrays["head/experts/b"][:2], 1.5 * ADAPTERS[0]["head/b"])
+
+
+def test_training_starts_at_the_mean_of_the_experts_changes():
+    mean = jax.tree.map(lambda *w: sum(w) / len(w), *ALONE)
+    want = model(mean, X)
+    assert np.abs(want - model(PARAMS, X)).max() > 0.1
+    for top in (None, 1):  # equal logits have equal shares, whatever `top` says
+        frozen, adapter = gated(width=W, top=top)
+        assert not any(x.any() for x in adapter.values())
+        got = run(frozen, adapter, hidden=normal(50, N, W))
+        np.testing.assert_allclose(got, want, rtol=1e-10)
+    np.testing.assert_allclose(run(*gated(reads="input")), want, rtol=1e-10)
+
+
+@pytest.mark.parametrize("reads", ["hidden", "input"])
+def test_a_gate_with_one_choice_is_that_expert_alone(reads):
+    hidden = reads == "hidden"
+    frozen, adapter = gated(reads=reads, width=W if hidden else None)
+    call = {"hidden": normal(50, N, T, W)} if hidden else {}
+    for i, alone in enumerate(ALONE):
+        chosen = {
+            k: x.at[..., i].set(1e3) if k.endswith("/bias") else x for k, x in adapter.items()
+        }
+        got = run(frozen, chosen, **call)
+        np.testing.assert_allclose(got, model(alone, X), rtol=1e-10, atol=1e-10)
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+def test_only_the_gates_are_trained():
+    frozen, adapter = gated(40, width=W)
+    assert {path: x.shape for path, x in adapter.items()} == {
+        "layers/up/experts/gate": (L, W, 3),
+        "layers/up/experts/bias": (L, 3),
+        "layers/down/experts/gate": (L, W, 3),
+        "layers/down/experts/bias": (L, 3),
+        "head/experts/gate": (W, 3),
+        "head/experts/bias": (3,),
+    }
+    assert jp.count(frozen, adapter).trainable == (W + 1) * 3 * (2 * L + 1)
+    h = normal(50, N, T, W)
+    grads = jax.grad(lambda adapter: jnp.sum(run(frozen, adapter, hidden=h) ** 2))(adapter)
+    assert set(grads) == set(adapter)
+    assert all(jnp.abs(g).max() > 1e-3 for g in grads.values())
+    with pytest.raises(KeyError, match="Nothing is given for 'head/experts/a'"):
+        jp.combine(frozen, adapter, hidden=h)
+    with pytest.raises(KeyError, match="Nothing is given for 'hidden'"):
+        jp.combine(frozen, {**BANK.arrays, **adapter})
+
+
+@pytest.mark.parametrize("reads", ["hidden", "input"])
+def test_gates_learn_which_expert_serves_an_example(reads):
+    """Two groups of inputs, each of which one expert was made for."""
+
+    def linear(params, x):
+        return x @ params["w"]
+
+    base, x = {"w": normal(0, 6, 4)}, normal(1, 16, 6)
+    group = jnp.arange(16) % 2
+    x = x.at[:, 0].set(jnp.where(group == 0, 2.0, -2.0))
+    method = jp.lora(2, jp.sites(linear, base, x), dtype=F8)
+    adapters = [trained(method, base, seed=20 * i) for i in (1, 2)]
+    frozen, _ = jp.split(method(KEY, base))
+    ways = [linear(jp.merge(jp.combine(frozen, adapter)), x) for adapter in adapters]
+    y = jnp.where(group[:, None] == 0, *ways)
+
+    experts = bank([(method, adapter) for adapter in adapters])
+    before = {path: np.array(array) for path, array in experts.arrays.items()}
+    hidden = reads == "hidden"
+    gates = xlora(experts.sites, experts.ranks, reads=reads, width=6 if hidden else None, dtype=F8)
+    frozen, adapter = jp.split(gates(KEY, base))
+    call = {"hidden": x} if hidden else {}  # what a first pass would give
+
+    def loss(adapter):
+        tree = jp.combine(frozen, {**experts.arrays, **adapter}, **call)
+        return jnp.mean((jp.lift(linear)(tree, x) - y) ** 2)
+
+    tx = optax.adam(0.1)
+
+    @jax.jit
+    def step(adapter, state):
+        updates, state = tx.update(jax.grad(loss)(adapter), state)
+        return optax.apply_updates(adapter, updates), state
+
+    start, state = loss(adapter), tx.init(adapter)
+    for _ in range(60):
+        adapter, state = step(adapter, state)
+    assert loss(adapter) < 1e-2 * start
+    logits = x @ adapter["w/experts/gate"] + adapter["w/experts/bias"]
+    shares = shares_by_hand(np.asarray(logits), 1.0, None)
+    assert shares[np.arange(16), group].min() > 0.9
+    for path, array in experts.arrays.items():
+        np.testing.assert_array_equal(array, before[path])
+
+
+# Uses --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lead", [(N,), (N, T)], ids=str)
+def test_under_vmap_an_example_has_its_own_states(lead):
+    frozen, adapter = gated(40, width=W)
+    h = normal(50, *lead, W)
+    alone = jax.vmap(lambda x, h: run(frozen, adapter, x, hidden=h))(X, h)
+    np.testing.assert_allclose(alone, run(frozen, adapter, hidden=h), rtol=1e-10)
+
+
+def test_experts_stand_on_a_quantized_base():
+    int8 = jp.quantize("int8", SITES)
+    decoded = jp.merge(int8(KEY, PARAMS))
+    frozen, adapter = gated(40, int8, width=W)
+    adapter = {path.replace("/w/", "/"): x for path, x in adapter.items()}
+    h = normal(50, N, W)
+    method = xlora(BANK.sites, BANK.ranks, width=W, dtype=F8)
+    want = run(jp.split(method(KEY, decoded))[0], adapter, hidden=h)
+    got = run(frozen, adapter, hidden=h)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    plain = run(gated(width=W)[0], adapter, hidden=h)
+    assert np.abs(got - plain).max() > 1e-3
+
+
+def test_a_method_on_top_keeps_its_names_apart_and_a_second_gate_is_refused():
+    gates = xlora(BANK.sites, BANK.ranks, width=W, dtype=F8)
+    method = jp.chain(gates, jp.lora(2, SITES, dtype=F8))
+    frozen, adapter = jp.split(method(KEY, PARAMS))
+    assert {"head/a", "head/experts/gate"} <= set(adapter)
+    h = normal(50, N, W)
+    got = run(frozen, adapter, hidden=h)
+    np.testing.assert_allclose(got, run(*gated(width=W), hidden=h), rtol=1e-10)
+    with pytest.raises(ValueError, match="each of which shares arrays.*same weights"):
+        jp.split(jp.chain(gates, gates)(KEY, PARAMS))
+
+
+def test_a_table_that_is_read_and_used_as_the_head_is_weighed_both_ways():
+    def tied(params, ids):
+        return jnp.tanh(params["table"][ids]) @ params["table"].T
+
+    base, ids = {"table": normal(0, 9, 4)}, jnp.array([[1, 5, 1], [0, 8, 2]])
+    sites = jp.sites(tied, base, ids).embedding
+    methods = [jp.lora(r, sites, dtype=F8) for r in (1, 2)]
+    adapters = [trained(method, base, 5 * i) for i, method in enumerate(methods)]
+    experts = bank(list(zip(methods, adapters, strict=True)))
+    frozen, adapter = jp.split(xlora(sites, experts.ranks, width=W, dtype=F8)(KEY, base))
+    adapter = {path: normal(40 + i, *x.shape) for i, (path, x) in enumerate(adapter.items())}
+    h = normal(50, 2, 3, W)
+    got = jp.lift(tied)(jp.combine(frozen, {**experts.arrays, **adapter}, hidden=h), ids)
+    logits = h @ adapter["table/experts/gate"] + adapter["table/experts/bias"]
+    shares = shares_by_hand(np.asarray(logits), 1.0, None)
+    changes = np.stack([a["table/a"] @ a["table/b"] for a in adapters])
+    for i, t in np.ndindex(2, 3):  # each token has a table of its own
+        table = base["table"] + np.tensordot(shares[i, t], changes, 1)
+        np.testing.assert_allclose(got[i, t], np.tanh(table[ids[i, t]]) @ table.T, rtol=1e-10)
+
+    by_input = xlora(sites, experts.ranks, reads="input", dtype=F8)
+    frozen, adapter = jp.split(by_input(KEY, base))
+    with pytest.raises(jp.NotAMatrixError, match="GatedByInput at 'table'.*Leave this weight out"):
+        jp.lift(tied)(jp.combine(frozen, {**experts.arrays, **adapter}), ids)
+
+
+@pytest.mark.parametrize("lead", [(2,), (2, 3, 3)], ids=str)
+def test_a_convolution_in_groups_is_weighed_by_example_or_output_position(lead):
+    def convolve(params, x):
+        return jax.lax.conv_general_dilated(
+            x,
+            params["w"],
+            (2, 2),
+            "SAME",
+            feature_group_count=2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    base, x = {"w": normal(0, 2, 2, 3, 4)}, normal(1, 2, 6, 6, 6)
+    sites = jp.sites(convolve, base, x).conv
+    methods = [jp.lora(r, sites, dtype=F8) for r in (1, 3)]
+    adapters = [trained(method, base, 5 * i) for i, method in enumerate(methods)]
+    experts = bank(list(zip(methods, adapters, strict=True)))
+    frozen, adapter = jp.split(xlora(sites, experts.ranks, width=W, dtype=F8)(KEY, base))
+    adapter = {path: normal(40 + i, *x.shape) for i, (path, x) in enumerate(adapter.items())}
+    h = normal(50, *lead, W)
+    got = jp.lift(convolve)(jp.combine(frozen, {**experts.arrays, **adapter}, hidden=h), x)
+    logits = h @ adapter["w/experts/gate"] + adapter["w/experts/bias"]
+    shares = shares_by_hand(np.asarray(logits), 1.0, None)
+    shares = shares.reshape(*lead, *(1,) * (4 - len(lead) - 1), 2)
+    want = plain = convolve(base, x)
+    for i, (method, own) in enumerate(zip(methods, adapters, strict=True)):
+        merged = jp.merge(jp.combine(jp.split(method(KEY, base))[0], own))
+        want = want + shares[..., i : i + 1] * (convolve(merged, x) - plain)
+    np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-10)
+
+
+@functools.cache
+def row_parallel():
+    """A product whose partial sums are added over devices, and its experts."""
+    mesh = jax.make_mesh((4,), ("t",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    P = PartitionSpec
+
+    def fn(p, x):
+        def body(x, w):
+            return jax.lax.psum(x @ w, "t")
+
+        specs = (P(None, "t"), P("t", None))
+        return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P())(x, p["w"])
+
+    base, x = {"w": normal(0, 8, 6)}, normal(1, 3, 8)
+    method = jp.lora(2, jp.sites(fn, base, x).linear, dtype=F8)
+    return fn, base, x, bank([(method, trained(method, base, 5 * i)) for i in range(2)])
+
+
+def test_gates_of_hidden_states_are_right_on_partial_sums():
+    fn, base, x, experts = row_parallel()
+    frozen, adapter = jp.split(xlora(experts.sites, experts.ranks, width=W, dtype=F8)(KEY, base))
+    adapter = {path: normal(40 + i, *x.shape) for i, (path, x) in enumerate(adapter.items())}
+    tree = jp.combine(frozen, {**experts.arrays, **adapter}, hidden=normal(50, 3, W))
+    got = jp.lift(fn)(tree, x)
+    np.testing.assert_allclose(got, jp.lift(lambda p, x: x @ p["w"])(tree, x), rtol=1e-10)
+
+
+def test_gates_of_a_part_of_the_input_are_refused():
+    fn, base, x, experts = row_parallel()
+    method = xlora(experts.sites, experts.ranks, reads="input", dtype=F8)
+    frozen, adapter = jp.split(method(KEY, base))
+    tree = jp.combine(frozen, {**experts.arrays, **adapter})
+    with pytest.raises(jp.NotAMatrixError, match="GatedByInput at 'w'.*sharding that the weight"):
+        jp.lift(fn)(tree, x)
+
+
+def test_tokens_that_the_model_sorts_by_its_own_experts_have_no_hidden_states():
+    def ragged(p, x):
+        return jax.lax.ragged_dot(x, p["w"], jnp.array([3, 1]))
+
+    base, x = {"w": normal(0, 2, D, F)}, normal(1, 4, D)
+    method = jp.lora(2, jp.sites(ragged, base, x).linear, dtype=F8)
+    adapters = [trained(method, base, 5 * i) for i in range(2)]
+    experts = bank([(method, adapter) for adapter in adapters])
+    frozen, adapter = jp.split(xlora(experts.sites, experts.ranks, width=W, dtype=F8)(KEY, base))
+    with pytest.raises(jp.NotAMatrixError, match="Gated at 'w'.*Leave this weight out"):
+        tree = jp.combine(frozen, {**experts.arrays, **adapter}, hidden=normal(50, 4, W))
+        jp.lift(ragged)(tree, x)
+
+    by_input = xlora(experts.sites, experts.ranks, reads="input", dtype=F8)
+    frozen, adapter = jp.split(by_input(KEY, base))
+    adapter = {path: normal(40 + i, *x.shape) for i, (path, x) in enumerate(adapter.items())}
+    got = jp.lift(ragged)(jp.combine(frozen, {**experts.arrays, **adapter}), x)
+    gate, bias = (adapter[f"w/experts/{name}"] for name in ("gate", "bias"))
+    for t, own in enumerate([0, 0, 0, 1]):
+        shares = shares_by_hand(np.asarray(x[t] @ gate[own] + bias[own]), 1.0, None)
+        w = base["w"][own] + sum(
+            share * a["w/a"][own] @ a["w/b"][own] for share, a in zip(shares, adapters, strict=True)
+        )
+        np.testing.assert_allclose(got[t], x[t] @ w, rtol=1e-10)
+
+
+def test_the_method_survives_the_text():
+    method = xlora(BANK.sites, BANK.ranks, width=W, temperature=0.5, top=2, dtype=F8)
+    again = from_json(to_json(method), {**factories(), "xlora": xlora})
+    assert to_json(again) == to_json(method)
+    frozen, adapter = gated(40, width=W, temperature=0.5, top=2)
+    h = normal(50, N, W)
+    got = run(jp.split(again(KEY, PARAMS))[0], adapter, hidden=h)
+    np.testing.assert_array_equal(got, run(frozen, adapter, hidden=h))
+
+
+def test_experts_with_fixed_shares_are_plain_lora():
+    method, plain = for_shares(BANK, [0.3, 0.0, 0.7])
+    assert plain["head/a"].shape == (D, 2) and plain["layers/up/a"].shape == (L, D, 3)
+    merged = jp.merge(jp.combine(jp.split(method(KEY, PARAMS))[0], plain))
+    want = jax.tree.map(lambda w, a, _, c: w + 0.3 * (a - w) + 0.7 * (c - w), PARAMS, *ALONE)
+    for got, w in zip(jax.tree.leaves(merged), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got, w, rtol=1e-10)
+    method, plain = for_shares(BANK, [0, 0, 1])
+    assert set(method.options["sites"]) == {"layers/up", "layers/down"}
+
+
+# Errors ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((3, W), r"at 'layers/up'.*hidden states \(3, 6\).*input leads with \(4, 3\)"),
+        ((N, T + 1, W), r"at 'layers/up'.*hidden states \(4, 4, 6\).*leads with \(4, 3\)"),
+        ((N, T, 1, W), r"hidden states \(4, 3, 1, 6\).*leads with \(4, 3\)"),
+        ((N, W + 1), r"a width of 6 and is given hidden states \(4, 7\)"),
+        ((), r"a width of 6 and is given hidden states \(\)"),
+    ],
+)
+def test_hidden_states_of_another_shape_are_refused(shape, message):
+    frozen, adapter = gated(width=W)
+    with pytest.raises(ValueError, match=message):
+        run(frozen, adapter, hidden=normal(50, *shape))
+
+
+def test_another_bank_is_refused():
+    frozen, adapter = gated(width=W)
+    other = bank([(METHODS[0], ADAPTERS[0])] * 3)
+    tree = jp.combine(frozen, {**other.arrays, **adapter}, hidden=normal(50, N, W))
+    message = r"experts at 'layers/up' have 6 columns.*told of ranks \[2, 1, 1\].*same bank"
+    with pytest.raises(ValueError, match=message):
+        jp.lift(model)(tree, X)
+
+
+def other_base():
+    wide = params(L, D, F, 6)
+    method = jp.lora(2, jp.sites(model, wide, X).linear.match("head"))
+    return method, trained(method, wide)
+
+
+def turned():
+    square = {"head": normal(0, D, D)}
+    sites = jp.sites(lambda p, x: x @ p["head"], square, X)
+    both = [jp.lora(1, s) for s in (sites, sites.override("head", "out", "in"))]
+    return bank([(method, trained(method, square)) for method in both])
+
+
+def without(adapter, path):
+    return {k: v for k, v in adapter.items() if k != path}
+
+
+FIRST = (METHODS[0], ADAPTERS[0])
+THIRD = (METHODS[2], ADAPTERS[2])
+BOTH = {"head": [1, 1]}
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: bank([]), "`bank` got 0 adapters.*two or more"),
+        (lambda: bank([FIRST]), "`bank` got 1 adapters.*two or more"),
+        (lambda: bank([FIRST, (jp.dora(2, HEAD), {})]), "adapter 1 is of 'dora'"),
+        (lambda: bank([(jp.chain(METHODS[0]), {}), FIRST]), "adapter 0 is of 'chain'.*the `lora`"),
+        (lambda: bank([(len, {}), FIRST]), "adapter 0 is of '<built-in function len>'"),
+        (
+            lambda: bank([FIRST, (jp.lora(2, SITES.columns(0, 1)), {})]),
+            "`bank`: a part of the columns of 'head'|`bank`: a part of the columns of 'layers",
+        ),
+        (
+            lambda: bank([FIRST, (METHODS[0], without(ADAPTERS[0], "head/b"))]),
+            r"'head/b' of adapter 1 has shape None, but its method makes \(2, 4\)",
+        ),
+        (
+            lambda: bank([(METHODS[2], {**ADAPTERS[2], "head/a": X}), FIRST]),
+            r"'head/a' of adapter 0 has shape \(4, 3, 5\), but its method makes None",
+        ),
+        (
+            lambda: bank([FIRST, (METHODS[0], ADAPTERS[1])]),
+            r"'head/a' of adapter 1 has shape \(5, 3\), but its method makes \(5, 2\)",
+        ),
+        (
+            lambda: bank([THIRD, FIRST, other_base()]),
+            r"'head' is \(\(5, 4\), .* in adapter 1, but \(\(5, 6\), .* in adapter 2",
+        ),
+        (turned, r"'in', 'out'\)\) .* in adapter 0, but .*'out', 'in'\)\) in adapter 1"),
+        (lambda: xlora(HEAD.columns(0, 2), BOTH, width=W), "`xlora`: a part of the columns of"),
+        (lambda: xlora(HEAD, BOTH), r"width=None, reads='hidden'\)`: give the width"),
+        (lambda: xlora(HEAD, BOTH, width=0), r"width=0, reads='hidden'\)`: give the width"),
+        (lambda: xlora(HEAD, BOTH, width=3, reads="input"), r"width=3, reads='input'.*Leave"),
+        (lambda: xlora(HEAD, BOTH, width=3, reads="output"), "reads='output'.*choose 'hidden'"),
+        (lambda: xlora(HEAD, BOTH, width=W, temperature=0.0), r"temperature=0.0\)`: a positive"),
+        (lambda: xlora(HEAD, BOTH, width=W, temperature=float("nan")), r"temperature=nan\)`"),
+        (lambda: xlora(HEAD, BOTH, width=W, top=0), r"top=0\)`: there are 2 experts; choose 1 to"),
+        (lambda: xlora(HEAD, BOTH, width=W, top=3), r"top=3\)`: there are 2 experts"),
+        (lambda: xlora(HEAD, {}, width=W), r"the sites are \['head'\].*\['head'\] stand in one"),
+        (lambda: xlora(HEAD, {**BOTH, "up": [1, 1]}, width=W), r"\['up'\] stand in one of them"),
+        (lambda: xlora(HEAD, {"head": [3]}, width=W), r"ranks of 'head' are \[3\].*two or more"),
+        (lambda: xlora(HEAD, {"head": [0, 0]}, width=W), r"ranks of 'head' are \[0, 0\]"),
+        (lambda: xlora(HEAD, {"head": [2, -1]}, width=W), r"ranks of 'head' are \[2, -1\]"),
+        (
+            lambda: xlora(SITES, {**BANK.ranks, "head": [1, 1]}, width=W),
+            r"ranks of 'head' are \[1, 1\].*\(here 3\)",
+        ),
+        (lambda: xlora(SITES - SITES, {}, width=W)(KEY, PARAMS), "`xlora` selects no parameter"),
+        (lambda: for_shares(BANK, [1.0, 2.0]), r"shares=\[1.0, 2.0\]\)`: give one .* 3 experts"),
+        (lambda: for_shares(BANK, [0, 0, 0]), r"shares=\[0.0, 0.0, 0.0\].*not all of them zero"),
+        (lambda: for_shares(BANK, [1, 1, 0]), "5 columns at .*Give fewer of them a share"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
