@@ -3,34 +3,38 @@
 The base of examples/demo, pretrained on texts of T0 = 256 tokens, is tuned on texts of T = 1, 2, 4
 and 8 times as many with interpolated positions, in steps of the same number of tokens. The texts
 are the demo's: Python modules, joined to one stream and cut into windows; held out are whole
-modules. Four ways, by the attention of training and by what is trained:
+modules. By the attention of training and by what is trained:
 
     full, lora           LoRA on the projections of attention (rank 16, alpha 32, as in the demo)
     full, longlora       that, the embedding (tied: the head too) and the norms
-    shifted, longlora    with shifted sparse attention over groups of T / 4
-    shifted, lora        the paper's ablation
+    blocked, longlora    the same numbers by the demo's attention (examples/demo/attention.py),
+                         which leaves out most pairs that are not seen and forms the others' scores
+                         again in the backward pass; costs alone
+    shifted, longlora    shifted sparse attention over groups of T / 4
 
     peak_bytes         of the compiled training step: arguments + outputs + temporaries - aliased;
-                       all layers unrolled, nothing computed again
+                       all layers unrolled, no layer computed again
     remat_peak_bytes   with layers in one scan, each computed again in the backward pass
     flops              as XLA counts them in the unrolled step
-    seconds            median of steps, the four taken in turn
+    seconds            of CPU, median of the unrolled steps, taken in turn. On one core that is
+                       what a clock shows when nothing else runs
     ..._vs_full        each over that of "full, longlora" at the same T (time: median of the
-                       ratios of neighbours)
+                       ratios of neighbours; perplexity: mean over seeds)
     perplexity         exp of the mean loss on held-out windows of T tokens, with full attention
                        and the same interpolation, mean and range over seeds. At all T it is that
                        of the same tokens
     perplexity_short   of the same tuned models on the same tokens cut into windows of T0: what
                        perplexity lies below it is owed to the longer context
 
-Every run is 120 steps of 2048 tokens, Adam, the rate warmed up in 12 steps and then falling
-linearly to zero; float32. Of three rates "full, lora" and "full, longlora" each take the best at
-T = 2 T0, seed 0, on modules of the training text that no run is trained on; the rate holds for
-both kinds of attention and all T.
+Every run is 60 steps of 2048 tokens, Adam, the rate warmed up in 6 steps and then falling linearly
+to zero; float32. "full" is trained by the blocked program, which computes the same in less time.
+LoRA alone has the rate that the demo swept for it (rates.json), longlora the best of three at
+T = 2 T0 with full attention, seed 0, on modules of the training text that no run is trained on.
 
-    --short     the longest and the shortest, a few steps, no sweep: a minute, writes nothing
+    --short     the shortest and the longest, a few steps, no sweep, writes nothing: a minute or two
 
-The last line is JSON; a full run writes results/longlora.json and results/longlora.md.
+About 25 minutes on an idle core. The last line is JSON; a full run writes results/longlora.json
+and results/longlora.md.
 """
 
 import argparse
@@ -40,6 +44,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +68,9 @@ from jaxpeft.train import TextTokenizer, cross_entropy, init, train_step
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = ROOT / "examples" / "demo"
+sys.path.insert(0, str(DEMO))
+from attention import blocked  # noqa: E402
+
 # Those on which the demo's rates were swept.
 VALIDATION = ("fileinput", "linecache", "poplib", "queue", "reprlib", "selectors", "zipapp")
 RANK, ALPHA = 16, 32
@@ -70,15 +78,16 @@ COSTS = ("peak_bytes", "remat_peak_bytes", "flops", "seconds")
 
 
 class Arm(NamedTuple):
-    shifted: bool  # the attention of training
+    attention: str  # of training
     longlora: bool  # the embedding and the norms are trained, too
+    tuned: bool = True
 
 
 ARMS = {
-    "full, lora": Arm(False, False),
-    "full, longlora": Arm(False, True),
-    "shifted, longlora": Arm(True, True),
-    "shifted, lora": Arm(True, False),
+    "full, lora": Arm("full", False),
+    "full, longlora": Arm("full", True),
+    "blocked, longlora": Arm("blocked", True, tuned=False),
+    "shifted, longlora": Arm("shifted", True),
 }
 REFERENCE = "full, longlora"
 
@@ -87,11 +96,11 @@ REFERENCE = "full, longlora"
 class Plan:
     multiples: tuple[int, ...] = (1, 2, 4, 8)
     tokens: int = 2048  # of a step, whatever the length of a text
-    steps: int = 120
+    steps: int = 60
     seeds: tuple[int, ...] = (0, 1)
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)  # one alone is not swept
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)  # of longlora; one alone is not swept
     swept_at: int = 2  # the multiple
-    rounds: int = 9  # timed steps of each arm
+    rounds: int = 5  # timed steps of each arm
 
 
 WHOLE = Plan()
@@ -187,11 +196,15 @@ class Cell:
         else:
             self.method = jp.lora(RANK, attention, alpha=ALPHA)
 
-    def program(self, **options):
+    def program(self, attention: str, **options):
         """The training step (state, frozen, batch, rate), compiled."""
-        if self.arm.shifted:
-            options["attention_fn"] = shifted_sparse(self.length // 4)
-        forward = jp.lift(decoder.pure(self.config, **options), materialize="error")
+        kinds = {
+            "full": decoder.attention,
+            "blocked": blocked,
+            "shifted": shifted_sparse(self.length // 4),
+        }
+        forward = decoder.pure(self.config, attention_fn=kinds[attention], **options)
+        forward = jp.lift(forward, materialize="error")
 
         def loss(adapter, frozen, batch, key):
             del key  # nothing is random
@@ -208,7 +221,15 @@ class Cell:
 
     @functools.cached_property
     def step(self):
-        return self.program(unroll=self.config.layers)
+        """The step that is measured."""
+        return self.program(self.arm.attention, unroll=self.config.layers)
+
+    @functools.cached_property
+    def tuner(self):
+        """The step that runs take."""
+        if self.arm.attention == "full":
+            return self.program("blocked", unroll=self.config.layers)
+        return self.step
 
     def start(self, seed):
         frozen, adapter = jp.split(self.method(jax.random.key(seed), self.base.params))
@@ -219,7 +240,7 @@ class Cell:
         state, frozen = self.start(seed)
         data = batches(stream, self.length, self.plan.tokens, self.plan.steps, seed)
         for batch in data:
-            state, _ = self.step(state, frozen, batch, jnp.float32(rate))
+            state, _ = self.tuner(state, frozen, batch, jnp.float32(rate))
         return jp.combine(frozen, state.adapter)
 
     def costs(self) -> dict[str, float]:
@@ -228,7 +249,7 @@ class Cell:
         return {
             "trained": sum(x.size for x in jax.tree.leaves(state.adapter)),
             "peak_bytes": peak(self.step),
-            "remat_peak_bytes": peak(self.program(remat="full")),
+            "remat_peak_bytes": peak(self.program(self.arm.attention, remat="full")),
             "flops": self.step.cost_analysis()["flops"],
         }
 
@@ -241,11 +262,11 @@ def peak(program) -> int:
 
 
 class Reader:
-    """Perplexity with full attention, by one program for all trees of a kind."""
+    """Perplexity with full attention, computed in blocks."""
 
     def __init__(self, config: decoder.Config, tokens: int):
         self.tokens = tokens
-        forward = jp.lift(decoder.pure(config, unroll=config.layers))
+        forward = jp.lift(decoder.pure(config, unroll=config.layers, attention_fn=blocked))
 
         def total(params, batch):
             return cross_entropy(forward(params, batch[:, :-1]), batch[:, 1:])[0]
@@ -267,7 +288,7 @@ def say(*words):
 
 
 def timed(cells: dict[str, Cell], stream: np.ndarray) -> dict[str, list[float]]:
-    """Seconds of each arm's steps, the arms in turn; the first round warms up."""
+    """CPU seconds of each arm's steps, the arms in turn; the first round warms up."""
     begun = {name: cell.start(0) for name, cell in cells.items()}
     rounds = next(iter(cells.values())).plan.rounds
     found = {name: [] for name in cells}
@@ -275,93 +296,104 @@ def timed(cells: dict[str, Cell], stream: np.ndarray) -> dict[str, list[float]]:
         for name, cell in cells.items():
             state, frozen = begun[name]
             batch = next(batches(stream, cell.length, cell.plan.tokens, 1, 0))
-            begin = time.perf_counter()
+            begin = time.process_time()
             state, _ = jax.block_until_ready(cell.step(state, frozen, batch, jnp.float32(0)))
-            found[name].append(time.perf_counter() - begin)
+            found[name].append(time.process_time() - begin)
             begun[name] = state, frozen  # the old one was donated
     return {name: seconds[1:] for name, seconds in found.items()}
 
 
 def costs(cells: dict[str, Cell], stream: np.ndarray) -> dict[str, dict[str, float]]:
     """By arm: bytes, FLOPs and seconds of a step, and each over the reference's."""
-    rows = {name: cell.costs() for name, cell in cells.items()}
     seconds = timed(cells, stream)
+    rows = {
+        name: cell.costs() | {"seconds": statistics.median(seconds[name])}
+        for name, cell in cells.items()
+    }
     for name, row in rows.items():
-        row["seconds"] = statistics.median(seconds[name])
         pairs = zip(seconds[name], seconds[REFERENCE], strict=True)
         for cost in COSTS:
-            row[f"{cost}_vs_full"] = row[cost] / rows[REFERENCE].get(cost, math.nan)
+            row[f"{cost}_vs_full"] = row[cost] / rows[REFERENCE][cost]
         row["seconds_vs_full"] = statistics.median(mine / full for mine, full in pairs)
     return rows
 
 
-def sweep(base: Base, texts: Texts, plan: Plan) -> dict[str, Any]:
-    """By whether the embedding and norms are trained: the best rate, and perplexity at each."""
-    found = {}
-    for longlora in (False, True):
-        name = "longlora" if longlora else "lora"
-        if len(plan.rates) == 1:
-            found[name] = {"rate": plan.rates[0], "perplexity": {}}
-            continue
-        cell = Cell(base, plan.swept_at, Arm(False, longlora), plan)
-        read = Reader(cell.config, plan.tokens)
-        data = windows(texts.validation, cell.length)
-        seen = {rate: read(cell.run(texts.train, rate, 0), data) for rate in plan.rates}
-        found[name] = {"rate": min(seen, key=seen.__getitem__), "perplexity": seen}
-        say(f"rates of {name}: {', '.join(f'{r:g} {p:.2f}' for r, p in seen.items())}")
-    return found
+def cells_at(base: Base, plan: Plan, multiple: int) -> dict[str, Cell]:
+    cells = {name: Cell(base, multiple, arm, plan) for name, arm in ARMS.items()}
+    # The same program, compiled once.
+    cells["full, longlora"].tuner = cells["blocked, longlora"].step
+    return cells
+
+
+def sweep(cell: Cell, texts: Texts, plan: Plan) -> dict[str, Any]:
+    """Perplexity at each rate on the validation part, and the best rate."""
+    if len(plan.rates) == 1:
+        return {"rate": plan.rates[0], "perplexity": {}}
+    read, data = Reader(cell.config, plan.tokens), windows(texts.validation, cell.length)
+    seen = {rate: read(cell.run(texts.train, rate, 0), data) for rate in plan.rates}
+    say(f"rates of longlora: {', '.join(f'{r:g} {p:.2f}' for r, p in seen.items())}")
+    return {"rate": min(seen, key=seen.__getitem__), "perplexity": seen}
 
 
 def spread(values: list[float]) -> dict[str, Any]:
     return {"mean": statistics.mean(values), "range": max(values) - min(values), "runs": values}
 
 
-def at(multiple: int, base: Base, texts: Texts, plan: Plan, rates: dict[str, Any]):
+def at(
+    cells: dict[str, Cell], base: Base, texts: Texts, plan: Plan, rates: dict[str, Any]
+) -> dict[str, Any]:
     """All figures of one length."""
-    cells = {name: Cell(base, multiple, arm, plan) for name, arm in ARMS.items()}
-    short, length = base.config.context, multiple * base.config.context
+    config, short = cells[REFERENCE].config, base.config.context
     longest = max(plan.multiples) * short
-    long_, cut = (windows(texts.held_out, t, longest) for t in (length, short))
-    read = Reader(base.at(multiple), plan.tokens)
-    plain = Reader(base.config, plan.tokens)
+    long_, cut = (windows(texts.held_out, t, longest) for t in (config.context, short))
+    read, plain = Reader(config, plan.tokens), Reader(base.config, plan.tokens)
     found = {
-        "multiple": multiple,
-        "length": length,
-        "rows": plan.tokens // length,
+        "length": config.context,
+        "rows": plan.tokens // config.context,
         "base": {
             "not interpolated": plain(base.params, long_),
             "interpolated": read(base.params, long_),
         },
         "arms": costs(cells, texts.train),
     }
-    say(
-        f"T = {length}: base {found['base']['not interpolated']:.1f}, interpolated "
-        f"{found['base']['interpolated']:.1f}"
-    )
+    say(f"T = {config.context}: base {found['base']}")
+    for name, row in found["arms"].items():
+        said = [f"{cost} {row[f'{cost}_vs_full']:.3f}" for cost in COSTS]
+        say(f"T = {config.context}: {name}, of full's {', '.join(said)}")
     for name, cell in cells.items():
+        if not cell.arm.tuned:
+            continue
         row, rate = found["arms"][name], rates["longlora" if cell.arm.longlora else "lora"]["rate"]
         tuned = [cell.run(texts.train, rate, seed) for seed in plan.seeds]
         row["perplexity"] = spread([read(tree, long_) for tree in tuned])
         row["perplexity_short"] = spread([read(tree, cut) for tree in tuned])
         say(
-            f"T = {length} {name}: perplexity {row['perplexity']['mean']:.2f}, in windows of "
-            f"{short} {row['perplexity_short']['mean']:.2f}; "
-            + ", ".join(f"{cost} x {row[f'{cost}_vs_full']:.3f}" for cost in COSTS)
+            f"T = {config.context}: {name}, perplexity {row['perplexity']['runs']}, in windows of "
+            f"{short} {row['perplexity_short']['runs']}"
         )
+    full = found["arms"][REFERENCE]["perplexity"]["runs"]
+    for row in found["arms"].values():
+        if "perplexity" in row:
+            pairs = zip(row["perplexity"]["runs"], full, strict=True)
+            row["perplexity_vs_full"] = spread([mine / other for mine, other in pairs])
     return found
 
 
 def measure(base: Base, texts: Texts, plan: Plan) -> dict[str, Any]:
     begin = time.perf_counter()
-    rates = sweep(base, texts, plan)
-    lengths = [at(multiple, base, texts, plan, rates) for multiple in plan.multiples]
+    cells = functools.cache(functools.partial(cells_at, base, plan))
+    swept = json.loads((DEMO / "rates.json").read_text())["lora"]["rate"]
+    rates = {
+        "lora": {"rate": swept, "perplexity": {}},
+        "longlora": sweep(cells(plan.swept_at)[REFERENCE], texts, plan),
+    }
     return {
         "jax": jax.__version__,
         "context": base.config.context,
         "plan": dataclasses.asdict(plan),
         "tokens": {name: len(stream) for name, stream in texts._asdict().items()},
         "rates": rates,
-        "lengths": lengths,
+        "lengths": [at(cells(m), base, texts, plan, rates) for m in plan.multiples],
         "minutes": round((time.perf_counter() - begin) / 60, 1),
     }
 
@@ -379,8 +411,8 @@ def table(result: dict[str, Any]) -> str:
         f"{plan['steps']} steps of {plan['tokens']} tokens, Adam, rate {rates['lora']:g} for "
         f"`lora` and {rates['longlora']:g} for `longlora`, {len(plan['seeds'])} seeds. Shifted "
         "sparse attention over groups of T / 4 in training; perplexity is measured with full "
-        f"attention, on the same {read} held-out tokens at every T. Ratios (x) are to \"{REFERENCE}\" "
-        "of the same T.",
+        f"attention, on the same {read} held-out tokens at every T. Time is of CPU. Ratios (x) are "
+        f'to "{REFERENCE}" of the same T.',
         "",
         "| T | training | trained | MB | x | MB, remat | x | GFLOP | x | s a step | x |",
         "|---:|---|---:|" + "---:|" * 8,
@@ -393,17 +425,19 @@ def table(result: dict[str, Any]) -> str:
                 unit, digits = units.get(cost, (1, 2))
                 cells += [f"{row[cost] * unit:.{digits}f}", f"{row[f'{cost}_vs_full']:.2f}"]
             lines.append(f"| {' | '.join(map(str, cells))} |")
+    tuned = [name for name, arm in ARMS.items() if arm.tuned]
     lines += [
         "",
         f"Perplexity: mean over seeds ± half the range, and in brackets that of the same models "
         f"on the same tokens in windows of {short}.",
         "",
-        f"| T | base | interpolated | {' | '.join(ARMS)} |",
-        "|---:|" + "---:|" * (2 + len(ARMS)),
+        f"| T | base | interpolated | {' | '.join(tuned)} |",
+        "|---:|" + "---:|" * (2 + len(tuned)),
     ]
     for one in result["lengths"]:
         cells = [str(one["length"]), *(f"{one['base'][kind]:.1f}" for kind in one["base"])]
-        for row in one["arms"].values():
+        for name in tuned:
+            row = one["arms"][name]
             seen, cut = row["perplexity"], row["perplexity_short"]
             cells.append(f"{seen['mean']:.2f} ± {seen['range'] / 2:.2f} ({cut['mean']:.2f})")
         lines.append(f"| {' | '.join(cells)} |")

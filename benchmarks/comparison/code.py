@@ -47,6 +47,8 @@ def code_hash(row: Row) -> str:
     parts += [repr((row.name, row.family, row.rates, row.length, row.virtual))]
     if row.make is not None:
         parts += [declared(row.make), _programs(method_files(row.make))]
+    for more in filter(None, (row.wrap, row.penalty)):
+        parts += [declared(more), _programs([*method_files(more), *_tuned()])]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -99,6 +101,13 @@ def _node(make: Callable) -> ast.AST:
 @functools.cache
 def _common() -> tuple[Path, ...]:
     return tuple(path for pattern in COMMON for path in sorted(ROOT.glob(pattern)))
+
+
+@functools.cache
+def _tuned() -> list[Path]:
+    """What rows that are trained in their own way depend on."""
+    names = ("benchmarks/comparison/tuned.py", "jaxpeft/train/pruning.py")
+    return [ROOT / name for name in (*names, "jaxpeft/train/rank_budget.py")]
 
 
 def _programs(files: Any) -> str:

@@ -11,8 +11,10 @@ from comparison import costs
 from comparison.cell import Cell, Run, Trained
 from comparison.code import code_hash
 from comparison.records import Results, gap, pack, unpack
-from comparison.rows import DESCENDANTS, FULL, PROBE, ROWS, Row
+from comparison.rows import DESCENDANTS, FULL, PROBE, RANKS, ROWS, Row
+from comparison.sizes import SIZES
 from comparison.tasks import TASKS, Task
+from comparison.tuned import Tuned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,11 @@ class Plan:
 #: A parity row: tuning gains nothing over the probe there, so there is nothing to contest.
 PARITY = {"banking77": ("probe", "lora")}
 _FOUNDING = tuple(row.name for row in ROWS)
-WHOLE = Plan(tuple(ROWS + DESCENDANTS), {"snips": None, "e2e": None, "trec": _FOUNDING} | PARITY)
+_BY_SIZE = dict.fromkeys(SIZES, ("probe", "full", "bitfit", "lora"))
+WHOLE = Plan(
+    tuple(ROWS + DESCENDANTS + RANKS),
+    {"snips": None, "e2e": None, "trec": _FOUNDING} | PARITY | _BY_SIZE,
+)
 _FEW = ("probe", "full", "lora", "houlsby", "prompt", "p-tuning v2")
 SHORT = Plan(
     tuple(row for row in ROWS if row.name in _FEW),
@@ -72,7 +78,7 @@ SHORT = Plan(
     repeats=2,
 )
 #: Tasks without a validation part take the rates of one with the same model.
-RATE_FROM = {"trec": "snips", "banking77": "snips"}
+RATE_FROM = dict.fromkeys(("trec", "banking77", *SIZES), "snips")
 
 
 def unfit(task: str, row: Row) -> str | None:
@@ -146,7 +152,7 @@ _loaded: set[str] = set()
 @functools.cache
 def _task(name: str) -> Task:
     _loaded.add(name)
-    return TASKS[name]()
+    return (TASKS | SIZES)[name]()
 
 
 @functools.lru_cache(maxsize=1)
@@ -167,6 +173,8 @@ class _Work:
         rates = self.row.rates
         if not self.protocol.plan.sweep and rates:
             return rates[1]
+        if self.row.rate_of is not None:
+            return _Work(self.protocol, self.name, self.protocol.plan.row(self.row.rate_of)).rate()
         if source := RATE_FROM.get(self.name):
             return _Work(self.protocol, source, self.row).rate() if rates else 0.0
         if rates and self.name not in self.row.swept:
@@ -228,7 +236,10 @@ class _Work:
     @functools.cached_property
     def cell(self) -> Cell:
         task, steps = self.protocol.task(self.name), self.protocol.plan.steps
-        return _full(self.name, steps) if self.row == FULL else Cell(task, self.row, steps)
+        if self.row == FULL:
+            return _full(self.name, steps)
+        kind = Tuned if self.row.wrap or self.row.penalty else Cell
+        return kind(task, self.row, steps)
 
     @functools.cached_property
     def costs(self) -> dict[str, Any]:

@@ -64,6 +64,9 @@ class Row:
       swept: Tasks with a sweep of its rates; on others with one, its family's centre is taken.
       virtual: What stands there: "ids" beyond the table, or placeholders with "slots".
       decoder: Why it has no row on the decoder; `None` where it has one.
+      rate_of: Another row whose rate it takes, instead of a sweep of its own.
+      wrap: From the adapter's optimizer, the places and the steps to what it is trained with.
+      penalty: Of the adapter, added to the mean loss.
     """
 
     name: str
@@ -74,6 +77,9 @@ class Row:
     virtual: Literal["ids", "slots"] = "ids"
     swept: tuple[str, ...] = ("snips", "e2e")
     decoder: str | None = None
+    rate_of: str | None = None
+    wrap: Callable[[Any, Places, int], Any] | None = None
+    penalty: Callable[[Any], Any] | None = None
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -274,6 +280,15 @@ DESCENDANTS = [
         "entries",
     ),
 ]
+
+
+def _rank(rank: int) -> Row:
+    """LoRA of another rank; alpha / rank, and with it the rates, stay what they are."""
+    make = lambda p: jp.lora(rank, p.kernels, alpha=2 * rank)  # noqa: E731
+    return _descendant(f"lora r={rank}", "Hu et al. 2021", make, "low rank")
+
+
+RANKS = [_rank(rank) for rank in (1, 2, 4, 16, 64)]
 
 #: Those that benchmarks/prompts.py compares.
 PROMPTS = [

@@ -4,10 +4,12 @@ from jaxpeft.methods.adalora import adalora, orthogonality, ranks, shrunk
 from jaxpeft.methods.boft import boft
 from jaxpeft.methods.bottleneck import bottleneck, parallel
 from jaxpeft.methods.calibration import Moments, input_moments, mean_gradients
+from jaxpeft.methods.compensation import compensate
 from jaxpeft.methods.corda import corda
 from jaxpeft.methods.dora import dora
 from jaxpeft.methods.eva import eva
 from jaxpeft.methods.folding import fold
+from jaxpeft.methods.gates import gates, open_gates, openness
 from jaxpeft.methods.hira import hira
 from jaxpeft.methods.hra import hra
 from jaxpeft.methods.hybrids import mam, unipelt
@@ -38,29 +40,37 @@ from jaxpeft.methods.selection import bitfit, full, last_layers, linear_probe, n
 from jaxpeft.methods.shifting import as_lora
 from jaxpeft.methods.sparse import sparse
 from jaxpeft.methods.tokens import trainable_tokens
+from jaxpeft.methods.units import cut, keep_units, unit_scores, units
 from jaxpeft.methods.vera import vera
+from jaxpeft.methods.xlora import bank, for_shares, xlora
 
 __all__ = [
     "Moments",
     "adalora",
     "as_lora",
+    "bank",
     "bitfit",
     "boft",
     "bottleneck",
     "check_ids",
     "check_prompt",
+    "compensate",
     "corda",
+    "cut",
     "density",
     "dora",
     "eva",
     "fold",
+    "for_shares",
     "for_task",
     "full",
+    "gates",
     "hira",
     "hra",
     "ia3",
     "input_moments",
     "keep",
+    "keep_units",
     "last_layers",
     "linear_probe",
     "loha",
@@ -78,6 +88,8 @@ __all__ = [
     "obs",
     "oft",
     "olora",
+    "open_gates",
+    "openness",
     "orthogonality",
     "p_tuning",
     "parallel",
@@ -95,9 +107,12 @@ __all__ = [
     "trainable_tokens",
     "unfreeze",
     "unipelt",
+    "unit_scores",
+    "units",
     "vera",
     "virtual_ids",
     "with_prefixes",
     "with_virtual",
     "without_virtual",
+    "xlora",
 ]

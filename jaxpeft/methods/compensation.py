@@ -25,7 +25,9 @@ def compensate(
     For y = x @ w with inputs x let H = X^T X + damping * mean(diag(X^T X)) * I, and H^-1 = U^T U
     with U upper triangular. The inputs i are visited in order: with e = w_i / U_ii, and e = 0
     where entry i is kept, w_j -= U_ij * e for all j > i, and w_i = 0 where it is not kept. Each
-    step is the best one for H, with the entries up to i held where they are (obs in scores.py).
+    step is the best one for H, with the entries up to i held where they are (obs in scores.py). All
+    steps together are not the best that the kept entries can do, and with few inputs that have
+    little in common they may even be worse than none: compare outputs.
 
     Args:
       params: Parameters; the selected ones are plain arrays.

@@ -267,7 +267,7 @@ def prune(masks: Mapping[str, Any], sites: Sites) -> Method:
         if isinstance(w, Train):
             raise ValueError(
                 f"`prune`: '{site.path}' is trained as a whole already, and would be moved away "
-                "from zero. Train its entries with `sparse`, or under `train.pruned`."
+                "from zero. Train its entries with `sparse`, or under `train.masked_entries`."
             )
         if isinstance(w, Weight):
             return dataclasses.replace(view, weight=Masked(w, site.matrices(mask)))

@@ -57,9 +57,12 @@ class Mixture(Weight):
     local_in = local_out = True
 
     def forward(self, x):
-        shares = spread(mixture_shares(self.tasks.array, self.gate.array), self.a.array.shape[-1])
+        rank = self.a.array.shape[-1]
+        shares = spread(mixture_shares(self.tasks.array, self.gate.array), rank)
+        own = shares_of(shares, self.task, x, self.path)
         low = x @ self.a
-        low = low * shares_of(shares, self.task, x, self.path)
+        grouped = low.reshape(*low.shape[:-1], -1, rank)  # a convolution in groups has it for each
+        low = (grouped * own[..., None, :]).reshape(low.shape)
         return x @ self.w + self.scale * (low @ self.b)
 
 
@@ -98,11 +101,12 @@ class Skills(Weight):
             key = jax.random.fold_in(self.key.array, self.key.site.salt)
             logits = logits + jax.random.logistic(key, logits.shape, logits.dtype)
         share = shares_of(skill_shares(logits), self.task, x, self.path)
+        own = share[..., None, :, None]
         low = x @ self.a
-        low = low.reshape(*low.shape[:-1], share.shape[-1], -1)
-        low = jnp.sum(low * share[..., None], axis=-2)  # x @ a_t
-        low = low[..., None, :] * share[..., None]
-        return x @ self.w + self.scale * (low.reshape(*low.shape[:-2], -1) @ self.b)
+        skills, columns = share.shape[-1], self.a.array.shape[-1]
+        grouped = low.reshape(*low.shape[:-1], -1, skills, columns // skills)
+        mean = jnp.sum(grouped * own, axis=-2, keepdims=True)  # x @ a_t
+        return x @ self.w + self.scale * ((mean * own).reshape(low.shape) @ self.b)
 
 
 def skill_shares(logits: jax.Array) -> jax.Array:

@@ -127,7 +127,7 @@ def obs(
     """What removing an entry costs its output, were the others of its column then made to help.
 
     For y = x @ w with inputs x, the error of column j grows by w_ij^2 / [H^-1]_ii, H = X^T X: the
-    optimal brain surgeon, layer by layer. The others are not changed here.
+    optimal brain surgeon, layer by layer. `compensate` makes them help.
 
     Args:
       params: Parameters; the selected ones are plain arrays.

@@ -8,6 +8,7 @@ rigl             as many all the time, but not the same ones
 masked_entries   the same ones all the time
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -382,7 +383,8 @@ def _place(scores: jax.Array) -> jax.Array:
 
 
 def _count(masks: Mapping[str, jax.Array]) -> jax.Array:
-    return sum(jnp.sum(mask, dtype=jnp.int32) for mask in masks.values())
+    counts = (jnp.sum(mask, dtype=jnp.int32) for mask in masks.values())
+    return functools.reduce(jnp.add, counts)
 
 
 def _select(condition: jax.Array, one: Any, other: Any) -> Any:

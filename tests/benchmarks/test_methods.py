@@ -1,29 +1,23 @@
 """The comparison of methods on a handful of examples and models of a few thousand numbers."""
 
 import ast
-import csv
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import prompts
 import pytest
 
-tokenizers = pytest.importorskip("tokenizers", reason="the models' tokenizers need it")
+pytest.importorskip("tokenizers", reason="the models' tokenizers need it")
 pytest.importorskip("seqeval", reason="span F1 needs it: pip install 'jaxpeft[bench]'")
 pytest.importorskip("sacrebleu", reason="BLEU needs it: pip install 'jaxpeft[bench]'")
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import prompts  # noqa: E402
 from comparison import (  # noqa: E402
     cell,
     code,
     command,
-    costs,
     files,
     protocol,
     records,
@@ -33,120 +27,6 @@ from comparison import (  # noqa: E402
 )
 
 import jaxpeft as jp  # noqa: E402
-from jaxpeft.models import decoder, encoder  # noqa: E402
-
-SENTENCES = [
-    (("play", "some", "jazz"), ("O", "O", "B-genre")),
-    (("book", "the", "blue", "spice"), ("O", "O", "B-name", "I-name")),
-    (("rate", "this", "book", "five"), ("O", "O", "O", "B-rating")),
-    (("play", "blue", "moon", "now"), ("O", "B-track", "I-track", "O")),
-]
-MEANINGS = [
-    ("name[Blue Spice], eatType[pub]", ["Blue Spice is a pub.", "A pub: Blue Spice."]),
-    ("name[Zizzi], near[The Mill], familyFriendly[yes]", ["Zizzi is for kids."]),
-]
-
-
-@pytest.fixture(autouse=True)
-def in_float32():
-    with jax.enable_x64(False):
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A data folder like the real one, with models drawn at random."""
-    folder = tmp_path_factory.mktemp("data")
-    texts = [" ".join(words) for words, _ in SENTENCES]
-    for name, lines in (("train", texts * 3), ("test", [f"{text} ?" for text in texts[:2]])):
-        kinds = ("NUM:count", "HUM:ind")
-        lines = [f"{kinds[i % 2]} {line}" for i, line in enumerate(lines)]
-        _write(folder / f"trec/TREC.{name}", "\n".join(lines))
-        _table(
-            folder / f"banking77/{name}.csv",
-            "text,category",
-            [x.split(" ", 1)[::-1] for x in lines],
-        )
-    for name, chosen in (("train", SENTENCES), ("valid", SENTENCES[:2]), ("test", SENTENCES[3:])):
-        _write(folder / f"snips/{name}/seq.in", "\n".join(" ".join(w) for w, _ in chosen))
-        _write(folder / f"snips/{name}/seq.out", "\n".join(" ".join(t) for _, t in chosen))
-    for name in ("trainset", "devset", "testset_w_refs"):
-        pairs = [(mr, f"{name[:2]} {ref}") for mr, refs in MEANINGS for ref in refs]
-        _table(folder / f"e2e_nlg/{name}.csv", "mr,ref", pairs)
-    with jax.enable_x64(False):
-        _minilm(folder / "minilm-l6", texts)
-        _stories(folder / "stories260k", [ref for _, refs in MEANINGS for ref in refs])
-    patch = pytest.MonkeyPatch()
-    patch.setenv("JAXPEFT_DATA", str(folder))
-    patch.setitem(tasks.LENGTHS, "minilm", (6, 12))
-    patch.setitem(tasks.LENGTHS, "stories260k", (48,))
-    patch.setattr(cell, "MAX_NEW", 4)
-    patch.setattr(cell, "ASKED", 2)
-    patch.setattr(costs, "SHAPES", {"1x16": (1, 4), "32x128": (2, 8)})
-    patch.setattr(costs, "STORIES", 2)
-    patch.setattr(tasks, "BATCH", {"minilm": 2, "stories260k": 2})
-    yield folder
-    patch.undo()
-
-
-def _write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
-
-
-def _table(path, header, lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([header.split(","), *lines])
-
-
-def _minilm(folder, texts):
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=60, special_tokens=special)
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    config = encoder.Config(tokenizer.get_vocab_size(), 16, 32, 2, 2, context=80, pooler=True)
-    encoder.save(folder, config, encoder.init(config, jax.random.key(0)))
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def _stories(folder, texts):
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    config = decoder.Config(
-        tokenizer.get_vocab_size(), 16, 32, 2, 2, 1, 8, tied=True, context=128, eos=(2,)
-    )
-    # Large enough that what a token is depends on all that came before.
-    params = jax.tree.map(
-        lambda x: 20 * x if x.ndim > 2 else x, decoder.init(config, jax.random.key(0))
-    )
-    decoder.save(folder, config, params)
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
-@pytest.fixture(scope="module")
-def task(data):
-    """A task by name, made once."""
-    with jax.enable_x64(False):
-        made = {name: make() for name, make in tasks.TASKS.items()}
-    yield made.__getitem__
-    for cached in (tasks.base, protocol._task, costs.sentences, costs.stories):
-        cached.cache_clear()
-
 
 WHOLE = protocol.WHOLE
 CELLS = [

@@ -179,6 +179,20 @@ def poly(adapter, given):
     return product
 
 
+def xlora(adapter, given):
+    """Two frozen experts, of ranks 2 and 1, weighed by what a gate reads in hidden states."""
+
+    def product(path, h, w, b=0.0, layer=None, around=None):
+        gate, bias = fields(adapter, f"{path}/experts", layer, "gate", "bias")
+        weights = jnp.exp(given["hidden"] @ gate + bias)
+        weights = weights / weights.sum()
+        a, low = (given[f"{path}/experts/{name}"] for name in "ab")
+        first, second = h @ a[:, :2] @ low[:2], h @ a[:, 2:] @ low[2:]
+        return h @ w + b + weights[0] * first + weights[1] * second
+
+    return product
+
+
 def prompt(adapter, given):
     """Trained rows behind those of the table."""
     return lambda path, table: jnp.concatenate([table, adapter[f"{path}/rows"]])

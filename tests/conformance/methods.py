@@ -10,7 +10,7 @@ import numpy as np
 import jaxpeft as jp
 
 from . import by_hand
-from .rows.row import F, H, N
+from .rows.row import D, F, H, N, random
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -213,6 +213,33 @@ def _poly(sites, dtype):
     return jp.poly(2, sites.linear, skills=3, tasks=4, alpha=3.0, dtype=dtype)
 
 
+def _gates(sites, dtype):
+    return jp.gates(sites.matrices, kind="sigmoid", structure="output", start=0.7, dtype=dtype)
+
+
+def _gated_entries(sites, dtype):
+    return jp.gates(sites.matrices, kind="sigmoid", start=0.7, dtype=dtype)
+
+
+def _sharpness(args):
+    return {"sharpness": np.array(1.5)}
+
+
+def _xlora(sites, dtype):
+    ranks = {path: [2, 1] for path in sites.linear}
+    return jp.xlora(sites.linear, ranks, width=5, dtype=dtype)
+
+
+def _experts(args):
+    """Factors of two experts on the two weights of the row, and what the gates read."""
+    arrays = {
+        f"{path}/experts/{name}": random(*shape, seed=20 + i, scale=0.5)
+        for path, sides in (("up", (D, F)), ("down", (F, D)))
+        for i, (name, shape) in enumerate({"a": (sides[0], 3), "b": (3, sides[1])}.items())
+    }
+    return {**arrays, "hidden": random(5, seed=30, scale=1.0)}
+
+
 def _one_task(args):
     return {"task": np.array(2)}
 
@@ -302,6 +329,15 @@ METHODS = [
     Method("olora", _olora, keeps_base=False, on_trained=False, rows=("x @ w",)),
     Method("sparse", _sparse, factored=False, coarse=_CUT, rows=("x @ w",)),
     Method("lora under a mask", _under_a_mask, factored=False, keeps_base=False, rows=("x @ w",)),
+    Method("gates", _gates, roles=_LINEAR, rows=("x @ w",), given=_sharpness),
+    Method(
+        "gates of entries",
+        _gated_entries,
+        factored=False,
+        coarse=_CUT,
+        rows=("lax.scan over layers",),
+        given=_sharpness,
+    ),
     Method("hira", _hira, factored=False, rows=("x @ w", "lax.scan over layers")),
     Method("vera", _vera, rows=("x @ w",)),
     Method("loha", _loha, rows=("x @ w",)),
@@ -415,5 +451,13 @@ METHODS = [
         by_hand=by_hand.poly,
         models=by_hand.FEED_FORWARD | by_hand.ATTENTION,
         given=_one_task,
+    ),
+    Method(
+        "xlora",
+        _xlora,
+        rows=("x @ w",),
+        by_hand=by_hand.xlora,
+        models={"x @ w": by_hand.FEED_FORWARD["x @ w"]},
+        given=_experts,
     ),
 ]

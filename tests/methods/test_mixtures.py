@@ -107,3 +107,33 @@ def test_tasks_of_another_batch_are_refused(name):
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_convolution_in_groups_has_the_mixture_in_each(name):
+    """It is the plain LoRA of its task, whose merged kernel JAX convolves in groups."""
+
+    def convolve(params, x):
+        return jax.lax.conv_general_dilated(
+            x,
+            params["w"],
+            (1, 1),
+            "SAME",
+            feature_group_count=2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    params, x = {"w": normal(0, 1, 1, 3, 8)}, normal(1, 2, 3, 3, 6)
+    sites = jp.sites(convolve, params, x).conv
+    make = {
+        "moelora": lambda: jp.moelora(2, sites, experts=2, tasks=2, dtype=jnp.float64),
+        "poly": lambda: jp.poly(1, sites, skills=2, tasks=2, dtype=jnp.float64),
+    }
+    method = make[name]()
+    frozen, adapter = jp.split(method(KEY, params))
+    adapter = {k: v + normal(i, *v.shape) for i, (k, v) in enumerate(adapter.items())}
+    got = jp.lift(convolve)(jp.combine(frozen, adapter, task=jnp.array([1, 0])), x)
+    for example, task in enumerate((1, 0)):
+        plain, own = jp.for_task(method, adapter, task)
+        merged = jp.merge(jp.combine(jp.split(plain(KEY, params))[0], own))
+        np.testing.assert_allclose(got[example], convolve(merged, x)[example], rtol=1e-10)

@@ -121,6 +121,8 @@ NUMBERS = {
     "olora": 2 * (D + F) + 2 * (F + D),
     "sparse": 2 * round(0.3 * D * F),
     "lora under a mask": 2 * (D + F) + 2 * (F + D),
+    "gates": F + D,
+    "gates of entries": L * 2 * D * F,
     "hira": 2 * (D + F) + 2 * (F + D),
     "vera": (4 + F) + (4 + D),
     "loha": 2 * 2 * (D + F) + 2 * 2 * (F + D),
@@ -139,6 +141,7 @@ NUMBERS = {
     "p_tuning": 2 * 4 + LSTM,
     "trainable tokens": 11 * D,
     "moelora": 4 * (D + F) + 4 * (F + D) + 5 * (3 + 2),
+    "xlora": 2 * 2 * (5 + 1),
     "poly": 2 * (3 * 2 * (D + F) + 4 * 3),
     "mam": L * (2 * 2 * KEYS + 2 * 3 * D + 3 + D),
     # Each gate is a vector of its input and one number.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.methods.units import cut, keep_units, unit_scores, units
+from jaxpeft.methods.units import Units, cut, keep_units, unit_scores, units
 from jaxpeft.models import decoder
 
 from .stack import normal
@@ -227,9 +227,10 @@ def test_the_smaller_model_is_the_one_with_zeros(name):
     model, params, *_, zeros = CASES[name]
     kept = half(found(name).shape, seed=3)
     smaller, zeroed = cut(params, found(name), kept), zeros(params, kept)
-    want = model(zeroed, X)
-    np.testing.assert_allclose(model(smaller, X), want, atol=1e-10)
-    assert np.abs(want - model(params, X)).max() > 1e-2
+    run = jax.jit(model)
+    want = run(zeroed, X)
+    np.testing.assert_allclose(run(smaller, X), want, atol=1e-10)
+    assert np.abs(want - run(params, X)).max() > 1e-2
     # What is left is what was not zeroed; arrays that no unit has a block of are the same.
     assert jax.tree.structure(smaller) == jax.tree.structure(params)
     for new, zero, old in zip(*map(jax.tree.leaves, (smaller, zeroed, params)), strict=True):
@@ -286,6 +287,34 @@ def test_an_axis_that_the_program_cuts_is_cut_inside():
     np.testing.assert_array_equal(got, np.concatenate(want))
 
 
+def test_layers_on_the_last_axis_have_their_own_units_too():
+    def model(p, x):
+        w = jnp.moveaxis(p["w"], -1, 0)
+        return jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w) @ p["back"], None), x, w)[0]
+
+    params = arrays(w=(D, F, L), back=(F, D))
+    sites = jp.sites(model, params, X)
+    assert [axis.role for axis in sites["w"].axes] == ["in", "out", "stack"]
+    columns = units(F, outputs=sites.match("w"))
+    scores = unit_scores(params, columns)
+    np.testing.assert_allclose(scores, params["w"].sum(0).T, rtol=1e-12)
+    kept = keep_units(scores, columns, 0.5)
+    got = cut(params, columns, kept)["w"]
+    for i in range(L):
+        np.testing.assert_array_equal(got[..., i], params["w"][:, kept[i], i])
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (8, 4)])
+def test_an_axis_of_that_length_goes_before_one_that_divides(shape):
+    def model(p, x):
+        return jnp.einsum("td,dnh->tnh", x, p["w"])
+
+    params = arrays(w=(D, *shape))
+    four = units(4, outputs=jp.sites(model, params, X))
+    want = [2 if size == 4 else size for size in shape]
+    assert cut(params, four, np.arange(4) < 2)["w"].shape == (D, *want)
+
+
 @pytest.mark.parametrize(
     "kernel, bias", [((N, H), (N * H,)), ((N * H,), (N, H)), ((H, N), (N * H,))]
 )
@@ -302,6 +331,12 @@ def test_a_bias_is_cut_where_the_outputs_of_its_kernel_are(kernel, bias):
     left = (outputs[:, kept] if kernel == (H, N) else outputs.reshape(N, H)[kept]).ravel()
     np.testing.assert_array_equal(smaller["b"].ravel(), params["b"].ravel()[left])
     np.testing.assert_array_equal(smaller["w"].reshape(D, -1), params["w"].reshape(D, -1)[:, left])
+
+
+def test_a_bias_that_is_selected_too_is_cut_once():
+    sites = mlp_sites()
+    both = units(F, outputs=sites.match("up", "up_bias"), inputs=sites.match("down"))
+    assert both == found("mlp")
 
 
 def test_one_number_for_all_outputs_is_left_alone():
@@ -410,6 +445,8 @@ def test_units_may_have_scores_of_their_own_and_the_first_of_equals_are_kept():
     kept = keep_units(jnp.array([1.0, 2, 1, 1, 0, 1]), found("mlp"), 0.5)
     np.testing.assert_array_equal(kept, [True, True, True, False, False, False])
     assert keep_units(jnp.arange(6.0), found("mlp"), 1.0).all()
+    assert 1 / 49 * 49 < 1  # rounding takes no unit away
+    assert keep_units(jnp.ones(49), Units(49, (), ()), 1 / 49).sum() == 1
 
 
 def test_small_scores_of_narrow_arrays_are_not_lost():
@@ -475,9 +512,9 @@ def test_a_bias_of_another_length_is_refused():
     def model(p, x):
         return jnp.einsum("td,dnh->tnh", x, p["w"]) + p["b"]
 
-    sites = jp.sites(model, arrays(w=(D, N, H), b=(H,)), X)
-    with pytest.raises(ValueError, match=r"adds 'b' of shape \(3,\).* 3 numbers for 12 outputs"):
-        units(N, outputs=sites.match("w"))
+    sites = jp.sites(model, arrays(w=(D, 4, 8), b=(8,)), X)
+    with pytest.raises(ValueError, match=r"adds 'b' of shape \(8,\).* 8 numbers for 32 outputs"):
+        units(4, outputs=sites.match("w"))
 
 
 @pytest.mark.parametrize(
@@ -516,7 +553,7 @@ P = CASES["mlp"][1]
             half((6,)),
             "'down' is a structured weight.*Merge first",
         ),
-        (jp.full(mlp_sites().match("up_bias"))(KEY, P), half((6,)), "'up_bias' is a structured"),
+        ({**P, "up_bias": jp.Train(P["up_bias"])}, half((6,)), "'up_bias' is a structured"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(params, kept, message):
@@ -547,11 +584,11 @@ def test_a_decoder_without_half_of_its_units_and_heads():
         mlp_bias=True,
         qk_norm=True,
     )
-    params = decoder.init(config, KEY, jnp.float64)
-    leaves, treedef = jax.tree.flatten(params)
-    params = jax.tree.unflatten(treedef, [x + normal(i, *x.shape) for i, x in enumerate(leaves)])
+    shapes, treedef = jax.tree.flatten(decoder.shapes(config))
+    params = jax.tree.unflatten(treedef, [normal(i, *x.shape) for i, x in enumerate(shapes)])
     tokens = jnp.array([[1, 5, 2, 9], [3, 3, 0, 7]])
-    sites = jp.sites(decoder.pure(config), params, tokens)
+    forward = jax.jit(decoder.pure(config))
+    sites = jp.sites(forward, params, tokens)
     inner = units(
         12, outputs=sites.match("*/gate/kernel", "*/up/kernel"), inputs=sites.match("*/down/kernel")
     )
@@ -577,9 +614,10 @@ def test_a_decoder_without_half_of_its_units_and_heads():
 
     small = dataclasses.replace(config, mlp_width=6, heads=2, kv_heads=1)
     assert jax.tree.map(jnp.shape, smaller) == jax.tree.map(jnp.shape, decoder.shapes(small))
-    want = decoder.pure(config)(zeroed, tokens)
-    np.testing.assert_allclose(decoder.pure(small)(smaller, tokens), want, atol=1e-10)
-    assert np.abs(want - decoder.pure(config)(params, tokens)).max() > 1e-2
+    want = forward(zeroed, tokens)
+    got = jax.jit(decoder.pure(small))(smaller, tokens)
+    np.testing.assert_allclose(got, want, atol=1e-10)
+    assert np.abs(want - forward(params, tokens)).max() > 1e-2
 
     # Of a layer: 6 of 12 inner units (3 * 8 + 2 numbers each) and one of two groups, of two heads
     # in q and o and one in k and v, 4 numbers a head, 8 for each of those and biases of q, k, v.

@@ -133,6 +133,7 @@ def test_every_matrix_keeps_its_best_entry():
     small = {**START, "layers/up": START["layers/up"].at[1].multiply(1e-6)}
     ((_, state, _),) = trained(train.pruned(optax.sgd(0.0), SITES, 0.2, every=1), 1, small)[1:]
     mask = state.masks["layers/up"][1]
+    assert sum(int(x.sum()) for x in state.masks.values()) == int(0.2 * TOTAL)
     assert mask.sum() == 1 and mask.ravel()[jnp.argmax(jnp.abs(small["layers/up"][1]))]
     tx = train.pruned(optax.sgd(0.0), SITES, 0.25, every=1, scope="matrix")
     ((_, state, _),) = trained(tx, 1, small)[1:]
