@@ -17,10 +17,7 @@ import longlora  # noqa: E402
 
 from jaxpeft.models import decoder  # noqa: E402
 
-CONFIG = decoder.Config(
-    vocab=13, width=32, mlp_width=32, layers=1, heads=2, kv_heads=2, head_dim=16, context=8,
-    tied=True,
-)  # fmt: skip
+CONFIG = decoder.Config(13, 16, 16, 1, 2, 2, 8, tied=True, context=8)
 PLAN = longlora.Plan(multiples=(1, 4), tokens=64, steps=6, rounds=1, swept_at=4)
 STREAM = np.arange(333, dtype=np.int32) % 11  # the next token follows from the last
 
@@ -76,12 +73,12 @@ def test_the_parts_of_the_demos_texts_share_no_module():
 
 def test_shifted_attention_takes_a_smaller_share_of_flops_and_bytes_the_longer_the_text():
     shares = {}
-    for multiple in (1, 4):
+    for multiple in (1, 8):
         full, shifted = (cell(multiple, f"{kind}, longlora").step for kind in ("full", "shifted"))
         flops = shifted.cost_analysis()["flops"] / full.cost_analysis()["flops"]
         shares[multiple] = flops, longlora.peak(shifted) / longlora.peak(full)
-    assert shares[4][0] < shares[1][0] < 1
-    assert shares[4][1] < shares[1][1] <= 1
+    assert shares[8][0] < shares[1][0] < 1
+    assert shares[8][1] < min(shares[1][1], 0.9)
 
 
 def test_the_blocked_step_that_tunes_computes_what_the_measured_one_does(monkeypatch):
@@ -93,11 +90,11 @@ def test_the_blocked_step_that_tunes_computes_what_the_measured_one_does(monkeyp
         state, frozen = one.start(0)
         found.append(step(state, frozen, batch, np.float32(1e-2)))
     (mine, metrics), (theirs, others) = found
-    assert np.allclose(metrics.loss, others.loss, rtol=1e-6)
+    assert np.allclose(metrics.loss, others.loss, rtol=1e-6) and metrics.grad_norm > 0
     assert np.allclose(metrics.grad_norm, others.grad_norm, rtol=1e-5)
     moments = [jax.tree.leaves(state.opt_state[0].mu) for state in (mine, theirs)]
     for a, b in zip(*moments, strict=True):
-        assert np.allclose(a, b, rtol=1e-4, atol=1e-7) and np.any(a)
+        assert np.allclose(a, b, rtol=1e-4, atol=1e-7)
 
 
 def test_positions_are_interpolated_by_the_multiple():
@@ -125,8 +122,8 @@ def test_longlora_trains_the_embedding_and_norms_beside_the_factors():
     for name in ("full, lora", "full, longlora"):
         state, _ = jax.eval_shape(functools.partial(cell(4, name).start, 0))
         sizes[name] = sum(x.size for x in jax.tree.leaves(state.adapter))
-    assert sizes["full, lora"] == 4 * longlora.RANK * (32 + 32)
-    assert sizes["full, longlora"] - sizes["full, lora"] == 13 * 32 + 3 * 32
+    assert sizes["full, lora"] == 4 * longlora.RANK * (16 + 16)
+    assert sizes["full, longlora"] - sizes["full, lora"] == 13 * 16 + 3 * 16
 
 
 def test_steps_are_timed_in_turn_and_the_first_of_each_left_out():
