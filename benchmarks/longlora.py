@@ -28,13 +28,14 @@ modules. By the attention of training and by what is trained:
 
 Every run is 60 steps of 2048 tokens, Adam, the rate warmed up in 6 steps and then falling linearly
 to zero; float32. "full" is trained by the blocked program, which computes the same in less time.
-LoRA alone has the rate that the demo swept for it (rates.json), longlora the best of three at
-T = 2 T0 with full attention, seed 0, on modules of the training text that no run is trained on.
+Each of lora and longlora has the best of three rates at T = 2 T0 with full attention, seed 0, on
+modules of the training text that no run is trained on.
 
-    --short     the shortest and the longest, a few steps, no sweep, writes nothing: a minute or two
+    --sweep     what SWEPT holds: perplexity at these rates; 3 minutes on an idle core
+    --short     the shortest and the longest, a few steps, writes nothing: a minute or two
 
-About 25 minutes on an idle core. The last line is JSON; a full run writes results/longlora.json
-and results/longlora.md.
+20 minutes on an idle core, estimated from its parts. The last line is JSON; a full run writes
+results/longlora.json and results/longlora.md after every length.
 """
 
 import argparse
@@ -74,6 +75,11 @@ from attention import blocked  # noqa: E402
 # Those on which the demo's rates were swept.
 VALIDATION = ("fileinput", "linecache", "poplib", "queue", "reprlib", "selectors", "zipapp")
 RANK, ALPHA = 16, 32
+# Perplexity on them by rate.
+SWEPT = {
+    "lora": {6e-3: 37.02, 1e-2: 34.92, 3e-2: 37.22},
+    "longlora": {3e-3: 29.36, 1e-2: 27.22, 2e-2: 33.03},
+}
 COSTS = ("peak_bytes", "remat_peak_bytes", "flops", "seconds")
 
 
@@ -94,17 +100,15 @@ REFERENCE = "full, longlora"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    multiples: tuple[int, ...] = (1, 2, 4, 8)
+    multiples: tuple[int, ...] = (8, 4, 2, 1)
     tokens: int = 2048  # of a step, whatever the length of a text
     steps: int = 60
     seeds: tuple[int, ...] = (0, 1)
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)  # of longlora; one alone is not swept
-    swept_at: int = 2  # the multiple
     rounds: int = 5  # timed steps of each arm
 
 
 WHOLE = Plan()
-SHORT = Plan(multiples=(1, 8), steps=3, seeds=(0,), rates=(3e-3,), rounds=1)
+SHORT = Plan(multiples=(8, 1), steps=3, seeds=(0,), rounds=1)
 
 
 # Texts -------------------------------------------------------------------------------------------
@@ -325,24 +329,28 @@ def cells_at(base: Base, plan: Plan, multiple: int) -> dict[str, Cell]:
     return cells
 
 
-def sweep(cell: Cell, texts: Texts, plan: Plan) -> dict[str, Any]:
-    """Perplexity at each rate on the validation part, and the best rate."""
-    if len(plan.rates) == 1:
-        return {"rate": plan.rates[0], "perplexity": {}}
-    read, data = Reader(cell.config, plan.tokens), windows(texts.validation, cell.length)
-    seen = {rate: read(cell.run(texts.train, rate, 0), data) for rate in plan.rates}
-    say(f"rates of longlora: {', '.join(f'{r:g} {p:.2f}' for r, p in seen.items())}")
-    return {"rate": min(seen, key=seen.__getitem__), "perplexity": seen}
+def best(kind: str) -> float:
+    return min(SWEPT[kind], key=SWEPT[kind].__getitem__)
+
+
+def sweep(base: Base, texts: Texts, plan: Plan) -> dict[str, dict[float, float]]:
+    """Perplexity on the validation part at the rates of `SWEPT`."""
+    cells, found = cells_at(base, plan, multiple=2), {}
+    for kind, rates in SWEPT.items():
+        cell = cells[f"full, {kind}"]
+        read, data = Reader(cell.config, plan.tokens), windows(texts.validation, cell.length)
+        found[kind] = {rate: read(cell.run(texts.train, rate, 0), data) for rate in rates}
+        say(f"{kind}: {found[kind]}")
+    return found
 
 
 def spread(values: list[float]) -> dict[str, Any]:
     return {"mean": statistics.mean(values), "range": max(values) - min(values), "runs": values}
 
 
-def at(
-    cells: dict[str, Cell], base: Base, texts: Texts, plan: Plan, rates: dict[str, Any]
-) -> dict[str, Any]:
+def at(multiple: int, base: Base, texts: Texts, plan: Plan) -> dict[str, Any]:
     """All figures of one length."""
+    cells = cells_at(base, plan, multiple)
     config, short = cells[REFERENCE].config, base.config.context
     longest = max(plan.multiples) * short
     long_, cut = (windows(texts.held_out, t, longest) for t in (config.context, short))
@@ -363,7 +371,7 @@ def at(
     for name, cell in cells.items():
         if not cell.arm.tuned:
             continue
-        row, rate = found["arms"][name], rates["longlora" if cell.arm.longlora else "lora"]["rate"]
+        row, rate = found["arms"][name], best("longlora" if cell.arm.longlora else "lora")
         tuned = [cell.run(texts.train, rate, seed) for seed in plan.seeds]
         row["perplexity"] = spread([read(tree, long_) for tree in tuned])
         row["perplexity_short"] = spread([read(tree, cut) for tree in tuned])
@@ -379,29 +387,25 @@ def at(
     return found
 
 
-def measure(base: Base, texts: Texts, plan: Plan) -> dict[str, Any]:
-    begin = time.perf_counter()
-    cells = functools.cache(functools.partial(cells_at, base, plan))
-    swept = json.loads((DEMO / "rates.json").read_text())["lora"]["rate"]
-    rates = {
-        "lora": {"rate": swept, "perplexity": {}},
-        "longlora": sweep(cells(plan.swept_at)[REFERENCE], texts, plan),
-    }
-    return {
-        "jax": jax.__version__,
-        "context": base.config.context,
-        "plan": dataclasses.asdict(plan),
-        "tokens": {name: len(stream) for name, stream in texts._asdict().items()},
-        "rates": rates,
-        "lengths": [at(cells(m), base, texts, plan, rates) for m in plan.multiples],
-        "minutes": round((time.perf_counter() - begin) / 60, 1),
-    }
+def measure(base: Base, texts: Texts, plan: Plan) -> Iterator[dict[str, Any]]:
+    """The figures of the lengths so far, after each."""
+    begin, lengths = time.perf_counter(), []
+    for multiple in plan.multiples:
+        lengths.append(at(multiple, base, texts, plan))
+        yield {
+            "jax": jax.__version__,
+            "context": base.config.context,
+            "plan": dataclasses.asdict(plan),
+            "tokens": {name: len(stream) for name, stream in texts._asdict().items()},
+            "rates": {kind: best(kind) for kind in SWEPT},
+            "lengths": sorted(lengths, key=lambda one: one["length"]),
+            "minutes": round((time.perf_counter() - begin) / 60, 1),
+        }
 
 
 def table(result: dict[str, Any]) -> str:
-    plan, short = result["plan"], result["context"]
-    rates = {name: one["rate"] for name, one in result["rates"].items()}
-    longest = max(one["length"] for one in result["lengths"])
+    plan, short, rates = result["plan"], result["context"], result["rates"]
+    longest = max(plan["multiples"]) * short
     read = (result["tokens"]["held_out"] - 1) // longest * longest
     lines = [
         "# LongLoRA against full attention",
@@ -447,14 +451,18 @@ def table(result: dict[str, Any]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="the last line is JSON (it always is)")
-    parser.add_argument("--short", action="store_true", help="a minute's run that writes nothing")
+    parser.add_argument("--sweep", action="store_true", help="perplexity by rate, and no more")
+    parser.add_argument("--short", action="store_true", help="a quick run that writes nothing")
     options = parser.parse_args()
-    base = Base(*decoder.load(DEMO / "base", jnp.float32))
-    result = measure(base, demo_texts(), SHORT if options.short else WHOLE)
+    base, texts = Base(*decoder.load(DEMO / "base", jnp.float32)), demo_texts()
+    if options.sweep:
+        print(json.dumps(sweep(base, texts, WHOLE)))
+        return
+    for result in measure(base, texts, SHORT if options.short else WHOLE):
+        if not options.short:
+            (RESULTS / "longlora.json").write_text(json.dumps(result, indent=1) + "\n")
+            (RESULTS / "longlora.md").write_text(table(result))
     say(table(result))
-    if not options.short:
-        (RESULTS / "longlora.json").write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "longlora.md").write_text(table(result))
     print(json.dumps(result))
 
 

@@ -270,11 +270,21 @@ def _whole(f: Callable[[View], Any], view: View) -> Any:
         return f(view)
     mesh = compat.typed_sharding(jax.typeof(typed[0])).mesh
     everywhere = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    # Outside of `jit`, what follows from an array of one device alone would stay there.
-    placed = (x.sharding.mesh for x in typed if not isinstance(x, jax.core.Tracer))
-    devices = next(placed, None)
-    with contextlib.nullcontext() if devices is None else jax.set_mesh(devices):
+    with _on_mesh(
+        next((x.sharding.mesh for x in typed if not isinstance(x, jax.core.Tracer)), None)
+    ):
         return jax.sharding.auto_axes(f, out_sharding=everywhere)(view)
+
+
+def _on_mesh(mesh: Any) -> Any:
+    """The context in which what follows from an array of one device alone does not stay there.
+
+    While something is traced there is no such context, and no need of one.
+    """
+    try:
+        return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    except ValueError:
+        return contextlib.nullcontext()
 
 
 def _is_array(x: Any) -> bool:

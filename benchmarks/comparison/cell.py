@@ -128,7 +128,7 @@ class Cell:
     def start(self, seed: int) -> tuple[train.State, Any]:
         """The state before the first step, and the frozen tree."""
         frozen, adapter = self.untrained(seed)
-        return train.init(adapter, optimizer(0.0, self.steps, self.labels)), frozen
+        return train.init(adapter, self.tx(0.0)), frozen
 
     def batches(self, seed: int) -> Any:
         """The batches of a seed, the same for every method."""
@@ -138,18 +138,26 @@ class Cell:
         for step in range(self.steps):
             yield split.rows(order[step * rows : (step + 1) * rows])
 
+    def tx(self, rate: Any) -> optax.GradientTransformation:
+        """What trains the adapter."""
+        return optimizer(rate, self.steps, self.labels)
+
     @functools.cached_property
-    def step(self) -> Any:
-        """The compiled step (state, frozen, batch, rate) -> (state, metrics)."""
+    def lowered(self) -> Any:
+        """The step (state, frozen, batch, rate) -> (state, metrics), before it is compiled."""
 
         def step(state: Any, frozen: Any, batch: Split, rate: Any) -> Any:
-            tx = optimizer(rate, self.steps, self.labels)
-            once = train.train_step(self.loss, tx, clip=CLIP)
+            once = train.train_step(self.loss, self.tx(rate), clip=CLIP)
             return trimmed(lambda x: once(state, frozen, x, None), batch, self.task.lengths)
 
         batch = self.task.train.rows(np.zeros(self.task.rows, int))
         shapes = jax.eval_shape(lambda: (*self.start(0), batch, jnp.float32(0)))
-        return jax.jit(step, donate_argnums=0).lower(*shapes).compile()
+        return jax.jit(step, donate_argnums=0).lower(*shapes)
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """The compiled step."""
+        return self.lowered.compile()
 
     def train(self, rate: float, seed: int) -> Trained:
         """The method after all steps, or as it was before the first loss that is no number."""

@@ -1,6 +1,8 @@
-"""The hash of the code that a run depends on: what trains, scores and measures it.
+"""What a run depends on: the code that trains, scores and measures it, and what that amounts to.
 
-Comments, docstrings and formatting do not count, nor does a method that another row has.
+The hash of the code takes no time. Comments, docstrings and formatting do not count in it, nor does
+a method that another row has. The hash of the programs takes some seconds, and tells whether a
+change of code has changed what is computed.
 """
 
 import ast
@@ -11,7 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 import jaxpeft as jp
+from comparison.cell import Cell, Trained
 from comparison.files import ROOT
 from comparison.rows import Row
 
@@ -40,6 +46,10 @@ COMMON = (
 )
 
 
+#: What no program shows: which data are read, and how outputs are scored.
+SCORING = ("files", "tasks", "places", "cell", "costs", "records")
+
+
 @functools.cache
 def code_hash(row: Row) -> str:
     """Of what all rows depend on, the row as it is declared, and the files of its method."""
@@ -50,6 +60,25 @@ def code_hash(row: Row) -> str:
     for more in filter(None, (row.wrap, row.penalty)):
         parts += [declared(more), _programs([*method_files(more), *_tuned()])]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def program_hash(cell: Cell) -> str:
+    """Of a cell's step and questions as they are lowered, what they start with, and the scoring."""
+    state, frozen = cell.start(0)
+    found = hashlib.sha256(
+        _programs(ROOT / f"benchmarks/comparison/{x}.py" for x in SCORING).encode()
+    )
+    task, parts = cell.task, (frozen, state.adapter)
+    few = task.questions["test"].split.rows(np.zeros(2, int))
+    found.update(cell.lowered.as_text().encode())
+    for call in (cell.predictor, cell.embedder):
+        found.update(call.lower(*parts, few).as_text().encode())
+    if task.metric == "BLEU":
+        write = jax.jit(lambda tokens, mask: cell.writer(Trained(*parts), tokens, mask))
+        found.update(write.lower(few.tokens[:, :8], few.mask[:, :8]).as_text().encode())
+    for x in jax.tree.leaves((state, frozen)):
+        found.update(np.asarray(x).tobytes())
+    return found.hexdigest()[:12]
 
 
 def declared(make: Callable) -> str:

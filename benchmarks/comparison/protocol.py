@@ -9,7 +9,7 @@ import numpy as np
 
 from comparison import costs
 from comparison.cell import Cell, Run, Trained
-from comparison.code import code_hash
+from comparison.code import code_hash, program_hash
 from comparison.records import Results, gap, pack, unpack
 from comparison.rows import DESCENDANTS, FULL, PROBE, RANKS, ROWS, Row
 from comparison.sizes import SIZES
@@ -167,6 +167,7 @@ class _Work:
     def __init__(self, protocol: Protocol, task: str, row: Row):
         self.protocol, self.name, self.row = protocol, task, row
         self.trained: dict[tuple[float, int], Trained] = {}
+        self.renewed = False
 
     def rate(self) -> float:
         """The best rate of the sweep, or the one that another task has found."""
@@ -187,10 +188,26 @@ class _Work:
 
     def line(self, part: str, rate: float, seed: int | None = None) -> dict[str, Any]:
         """A finished run: the one that is there, or a new one."""
+        self._renew()
         seed = self.protocol.plan.seeds[0] if seed is None else seed
         where = dict(task=self.name, part=part, rate=rate, seed=seed)
         found = self.protocol.lines(self.row, **where)
         return found[0] if found else self._finish(part, rate, seed)
+
+    def _renew(self) -> None:
+        """Once, takes over the runs of earlier code whose programs are the same."""
+        if self.renewed:
+            return
+        self.renewed, code = True, code_hash(self.row)
+        wanted = dict(method=self.row.name, task=self.name, steps=self.protocol.plan.steps)
+        runs: dict[tuple, list[dict[str, Any]]] = {}
+        for line in self.protocol.results.of(**wanted):
+            runs.setdefault((line["part"], line["rate"], line["seed"]), []).append(line)
+        for lines in runs.values():
+            if not any(line["code"] == code for line in lines):
+                same = [line for line in lines if line["program"] == self.program]
+                for line in same[-1:]:
+                    self.protocol.results.add(line | {"code": code})
 
     def _finish(self, part: str, rate: float, seed: int) -> dict[str, Any]:
         """Trains, unless it has been trained for the other part, and writes the line."""
@@ -209,6 +226,7 @@ class _Work:
             "seed": seed,
             "steps": self.protocol.plan.steps,
             "code": code_hash(self.row),
+            "program": self.program,
             "metric": task.metric,
             "score": float(task.score(outcomes.sum(axis=0))),
             # On all of the part; a sweep has no use for it.
@@ -240,6 +258,11 @@ class _Work:
             return _full(self.name, steps)
         kind = Tuned if self.row.wrap or self.row.penalty else Cell
         return kind(task, self.row, steps)
+
+    @functools.cached_property
+    def program(self) -> str:
+        """The hash of what the cell computes."""
+        return program_hash(self.cell)
 
     @functools.cached_property
     def costs(self) -> dict[str, Any]:

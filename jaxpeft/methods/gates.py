@@ -18,6 +18,7 @@ from jaxpeft.computed import Computed, matrix_of
 from jaxpeft.method import Method
 from jaxpeft.methods.ia3 import ScaledIn, ScaledOut
 from jaxpeft.methods.masks import Structure, block_of, spread
+from jaxpeft.methods.oft import as_sharded
 from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
@@ -141,8 +142,11 @@ class Gated(Weight):
         return Weighed(self.w, gates, self.block)
 
     def materialize(self):
-        gates = gate_values(self.kind, self.logits, self.key, self.sharpness)
-        return dense(self.w) * by_entry(self._by_block(gates), self.block)
+        def weighed(w: jax.Array, logits: jax.Array) -> jax.Array:
+            gates = gate_values(self.kind, logits, self.key, self.sharpness)
+            return w * by_entry(self._by_block(gates), self.block)
+
+        return as_sharded(weighed, dense(self.w), self.logits)
 
     def _by_block(self, gates: jax.Array) -> jax.Array:
         (n, m), (rows, columns) = self.sides, self.block

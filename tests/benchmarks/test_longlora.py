@@ -18,12 +18,13 @@ import longlora  # noqa: E402
 from jaxpeft.models import decoder  # noqa: E402
 
 CONFIG = decoder.Config(13, 16, 16, 1, 2, 2, 8, tied=True, context=8)
-PLAN = longlora.Plan(multiples=(1, 4), tokens=64, steps=6, rounds=1, swept_at=4)
+PLAN = longlora.Plan(multiples=(1, 8), tokens=64, steps=6, rounds=1)
 STREAM = np.arange(333, dtype=np.int32) % 11  # the next token follows from the last
 
 
 @pytest.fixture(autouse=True)
-def in_float32():
+def in_float32(monkeypatch):
+    monkeypatch.setattr(sys.modules[longlora.blocked.__module__], "BLOCK", 32)
     with jax.enable_x64(False):
         yield
 
@@ -81,10 +82,9 @@ def test_shifted_attention_takes_a_smaller_share_of_flops_and_bytes_the_longer_t
     assert shares[8][1] < min(shares[1][1], 0.9)
 
 
-def test_the_blocked_step_that_tunes_computes_what_the_measured_one_does(monkeypatch):
-    monkeypatch.setattr(sys.modules[longlora.blocked.__module__], "BLOCK", 8)
-    one = cell(4, "full, longlora")
-    batch = next(longlora.batches(STREAM, 32, 64, 1, 0))
+def test_the_blocked_step_that_tunes_computes_what_the_measured_one_does():
+    one = cell(8, "full, longlora")
+    batch = next(longlora.batches(STREAM, 64, 64, 1, 0))
     found = []
     for step in one.step, one.tuner:
         state, frozen = one.start(0)
@@ -105,7 +105,7 @@ def test_positions_are_interpolated_by_the_multiple():
 
 
 def test_perplexity_is_that_of_the_plain_decoder_and_tuning_lowers_it():
-    one, data = cell(4, "full, longlora"), longlora.windows(STREAM, 32)
+    one, data = cell(8, "full, longlora"), longlora.windows(STREAM, 64)
     read = longlora.Reader(one.config, PLAN.tokens)
     logits = np.asarray(decoder.pure(one.config)(base().params, data[:, :-1]), np.float64)
     every = (
@@ -120,17 +120,35 @@ def test_perplexity_is_that_of_the_plain_decoder_and_tuning_lowers_it():
 def test_longlora_trains_the_embedding_and_norms_beside_the_factors():
     sizes = {}
     for name in ("full, lora", "full, longlora"):
-        state, _ = jax.eval_shape(functools.partial(cell(4, name).start, 0))
+        state, _ = jax.eval_shape(functools.partial(cell(8, name).start, 0))
         sizes[name] = sum(x.size for x in jax.tree.leaves(state.adapter))
     assert sizes["full, lora"] == 4 * longlora.RANK * (16 + 16)
     assert sizes["full, longlora"] - sizes["full, lora"] == 13 * 16 + 3 * 16
 
 
 def test_steps_are_timed_in_turn_and_the_first_of_each_left_out():
-    cells = {name: cell(4, name) for name in ("full, longlora", "shifted, longlora")}
+    cells = {name: cell(8, name) for name in ("full, longlora", "shifted, longlora")}
     seconds = longlora.timed(cells, STREAM)
     assert {name: len(found) for name, found in seconds.items()} == dict.fromkeys(cells, 1)
     assert all(found[0] > 0 for found in seconds.values())
+
+
+def test_all_that_is_measured_at_one_length(monkeypatch):
+    arms = {name: longlora.ARMS[name] for name in ("full, longlora", "blocked, longlora")}
+    monkeypatch.setattr(longlora, "ARMS", arms)
+    plan = dataclasses.replace(PLAN, multiples=(1,), steps=2)
+    (result,) = longlora.measure(base(), longlora.Texts(STREAM, STREAM, STREAM[:100]), plan)
+    (found,) = result["lengths"]
+    full, blocked = found["arms"].values()
+    assert all(full[f"{cost}_vs_full"] == 1 and full[cost] > 0 for cost in longlora.COSTS)
+    for cost in set(longlora.COSTS) - {"seconds"}:
+        assert blocked[f"{cost}_vs_full"] == blocked[cost] / full[cost]
+    assert "perplexity" not in blocked and len(full["perplexity"]["runs"]) == 2
+    assert full["perplexity_short"] == full["perplexity"]  # T is T0
+    assert full["perplexity_vs_full"]["runs"] == [1, 1]
+    assert found["base"]["interpolated"] == found["base"]["not interpolated"]
+    assert json.loads(json.dumps(result)) | {"plan": 0} == result | {"plan": 0}
+    assert longlora.table(result).count("| 8 | ") == 3
 
 
 # Report ------------------------------------------------------------------------------------------
@@ -156,7 +174,7 @@ def test_the_table_has_a_row_for_every_length_and_way():
         "context": 8,
         "plan": dataclasses.asdict(PLAN),
         "tokens": {"held_out": 333},
-        "rates": {"lora": {"rate": 0.5}, "longlora": {"rate": 0.25}},
+        "rates": {"lora": 0.5, "longlora": 0.25},
         "lengths": [of(8), of(32)],
     }
     text = longlora.table(json.loads(json.dumps(result)))

@@ -209,7 +209,7 @@ PLAN = protocol.Plan(
     seeds=(0, 1),
     repeats=1,
 )
-FIELDS = """method task rate seed steps code score probe_gap probe_gap_error trainable
+FIELDS = """method task rate seed steps code program score probe_gap probe_gap_error trainable
 trainable_with_head peak_bytes step_time_vs_full latency_vs_base flops_vs_base context_used
 forgetting""".split()
 
@@ -294,6 +294,57 @@ def test_a_repeated_command_runs_nothing_and_a_killed_one_goes_on(finished, tmp_
     first, second = json.loads(lines[-1]), json.loads(again[-1])
     for name in ("method", "task", "seed", "score", "outcomes", "peak_bytes"):
         assert first[name] == second[name]
+
+
+def test_runs_of_other_code_count_where_the_programs_are_the_same(finished, tmp_path, monkeypatch):
+    lines = [json.loads(line) for line in finished[0].read_text().splitlines()]
+    plan = dataclasses.replace(PLAN, tasks={"snips": ("probe", "prefix"), "e2e": ("probe",)})
+
+    def refuse(*args):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(cell.Cell, "train", refuse)
+
+    def run(name, change):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(line | change) + "\n" for line in lines))
+        protocol.Protocol(plan, records.Results(path), str).run()
+        return records.Results(path)
+
+    results = run("same.jsonl", {"code": "0"})
+    for task, row in plan.cells():
+        current = results.of(task=task, method=row.name, code=code.code_hash(row))
+        old = results.of(task=task, method=row.name, code="0")
+        assert [x["score"] for x in current] == [x["score"] for x in old] != []
+    with pytest.raises(AssertionError, match="trained again"):
+        run("other.jsonl", {"code": "0", "program": "0"})
+
+
+def test_the_hash_of_the_programs_sees_what_is_computed(task, monkeypatch):
+    """And nothing else: neither the row's name nor how its function is written."""
+    lora = WHOLE.row("lora")
+    hashes = {}
+    for name, row in {
+        "as it is": lora,
+        "renamed": dataclasses.replace(lora, name="x", make=lambda p: lora.make(p)),
+        "stronger": dataclasses.replace(
+            lora, make=lambda p: jp.lora(rows.RANK, p.kernels, alpha=3 * rows.RANK)
+        ),
+        "elsewhere": dataclasses.replace(
+            lora, make=lambda p: jp.lora(rows.RANK, p.keys, alpha=2 * rows.RANK)
+        ),
+        "otherwise started": dataclasses.replace(
+            lora,
+            make=lambda p: jp.lora(rows.RANK, p.kernels, alpha=2 * rows.RANK, init="gaussian"),
+        ),
+    }.items():
+        hashes[name] = code.program_hash(cell.Cell(task("snips"), row, steps=2))
+    assert hashes["as it is"] == hashes["renamed"]
+    assert len(set(hashes.values())) == 4
+    longer = code.program_hash(cell.Cell(task("snips"), lora, steps=3))
+    monkeypatch.setattr(cell, "CLIP", 2.0)
+    clipped = code.program_hash(cell.Cell(task("snips"), lora, steps=2))
+    assert len({longer, clipped, *hashes.values()}) == 6
 
 
 def test_a_cell_is_redone_and_takes_the_place_of_the_old_one(finished, tmp_path):

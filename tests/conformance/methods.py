@@ -329,7 +329,13 @@ METHODS = [
     Method("olora", _olora, keeps_base=False, on_trained=False, rows=("x @ w",)),
     Method("sparse", _sparse, factored=False, coarse=_CUT, rows=("x @ w",)),
     Method("lora under a mask", _under_a_mask, factored=False, keeps_base=False, rows=("x @ w",)),
-    Method("gates", _gates, roles=_LINEAR, rows=("x @ w",), given=_sharpness),
+    Method(
+        "gates",
+        _gates,
+        roles=_LINEAR,
+        rows=("x @ w", "a mesh with Explicit axes"),
+        given=_sharpness,
+    ),
     Method(
         "gates of entries",
         _gated_entries,

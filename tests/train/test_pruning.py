@@ -219,13 +219,17 @@ def test_entries_outside_of_masks_stay_zero_under_any_optimizer():
     assert float(loss(history[-1][0])) < float(loss(start))
 
 
+def summed(adapter, frozen, batch, key):
+    out = jp.lift(model)(jp.combine(frozen, adapter), batch[0])
+    return jnp.sum((out - batch[1]) ** 2), jnp.float64(out.size)
+
+
 def test_it_runs_in_the_train_step_and_is_compiled_once():
     traces = []
 
-    def loss_fn(adapter, frozen, batch, key):
+    def loss_fn(*args):
         traces.append(1)
-        out = jp.lift(model)(jp.combine(frozen, adapter), batch[0])
-        return jnp.sum((out - batch[1]) ** 2), jnp.float64(out.size)
+        return summed(*args)
 
     tx = train.pruned(optax.adam(0.02), SITES, cubic(6, 0, 0.2), rule="movement", every=2, rewind=1)
     step = jax.jit(train.train_step(loss_fn, tx, clip=1.0), donate_argnums=0)
@@ -236,6 +240,22 @@ def test_it_runs_in_the_train_step_and_is_compiled_once():
         first = metrics.loss if first is None else first
     assert len(traces) == 1
     assert sum(int((x != 0).sum()) for x in state.adapter.values()) == int(0.2 * TOTAL)
+
+
+@pytest.mark.parametrize("rule, rewind", [("magnitude", None), ("movement", 1)])
+def test_training_goes_on_from_a_checkpoint_to_the_bit(rule, rewind, tmp_path):
+    tx = train.pruned(optax.adam(0.02), SITES, 0.4, rule=rule, every=2, rewind=rewind)
+    step = jax.jit(train.train_step(summed, tx))
+    half = state = train.init(START, tx)
+    for i in range(6):
+        half = state if i == 3 else half
+        state, _ = step(state, FROZEN, (X, Y), None)
+    with train.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(half, {})
+        again, _ = checkpoints.restore(train.init(START, tx))
+    for _ in range(3):
+        again, _ = step(again, FROZEN, (X, Y), None)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
 ADAM = optax.adam(0.1)
