@@ -32,10 +32,10 @@ Each of lora and longlora has the best of three rates at T = 2 T0 with full atte
 modules of the training text that no run is trained on.
 
     --sweep     what SWEPT holds: perplexity at these rates; 3 minutes on an idle core
-    --short     the shortest and the longest, a few steps, writes nothing: a minute or two
+    --short     the shortest and the longest, a few steps, writes nothing: 3 minutes of a core
 
-20 minutes on an idle core, estimated from its parts. The last line is JSON; a full run writes
-results/longlora.json and results/longlora.md after every length.
+23 minutes of CPU on one core. The last line is JSON; a full run writes results/longlora.json and
+results/longlora.md after every length.
 """
 
 import argparse
@@ -452,7 +452,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="the last line is JSON (it always is)")
     parser.add_argument("--sweep", action="store_true", help="perplexity by rate, and no more")
-    parser.add_argument("--short", action="store_true", help="a quick run that writes nothing")
+    parser.add_argument("--short", action="store_true", help="a few steps; writes nothing")
     options = parser.parse_args()
     base, texts = Base(*decoder.load(DEMO / "base", jnp.float32)), demo_texts()
     if options.sweep:

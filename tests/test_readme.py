@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import jaxpeft as jp
-from jaxpeft import methods
+from jaxpeft import methods, train
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -27,5 +27,10 @@ def test_the_table_has_every_method_and_no_other():
     helpers |= {"Moments", "as_lora", "input_moments", "mean_gradients"}
     helpers |= {"orthogonality", "ranks", "shrunk"}
     helpers |= {"density", "for_task", "keep", "magnitude", "obs", "saliency"}
-    assert named == set(methods.__all__) - helpers | {"quantize", "loftq"}
-    assert all(hasattr(jp, name) for name in named)
+    helpers |= {"bank", "for_shares", "open_gates", "openness"}
+    helpers |= {"compensate", "cut", "keep_units", "unit_scores", "units"}
+    optimizers = {name for name in named if name.startswith("train.")}
+    assert named - optimizers == set(methods.__all__) - helpers | {"quantize", "loftq"}
+    assert all(hasattr(jp, name) for name in named - optimizers)
+    assert optimizers == {"train.pruned", "train.rigl"}
+    assert all(hasattr(train, name.removeprefix("train.")) for name in optimizers)
