@@ -283,8 +283,13 @@ DESCENDANTS = [
 
 
 def _rank(rank: int) -> Row:
-    """LoRA of another rank; alpha / rank, and with it the rates, stay what they are."""
-    make = lambda p: jp.lora(rank, p.kernels, alpha=2 * rank)  # noqa: E731
+    """LoRA of another rank, or a matrix's smaller side; alpha / rank, and the rates, stay."""
+
+    def make(p: Places) -> Any:
+        sides = {path: (site.size("in"), site.size("out")) for path, site in p.kernels.items()}
+        ranks = {path: min(rank, *both) for path, both in sides.items()}
+        return jp.lora(ranks, p.kernels, alpha={path: 2 * r for path, r in ranks.items()})
+
     return _descendant(f"lora r={rank}", "Hu et al. 2021", make, "low rank")
 
 
