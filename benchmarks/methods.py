@@ -14,7 +14,7 @@ rate. Then seeds 0, 1 and 2 on test. LoRA's descendants, rotations, sparse delta
 BitFit and LoRA also train on 100 and 1,000 examples of SNIPS and TREC, at the rates found on all.
 
 A finished run is a line of results/methods.jsonl, so a repeated command goes on where it was
-killed; a change of code that results depend on starts anew.
+killed; it starts anew where a change of code has changed what is computed.
 
     --cell METHOD TASK   does one again
     --methods A B ...    runs these alone; several processes can share the work and the file, each

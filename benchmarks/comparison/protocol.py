@@ -129,7 +129,8 @@ class Protocol:
             raise ValueError(f"There is no task '{task}'; there are {', '.join(self.plan.tasks)}.")
         if why := unfit(task, row):
             raise ValueError(f"There is no row of '{method}' on '{task}': {why}.")
-        self.results.forget(task=task, method=method, code=code_hash(row), steps=self.plan.steps)
+        # Those of earlier code too, or they would be taken over.
+        self.results.forget(task=task, method=method, steps=self.plan.steps)
         self.cell(task, row)
 
     def lines(self, row: Row, **fields: Any) -> list[dict[str, Any]]:

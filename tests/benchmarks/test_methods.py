@@ -357,6 +357,21 @@ def test_a_cell_is_redone_and_takes_the_place_of_the_old_one(finished, tmp_path)
     assert len(records.Results(path).of(task="trec", method="probe")) == len(PLAN.seeds)
 
 
+def test_a_cell_is_redone_though_earlier_code_had_the_same_programs(
+    finished, tmp_path, monkeypatch
+):
+    lines = [json.loads(line) for line in finished[0].read_text().splitlines()]
+    path, trained = tmp_path / "methods.jsonl", []
+    both = [line | {"code": "0"} for line in lines] + lines
+    path.write_text("".join(json.dumps(line) + "\n" for line in both))
+    train = cell.Cell.train
+    monkeypatch.setattr(
+        cell.Cell, "train", lambda self, *run: trained.append(run) or train(self, *run)
+    )
+    protocol.Protocol(PLAN, records.Results(path), str).redo("trec", "probe")
+    assert len(trained) == len(PLAN.seeds)
+
+
 def test_a_cell_that_does_not_exist_is_refused(tmp_path):
     work = protocol.Protocol(PLAN, records.Results(tmp_path / "x.jsonl"))
     with pytest.raises(ValueError, match="no task 'treck'; there are e2e, snips, trec\\."):
