@@ -7,13 +7,13 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import prompts
 import pytest
 
 pytest.importorskip("tokenizers", reason="the models' tokenizers need it")
 pytest.importorskip("seqeval", reason="span F1 needs it: pip install 'jaxpeft[bench]'")
 pytest.importorskip("sacrebleu", reason="BLEU needs it: pip install 'jaxpeft[bench]'")
 
+import prompts  # noqa: E402
 from comparison import (  # noqa: E402
     cell,
     code,
