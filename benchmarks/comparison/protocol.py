@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from comparison import costs
@@ -228,6 +229,7 @@ class _Work:
             "steps": self.protocol.plan.steps,
             "code": code_hash(self.row),
             "program": self.program,
+            "device": jax.devices()[0].device_kind,
             "metric": task.metric,
             "score": float(task.score(outcomes.sum(axis=0))),
             # On all of the part; a sweep has no use for it.

@@ -76,7 +76,7 @@ def _cell(mine: list[dict[str, Any]], probe: list[dict[str, Any]]) -> dict[str, 
     last = mine[-1]
     kept = ("metric", "rate", "trainable", "trainable_with_head", "peak_bytes")
     kept += ("step_time_vs_full", "latency_vs_base", "flops_vs_base", "context_used")
-    kept += ("forgetting_of_base", "dropped_from_train")
+    kept += ("forgetting_of_base", "dropped_from_train", "device")
     scores = [line["score"] for line in mine]
     difference, error = between(mine, probe)
     return {
@@ -118,10 +118,12 @@ _COLUMNS += ("32 x 128", "FLOPs", "context", "forgetting")
 def table(found: dict[str, Any], plan: Plan) -> str:
     """The summary in Markdown."""
     seeds = f"{found['seeds']} seed" + "s" * (found["seeds"] > 1)
+    cells = [cell for cells in found["tasks"].values() for cell in cells.values()]
+    devices = " and ".join(sorted({cell["device"] for cell in cells}))
     parts = [
         "# Side by side",
-        f"{found['steps']} optimizer steps, means over {seeds}. Written with `--table` "
-        "from the finished runs.",
+        f"{found['steps']} optimizer steps in float32 on {devices}, means over {seeds}. Written "
+        "with `--table` from the finished runs.",
         "Score: accuracy, span F1 or BLEU on test. Gap: difference to the head alone on the same "
         "examples, with its standard error (examples and seeds). Trainable: without the head. "
         "Peak: of the compiled step. Step: its time over that of full fine-tuning. 1 x 16 and 32 "
