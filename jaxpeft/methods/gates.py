@@ -14,10 +14,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.computed import Computed, matrix_of
 from jaxpeft.method import Method
 from jaxpeft.methods.ia3 import ScaledIn, ScaledOut
-from jaxpeft.methods.masks import Structure, block_of, spread
+from jaxpeft.methods.masks import Entrywise, Structure, block_of, spread
 from jaxpeft.methods.oft import as_sharded
 from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.sites import Site, Sites
@@ -54,42 +53,24 @@ def by_entry(gates: jax.Array, block: tuple[int, int]) -> jax.Array:
 
 
 @weight
-class Weighed(Weight):
+class Weighed(Entrywise):
     """The matrix `w`, each block of it times a number of its own."""
 
     w: Any = base()
     gates: Any = axes("in", "out")  # (in / rows, out / columns)
     block: tuple[int, int] = static((1, 1))
 
-    local_in = local_out = True
-
     def grain(self, field, axis):
         return self.block[(IN, OUT).index(axis)], 1
 
-    def forward(self, x):
-        """x @ (w * gates)."""
-        return x @ self._matrix()
-
-    def transposed(self, y):
-        """y @ (w * gates).T."""
-        return y @ self._matrix().T
+    def changes(self):
+        return {"gates": self.gates}, lambda matrix, gates: matrix * by_entry(gates, self.block)
 
     def lookup(self, ids):
         """w[ids] * gates[ids]."""
         rows = self.w[ids]
         gates = jnp.repeat(self.gates[ids // self.block[0]], self.block[1], axis=-1)
         return self.changed(rows, ids, rows * (gates - 1), self.gates.site)
-
-    def materialize(self):
-        return dense(self.w) * by_entry(self.gates, self.block)
-
-    def _matrix(self):
-        operands, matrix = matrix_of(self.w)
-
-        def weighed(gates: jax.Array, **of_base: Any) -> jax.Array:
-            return matrix(of_base) * by_entry(gates, self.block)
-
-        return Computed(weighed, {"gates": self.gates, **operands})
 
 
 @weight

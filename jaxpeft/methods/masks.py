@@ -10,7 +10,7 @@ import base64
 import dataclasses
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -134,6 +134,11 @@ def block_of(structure: Structure, site: Site) -> tuple[int, int]:
                 "(rows, columns)."
             )
         return named[structure]
+    if len(structure) != 2:
+        raise ValueError(
+            f"structure={structure!r} has {len(structure)} numbers, should have two, (rows, "
+            "columns) of a block, with None for all of a side."
+        )
     rows, columns = (
         side if size is None else size for size, side in zip(structure, (n, m), strict=True)
     )
@@ -205,38 +210,56 @@ def unpacked(mask: Any, site: Site, who: str) -> jax.Array:
 # Pruning -----------------------------------------------------------------------------------------
 
 
+class Entrywise(Weight):
+    """A matrix with its entries changed one by one, and formed where it is used.
+
+    A subclass says in `changes` what becomes of the formed matrix.
+    """
+
+    w: Any
+    local_in = local_out = True
+
+    def changes(self) -> tuple[dict[str, Any], Callable[..., jax.Array]]:
+        """Arrays by name, and `change(matrix, **arrays)`."""
+        raise NotImplementedError
+
+    def forward(self, x):
+        """x @ change(w)."""
+        return x @ self._matrix()
+
+    def transposed(self, y):
+        """y @ change(w).T."""
+        return y @ self._matrix().T
+
+    def materialize(self):
+        arrays, change = self.changes()
+        return change(dense(self.w), **arrays)
+
+    def _matrix(self):
+        operands, matrix = matrix_of(self.w)
+        arrays, change = self.changes()
+
+        def edited(**given: Any) -> jax.Array:
+            own = {name: given.pop(name) for name in arrays}
+            return change(matrix(given), **own)
+
+        return Computed(edited, {**arrays, **operands})
+
+
 @weight
-class Masked(Weight):
+class Masked(Entrywise):
     """The matrix `w`, zero where the mask is false."""
 
     w: Any = base()
     mask: Any = axes("in", "out")
 
-    local_in = local_out = True
-
-    def forward(self, x):
-        """x @ (w * mask)."""
-        return x @ self._matrix()
-
-    def transposed(self, y):
-        """y @ (w * mask).T."""
-        return y @ self._matrix().T
+    def changes(self):
+        return {"mask": self.mask}, lambda matrix, mask: jnp.where(mask, matrix, 0)
 
     def lookup(self, ids):
         """w[ids] * mask[ids]."""
         rows = self.w[ids]
         return self.changed(rows, ids, jnp.where(self.mask[ids], 0, -rows), self.mask.site)
-
-    def materialize(self):
-        return jnp.where(self.mask, dense(self.w), 0)
-
-    def _matrix(self):
-        operands, matrix = matrix_of(self.w)
-
-        def masked(mask: jax.Array, **of_base: Any) -> jax.Array:
-            return jnp.where(mask, matrix(of_base), 0)
-
-        return Computed(masked, {"mask": self.mask, **operands})
 
 
 def prune(masks: Mapping[str, Any], sites: Sites) -> Method:

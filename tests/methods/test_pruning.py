@@ -160,6 +160,10 @@ def test_masks_survive_the_text():
             "no structure 'ring'; there are entry",
         ),
         (
+            lambda s: jp.keep(s, HEAD, 0.5, structure=(2,)),
+            r"structure=\(2,\) has 1 numbers, should have two, \(rows, columns\)",
+        ),
+        (
             lambda s: jp.keep(s, HEAD, 0.5, structure=(3, 1)),
             "Blocks of 3 x 1 do not.*'head'.*4 x 3",
         ),
