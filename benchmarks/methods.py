@@ -17,9 +17,10 @@ A finished run is a line of results/methods.jsonl, so a repeated command goes on
 killed; it starts anew where a change of code has changed what is computed.
 
     --cell METHOD TASK   does one again
-    --methods A B ...    runs these alone; several processes can share the work and the file, each
-                         on a core of its own (taskset -c 0 python benchmarks/methods.py ...), which
-                         takes four fifths of the time of one on two cores
+    --methods A B ...    runs these alone
+    --workers N          N processes, each on its part of the cores, share the work: on two cores,
+                         two take four fifths of the time of one. So do commands that are started
+                         side by side
     --short              a tenth of the steps, fewer methods, no sweep: 10 minutes, into
                          results/methods.short.jsonl, and no quality to speak of
     --table              writes results/methods.md and methods.png from the runs and runs nothing

@@ -9,7 +9,7 @@ from typing import Any
 from comparison import report
 from comparison.files import ROOT
 from comparison.protocol import Plan, Protocol
-from comparison.records import Results
+from comparison.sharing import SharedResults, spread
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -35,11 +35,19 @@ def main(
     parser.add_argument("--short", action="store_true", help="10 minutes, a file of its own")
     parser.add_argument("--cell", nargs=2, metavar=("METHOD", "TASK"), help="do one again")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="run these alone")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="share the work")
     parser.add_argument("--table", action="store_true", help="write table and figures, run nothing")
     options = parser.parse_args(arguments)
 
+    if options.workers < 1:
+        parser.error(f"--workers {options.workers}: one or more are needed")
+    if options.workers > 1 and not (options.cell or options.table):
+        chosen = ["--methods", *options.methods] if options.methods else []
+        if code := spread(options.workers, ["--short"] * options.short + chosen):
+            return code
+
     plan, name = (short, f"{name}.short") if options.short else (whole, name)
-    results = Results(RESULTS / f"{name}.jsonl")
+    results = SharedResults(RESULTS / f"{name}.jsonl")
     try:
         if options.cell:
             method, task = options.cell

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,9 @@ import numpy as np
 from comparison import costs
 from comparison.cell import Cell, Run, Trained
 from comparison.code import code_hash, program_hash
-from comparison.records import Results, gap, pack, unpack
+from comparison.records import gap, pack, unpack
 from comparison.rows import DESCENDANTS, FULL, PROBE, RANKS, ROWS, Row
+from comparison.sharing import SharedResults
 from comparison.sizes import SIZES
 from comparison.tasks import TASKS, Task
 from comparison.tuned import Tuned
@@ -96,21 +97,50 @@ class Protocol:
       say: What is told of progress goes here.
     """
 
-    def __init__(self, plan: Plan, results: Results, say: Callable[[str], None] = print):
+    def __init__(self, plan: Plan, results: SharedResults, say: Callable[[str], None] = print):
         self.plan, self.results, self.say = plan, results, say
         for row in plan.rows:
             code_hash(row)  # of the code that runs: files may be edited in the meantime
 
     def run(self, methods: Sequence[str] | None = None) -> None:
-        """All that is missing, or what is missing of these methods.
+        """All that is missing and that no other process is at, or what of it is of these methods.
 
         Raises:
           ValueError: There is no such method; names those there are.
         """
         chosen = self.plan.rows if methods is None else [self.plan.row(name) for name in methods]
-        for task, row in self.plan.cells():
-            if row in chosen and unfit(task, row) is None:
+        cells = [
+            (task, row)
+            for task, row in self.plan.cells()
+            if row in chosen and unfit(task, row) is None
+        ]
+        later = []  # those that rest on what another process is at
+        for task, row in cells:
+            if any(self._elsewhere(*other) for other in self._rests_on(task, row)):
+                later.append((task, row))
+            else:
+                self._unless_elsewhere(task, row)
+        for task, row in later:
+            self._unless_elsewhere(task, row)
+
+    def _unless_elsewhere(self, task: str, row: Row) -> None:
+        with self.results.claim(task, row.name, wait=False) as mine:
+            if mine:
                 self.cell(task, row)
+
+    def _elsewhere(self, task: str, row: Row) -> bool:
+        """Whether another process is at a cell."""
+        with self.results.claim(task, row.name, wait=False) as mine:
+            return not mine
+
+    def _rests_on(self, task: str, row: Row) -> Iterator[tuple[str, Row]]:
+        """The cells whose runs those of another one need."""
+        if row != PROBE:
+            yield task, PROBE
+        if task in RATE_FROM:
+            yield RATE_FROM[task], row
+        if row.rate_of is not None:
+            yield task, self.plan.row(row.rate_of)
 
     def cell(self, task: str, row: Row) -> None:
         """What is missing of a cell: its sweep, then a run of each seed on test."""
@@ -130,9 +160,10 @@ class Protocol:
             raise ValueError(f"There is no task '{task}'; there are {', '.join(self.plan.tasks)}.")
         if why := unfit(task, row):
             raise ValueError(f"There is no row of '{method}' on '{task}': {why}.")
-        # Those of earlier code too, or they would be taken over.
-        self.results.forget(task=task, method=method, steps=self.plan.steps)
-        self.cell(task, row)
+        with self.results.claim(task, method, wait=True):
+            # Those of earlier code too, or they would be taken over.
+            self.results.forget(task=task, method=method, steps=self.plan.steps)
+            self.cell(task, row)
 
     def lines(self, row: Row, **fields: Any) -> list[dict[str, Any]]:
         """A row's finished runs of this plan's length, of the code as it is."""
@@ -193,8 +224,12 @@ class _Work:
         self._renew()
         seed = self.protocol.plan.seeds[0] if seed is None else seed
         where = dict(task=self.name, part=part, rate=rate, seed=seed)
-        found = self.protocol.lines(self.row, **where)
-        return found[0] if found else self._finish(part, rate, seed)
+        if not self.protocol.lines(self.row, **where):
+            with self.protocol.results.claim(self.name, self.row.name, wait=True):
+                # Another process may have had the cell until now.
+                if not self.protocol.lines(self.row, **where):
+                    self._finish(part, rate, seed)
+        return self.protocol.lines(self.row, **where)[0]
 
     def _renew(self) -> None:
         """Once, takes over the runs of earlier code whose programs are the same."""
@@ -211,7 +246,7 @@ class _Work:
                 for line in same[-1:]:
                     self.protocol.results.add(line | {"code": code})
 
-    def _finish(self, part: str, rate: float, seed: int) -> dict[str, Any]:
+    def _finish(self, part: str, rate: float, seed: int) -> None:
         """Trains, unless it has been trained for the other part, and writes the line."""
         task = self.protocol.task(self.name)
         if (rate, seed) not in self.trained:
@@ -246,7 +281,7 @@ class _Work:
             f"{self.name:<10} {self.row.name:<12} {part:<11} rate {rate:<8.2g} seed {seed}: "
             f"{task.metric} {line['score']:.2f}, {difference:+.2f} on the probe"
         )
-        return self.protocol.results.add(line)
+        self.protocol.results.add(line)
 
     def _gap(self, task: Task, part: str, seed: int, outcomes: np.ndarray) -> tuple[float, float]:
         if self.row == PROBE:

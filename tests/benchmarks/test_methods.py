@@ -1,8 +1,10 @@
 """The comparison of methods on a handful of examples and models of a few thousand numbers."""
 
 import ast
+import concurrent.futures
 import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from comparison import (  # noqa: E402
     records,
     report,
     rows,
+    sharing,
     tasks,
 )
 
@@ -219,7 +222,7 @@ def finished(task, tmp_path_factory):
     """A whole plan, run: the file and what was said."""
     path, said = tmp_path_factory.mktemp("results") / "methods.jsonl", []
     with jax.enable_x64(False):
-        protocol.Protocol(PLAN, records.Results(path), said.append).run()
+        protocol.Protocol(PLAN, sharing.SharedResults(path), said.append).run()
     return path, said
 
 
@@ -283,12 +286,12 @@ def test_a_repeated_command_runs_nothing_and_a_killed_one_goes_on(finished, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(cell.Cell, "train", refuse)
-        protocol.Protocol(PLAN, records.Results(path), str).run()
+        protocol.Protocol(PLAN, sharing.SharedResults(path), str).run()
     assert path.read_text() == whole
 
     lines = whole.splitlines(keepends=True)
     path.write_text("".join(lines[:-1]) + lines[-1][:40])  # killed while it wrote the last one
-    protocol.Protocol(PLAN, records.Results(path), str).run()
+    protocol.Protocol(PLAN, sharing.SharedResults(path), str).run()
     again = path.read_text().splitlines(keepends=True)
     assert again[:-1] == lines[:-1]
     first, second = json.loads(lines[-1]), json.loads(again[-1])
@@ -308,7 +311,7 @@ def test_runs_of_other_code_count_where_the_programs_are_the_same(finished, tmp_
     def run(name, change):
         path = tmp_path / name
         path.write_text("".join(json.dumps(line | change) + "\n" for line in lines))
-        protocol.Protocol(plan, records.Results(path), str).run()
+        protocol.Protocol(plan, sharing.SharedResults(path), str).run()
         return records.Results(path)
 
     results = run("same.jsonl", {"code": "0"})
@@ -351,7 +354,7 @@ def test_a_cell_is_redone_and_takes_the_place_of_the_old_one(finished, tmp_path)
     path = tmp_path / "methods.jsonl"
     path.write_text(finished[0].read_text())
     before = len(records.Results(path).lines)
-    results = records.Results(path)
+    results = sharing.SharedResults(path)
     protocol.Protocol(PLAN, results, str).redo("trec", "probe")
     assert len(records.Results(path).lines) == before + len(PLAN.seeds)
     assert len(records.Results(path).of(task="trec", method="probe")) == len(PLAN.seeds)
@@ -368,12 +371,12 @@ def test_a_cell_is_redone_though_earlier_code_had_the_same_programs(
     monkeypatch.setattr(
         cell.Cell, "train", lambda self, *run: trained.append(run) or train(self, *run)
     )
-    protocol.Protocol(PLAN, records.Results(path), str).redo("trec", "probe")
+    protocol.Protocol(PLAN, sharing.SharedResults(path), str).redo("trec", "probe")
     assert len(trained) == len(PLAN.seeds)
 
 
 def test_a_cell_that_does_not_exist_is_refused(tmp_path):
-    work = protocol.Protocol(PLAN, records.Results(tmp_path / "x.jsonl"))
+    work = protocol.Protocol(PLAN, sharing.SharedResults(tmp_path / "x.jsonl"))
     with pytest.raises(ValueError, match="no task 'treck'; there are e2e, snips, trec\\."):
         work.redo("treck", "full")
     with pytest.raises(
@@ -400,6 +403,79 @@ def test_a_result_depends_on_its_own_method_and_on_no_other():
     other = dataclasses.replace(lora, make=lambda p: jp.lora(rows.RANK, p.queries))
     assert code.code_hash(other) != hashes["lora"]
     assert "'RANK': 8" in code.declared(lora.make)
+
+
+# Several processes -------------------------------------------------------------------------------
+
+
+def test_a_cell_that_another_process_is_at_is_left_to_it(task, tmp_path):
+    plan = dataclasses.replace(PLAN, tasks={"trec": ("probe",)}, seeds=(0,))
+    mine, theirs = (sharing.SharedResults(tmp_path / "methods.jsonl") for _ in range(2))
+    with theirs.claim("trec", "probe", wait=False):
+        protocol.Protocol(plan, mine, str).run()
+    assert not mine.lines
+    protocol.Protocol(plan, mine, str).run()
+    assert len(mine.lines) == 1
+
+
+def test_cells_that_rest_on_what_another_process_is_at_come_last(tmp_path, monkeypatch):
+    mine, theirs = (sharing.SharedResults(tmp_path / "methods.jsonl") for _ in range(2))
+    done = []
+    monkeypatch.setattr(
+        protocol.Protocol, "cell", lambda self, task, row: done.append((task, row.name))
+    )
+    with theirs.claim("e2e", "probe", wait=False), theirs.claim("snips", "full", wait=False):
+        protocol.Protocol(PLAN, mine, str).run()
+    assert done == [
+        *(("snips", "probe"), ("snips", "prefix"), ("trec", "probe")),
+        *(("e2e", "full"), ("e2e", "prefix"), ("trec", "full")),
+    ]
+
+
+def test_a_cell_that_others_rest_on_is_waited_for_and_not_done_again(finished, tmp_path):
+    """As when a method needs the probe's run."""
+    lines = records.Results(finished[0]).of(task="trec", method="probe")
+    mine, theirs = (sharing.SharedResults(tmp_path / "methods.jsonl") for _ in range(2))
+    work = protocol._Work(protocol.Protocol(PLAN, mine, str), "trec", WHOLE.row("probe"))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with theirs.claim("trec", "probe", wait=False):
+            waiting = pool.submit(work.line, "test", 0.0, 0)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.5)
+            for line in lines:
+                theirs.add(line | {"score": -1.0})  # so that it is seen whose it is
+        assert waiting.result(timeout=60)["score"] == -1.0
+
+
+def test_lines_of_two_processes_are_each_there_once(tmp_path):
+    path = tmp_path / "x.jsonl"
+    mine, theirs = sharing.SharedResults(path), sharing.SharedResults(path)
+    for number, results in enumerate((mine, theirs, theirs, mine)):
+        results.add({"number": number})
+    assert [line["number"] for line in records.Results(path).lines] == [0, 1, 2, 3]
+    with theirs.claim("a task", "a/method", wait=True):
+        assert [line["number"] for line in theirs.lines] == [0, 1, 2, 3]
+    mine.forget(number=1)
+    with mine.claim("a task", "a/method", wait=True):
+        assert [line["number"] for line in mine.lines] == [0, 2, 3]
+
+
+def test_workers_are_processes_on_cores_of_their_own(tmp_path, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, pathlib, sys\n"
+        "cores = ' '.join(map(str, sorted(os.sched_getaffinity(0))))\n"
+        f"pathlib.Path({str(tmp_path)!r}, f'{{os.getpid()}}.txt').write_text(cores)\n"
+        "sys.exit(3 if sys.argv[1:] == ['--methods', 'wrong'] else 0)\n"
+    )
+    monkeypatch.setattr("sys.argv", [str(script)])
+    before = os.sched_getaffinity(0)
+    assert sharing.spread(2, ["--short"]) == 0
+    assert os.sched_getaffinity(0) == before
+    cores = [set(map(int, file.read_text().split())) for file in tmp_path.glob("*.txt")]
+    assert len(cores) == 2 and set.union(*cores) == before
+    assert len(before) == 1 or not set.intersection(*cores)
+    assert sharing.spread(2, ["--methods", "wrong"]) == 3
 
 
 # Reports -----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ pytest.importorskip("seqeval", reason="span F1 needs it: pip install 'jaxpeft[be
 pytest.importorskip("sacrebleu", reason="BLEU needs it: pip install 'jaxpeft[bench]'")
 
 import named  # noqa: E402
-from comparison import protocol, records  # noqa: E402
+from comparison import protocol, sharing  # noqa: E402
 from comparison.tuned import Tuned  # noqa: E402
 
 import jaxpeft as jp  # noqa: E402
@@ -71,7 +71,7 @@ def test_a_tenth_of_the_entries_is_chosen_by_a_score(task, score, monkeypatch):
 def test_a_row_can_take_the_rate_of_another(task, tmp_path, monkeypatch):
     arm = named.PRUNED["magnitude", 97, "entries"]
     plan = protocol.Plan((named.PROBE, named.FULL, arm), {"snips": None}, 2, (0, 1), repeats=1)
-    results = records.Results(tmp_path / "named.jsonl")
+    results = sharing.SharedResults(tmp_path / "named.jsonl")
     protocol.Protocol(plan, results, str).run(["full", arm.name])
     mine, full = (results.of(method=name, part="test") for name in (arm.name, "full"))
     assert {x["rate"] for x in mine} == {x["rate"] for x in full} and len(mine) == 2
