@@ -43,7 +43,7 @@ FAMILIES = {
     "prompts": Family(3e-2, "Lester et al. 2021: 0.3 with Adafactor, relative to the rows"),
     "prompt networks": Family(1e-3, "as adapters: P-tuning's own 1e-5 is for the base with it"),
     "prefix networks": Family(1e-3, "Li and Liang 2021: 5e-5; He et al. 2021: 5e-5 to 1e-4"),
-    "deep prompts": Family(1e-2, "Liu et al. 2021 (P-tuning v2): 5e-3 to 1e-2"),
+    "deep prompts": Family(1e-2, "Liu et al. 2021 (P-tuning v2): 1e-2 on RTE, 3e-2 on CoNLL03"),
     "vectors": Family(1e-2, "Kopiczko et al. 2023 (VeRA): 4e-3 to 1e-2; Liao et al. 2024: 1e-3"),
     "rotations": Family(3e-3, "Liu et al. 2023 (BOFT): 2e-4 to 1e-3, for ten times the steps"),
     "entries": Family(1e-3, "Bhardwaj et al. 2024 (SHiRA): as LoRA's, 2e-4 to 5e-4"),
