@@ -194,7 +194,7 @@ def figure(found: dict[str, Any], path: Path) -> None:
     tasks = {task: cells for task, cells in found["tasks"].items() if task not in PARITY}
     against = {
         "trainable numbers, without the head": lambda cell: max(cell["trainable"], 1),
-        "peak bytes of a step": lambda cell: cell["peak_bytes"],
+        "peak MiB of a step": lambda cell: cell["peak_bytes"] / 2**20,
         "time of a step over full fine-tuning's": lambda cell: cell["step_time_vs_full"],
     }
     canvas = Figure(figsize=(15, 4.5 * max(len(tasks), 1)), layout="constrained")
@@ -205,7 +205,8 @@ def figure(found: dict[str, Any], path: Path) -> None:
                 x, y, error = value(cell), cell["score"], cell["score_deviation"]
                 axes.errorbar(x, y, error or 0.0, fmt="o", markersize=4)
                 axes.annotate(method, (x, y), xytext=(4, 3), textcoords="offset points", size=8)
-            if "time" not in label:
+            if "trainable" in label:
                 axes.set_xscale("log")
+            axes.margins(x=0.15)  # for the names, to the right of the points
             axes.set(xlabel=label, ylabel=f"{task}: {next(iter(cells.values()))['metric']}")
     canvas.savefig(path, dpi=120)
