@@ -111,8 +111,8 @@ def between(
 
 # Table -------------------------------------------------------------------------------------------
 
-_COLUMNS = ("method", "trainable", "score", "gap to the probe", "rate", "peak", "step", "1 x 16")
-_COLUMNS += ("32 x 128", "FLOPs", "context", "forgetting")
+_COLUMNS = ("method", "trainable", "score", "gap to the probe", "loss", "rate", "peak", "step")
+_COLUMNS += ("1 x 16", "32 x 128", "FLOPs", "context", "forgetting")
 
 
 def table(found: dict[str, Any], plan: Plan) -> str:
@@ -125,8 +125,8 @@ def table(found: dict[str, Any], plan: Plan) -> str:
         f"{found['steps']} optimizer steps in float32 on {devices}, means over {seeds}. Written "
         "with `--table` from the finished runs.",
         "Score: accuracy, span F1 or BLEU on test. Gap: difference to the head alone on the same "
-        "examples, with its standard error (examples and seeds). Trainable: without the head. "
-        "Peak: of the compiled step. Step: its time over that of full fine-tuning. 1 x 16 and 32 "
+        "examples, with its standard error (examples and seeds). Loss: on all of test. Trainable: "
+        "without the head. Peak: of the compiled step. Step: its time over that of full fine-tuning. 1 x 16 and 32 "
         "x 128: time of a call over the base's, unmerged / merged (prompts and prefixes with a "
         "network: folded). Context: virtual positions. Forgetting: MiniLM, mean cosine to the "
         "base's embeddings of Banking77; stories260k, loss on the base's own stories (the base's "
@@ -166,6 +166,7 @@ def _table_row(row: Row, cell: dict[str, Any]) -> str:
         f"{cell['trainable']:,}",
         f"{cell['score']:.1f}" + (f" ± {spread:.1f}" if spread is not None else ""),
         "" if row.name == "probe" or error is None else f"{cell['probe_gap']:+.1f} ± {error:.1f}",
+        f"{cell['loss']:.3f}",
         rate,
         f"{cell['peak_bytes'] / 2**20:,.0f} MiB",
         f"{cell['step_time_vs_full']:.2f}",
