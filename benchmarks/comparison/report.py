@@ -126,11 +126,12 @@ def table(found: dict[str, Any], plan: Plan) -> str:
         "with `--table` from the finished runs.",
         "Score: accuracy, span F1 or BLEU on test. Gap: difference to the head alone on the same "
         "examples, with its standard error (examples and seeds). Loss: on all of test. Trainable: "
-        "without the head. Peak: of the compiled step. Step: its time over that of full fine-tuning. 1 x 16 and 32 "
-        "x 128: time of a call over the base's, unmerged / merged (prompts and prefixes with a "
-        "network: folded). Context: virtual positions. Forgetting: MiniLM, mean cosine to the "
-        "base's embeddings of Banking77; stories260k, loss on the base's own stories (the base's "
-        "in brackets). Rates in brackets are an end of what was swept.",
+        "without the head. Peak: of the compiled step. Step: its time over that of full "
+        "fine-tuning. 1 x 16 and 32 x 128: time of a call over the base's, unmerged / merged "
+        "(prompts and prefixes with a network: folded). Context: virtual positions. Forgetting: "
+        "MiniLM, mean cosine to the base's embeddings of Banking77; stories260k, loss on the "
+        "base's own stories (the base's in brackets). Rates in brackets are an end of what was "
+        "swept.",
     ]
     for task, cells in found["tasks"].items():
         first = next(iter(cells.values()))
