@@ -224,4 +224,4 @@ def judged(named: Named, difference: float, half: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main("named", PLAN, SHORT, more=differences))
+    sys.exit(main("named", PLAN, SHORT, also=["methods"], more=differences))

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from comparison import report
+from comparison.code import code_hash
 from comparison.files import ROOT
 from comparison.protocol import Plan, Protocol
+from comparison.records import Results
 from comparison.sharing import SharedResults, spread
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -19,6 +21,7 @@ def main(
     whole: Plan,
     short: Plan,
     *,
+    also: Sequence[str] = (),
     more: Callable[[list[dict[str, Any]], Plan], str] = lambda lines, plan: "",
     arguments: Sequence[str] | None = None,
 ) -> int:
@@ -27,6 +30,7 @@ def main(
     Args:
       name: Of the files in results/.
       whole, short: What is run.
+      also: Names of other comparisons, whose runs of the same methods count here too.
       more: From the finished runs and the plan to what stands at the end of the table.
       arguments: Those of the command line; `None` takes the process's own.
     """
@@ -46,8 +50,16 @@ def main(
         if code := spread(options.workers, ["--short"] * options.short + chosen):
             return code
 
-    plan, name = (short, f"{name}.short") if options.short else (whole, name)
-    results = SharedResults(RESULTS / f"{name}.jsonl")
+    plan, ending = (short, ".short") if options.short else (whole, "")
+    name += ending
+    codes = {code_hash(row) for row in plan.rows}
+    others = [
+        line
+        for other in also
+        for line in Results(RESULTS / f"{other}{ending}.jsonl").lines
+        if line["code"] in codes
+    ]
+    results = SharedResults(RESULTS / f"{name}.jsonl", others)
     try:
         if options.cell:
             method, task = options.cell

@@ -298,7 +298,7 @@ RANKS = [_rank(rank) for rank in (1, 2, 4, 16, 64)]
 #: Those that benchmarks/prompts.py compares.
 PROMPTS = [
     PROBE,
-    *(_input(length, "vocabulary") for length in (1, 5, VIRTUAL, 100)),
+    *(_input(length, "vocabulary") for length in (1, 5, 100)),
     *(_input(VIRTUAL, start) for start in ("random", "text")),
-    *(row for row in ROWS if row.name in ("prefix", "p-tuning v2")),
+    *(row for row in ROWS if row.name in ("prompt", "prefix", "p-tuning v2")),
 ]

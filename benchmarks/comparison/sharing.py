@@ -15,11 +15,17 @@ from comparison.records import Results
 
 
 class SharedResults(Results):
-    """Results that other processes may be adding to."""
+    """Results that other processes may be adding to.
 
-    def __init__(self, path: Path):
+    Args:
+      path: The file.
+      also: Finished runs of other files, which are not done again.
+    """
+
+    def __init__(self, path: Path, also: Sequence[dict[str, Any]] = ()):
         super().__init__(path)
         self._seen = len(self.lines)  # of those in the file
+        self.lines = [*also, *self.lines]
         self._held: set[tuple[str, str]] = set()
         name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
         self._locks = Path(tempfile.gettempdir()) / f"jaxpeft-{os.getuid()}-{name}"

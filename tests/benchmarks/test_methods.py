@@ -460,6 +460,30 @@ def test_lines_of_two_processes_are_each_there_once(tmp_path):
         assert [line["number"] for line in mine.lines] == [0, 2, 3]
 
 
+def test_runs_of_another_comparison_are_not_done_again(finished, tmp_path, monkeypatch, capsys):
+    """Where it has the same row; its "prefix" is another one."""
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    lines = [json.loads(line) for line in finished[0].read_text().splitlines()]
+    for line in lines:
+        line["code"] = "0" if line["method"] == "prefix" else line["code"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    known = {}
+    monkeypatch.setattr(
+        protocol.Protocol,
+        "cell",
+        lambda self, task, row: known.update({(task, row.name): self.lines(row, task=task)}),
+    )
+    assert command.main("b", PLAN, PLAN, also=["a"], arguments=["--json"]) == 0
+    assert {cell for cell, found in known.items() if not found} == {
+        ("e2e", "prefix"),
+        ("snips", "prefix"),
+    }
+    found = json.loads(capsys.readouterr().out)
+    assert {task: set(cells) for task, cells in found["tasks"].items()} == dict.fromkeys(
+        PLAN.tasks, {"probe", "full"}
+    )
+
+
 def test_workers_are_processes_on_cores_of_their_own(tmp_path, monkeypatch):
     script = tmp_path / "script.py"
     script.write_text(
