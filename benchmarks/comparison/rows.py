@@ -105,6 +105,8 @@ def _unipelt(p: Places) -> Any:
     return jp.unipelt(*at, rank=RANK, length=10, width=p.width, norms=p.summed, eps=p.eps)
 
 
+#: Deviation of the entries of stories260k's table; a random prompt starts at 0.02 unless told.
+WORD = 0.31
 _TEXT = "This is a place to eat. It has good food and it is near the river."
 
 
@@ -114,6 +116,8 @@ def _input(length: int, start: str) -> Row:
     def make(p: Places) -> Any:
         if start == "text":
             return jp.prompt(length, p.table, text=_TEXT, tokenizer=p.tokenizer)
+        if start == "random words":
+            return jp.prompt(length, p.table, std=WORD)
         return jp.prompt(length, p.table, init=start)  # type: ignore[arg-type]
 
     return Row(f"input {length}, {start}", "Lester et al. 2021", "prompts", make, length=length)
@@ -299,6 +303,6 @@ RANKS = [_rank(rank) for rank in (1, 2, 4, 16, 64)]
 PROMPTS = [
     PROBE,
     *(_input(length, "vocabulary") for length in (1, 5, 100)),
-    *(_input(VIRTUAL, start) for start in ("random", "text")),
+    *(_input(VIRTUAL, start) for start in ("random", "random words", "text")),
     *(row for row in ROWS if row.name in ("prompt", "prefix", "p-tuning v2")),
 ]
