@@ -1,11 +1,11 @@
 """What papers claim of prompts, and what is seen here: python benchmarks/prompts.py --json
 
 On E2E NLG with stories260k: prompts of 1, 5, 20 and 100 virtual tokens, and of 20 started at
-random, small or as large as words, at the vocabulary and at a text; prefixes with and without the network that makes them;
-prompts at the embedding alone against prompts in every layer. On SNIPS with MiniLM: the last pair
-again. Runs, rates, seeds, files and options are those of benchmarks/methods.py, in
-results/prompts.jsonl and, with --table, prompts.md and prompts.png; what has run there is not run
-again, which leaves 40 runs of a minute.
+random, small or as large as words, at the vocabulary and at a text; prefixes with and without the
+network that makes them; prompts at the embedding alone against prompts in every layer. On SNIPS
+with MiniLM: the last pair again. Runs, rates, seeds, files and options are those of
+benchmarks/methods.py, in results/prompts.jsonl and, with --table, prompts.md and prompts.png; what
+has run there is not run again, which leaves 40 runs of a minute.
 """
 
 import dataclasses
