@@ -62,7 +62,7 @@ class Plan:
         return found[name]
 
 
-#: A parity row: tuning gains nothing over the probe there, so there is nothing to contest.
+#: A parity row: few points lie between the probe and the rest there, and nothing is contested.
 PARITY = {"banking77": ("probe", "lora")}
 _FOUNDING = tuple(row.name for row in ROWS)
 _BY_SIZE = dict.fromkeys(SIZES, ("probe", "full", "bitfit", "lora"))

@@ -138,7 +138,7 @@ def table(found: dict[str, Any], plan: Plan) -> str:
         title = f"## {task}: {first['metric']}"
         note = f"{first['dropped_from_train']} sentences of train, which stand in test, dropped."
         if task in PARITY:
-            note += " A parity row: this base gains nothing over the probe here."
+            note += " A parity row: few points lie between the probe and the rest here."
         lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
         lines += [_table_row(plan.row(method), cell) for method, cell in cells.items()]
         parts += [title, note, "\n".join(lines)]

@@ -146,7 +146,7 @@ def trec() -> Task:
 
 
 def banking77() -> Task:
-    """Seventy-seven intents, on which tuning gains nothing over a probe: a parity row."""
+    """Seventy-seven intents, on which tuning gains little over a probe: a parity row."""
     return _classes("banking77", files.banking77())
 
 
