@@ -5,6 +5,7 @@
 #   make test         the everyday suite
 #   make conformance  every method on every style of model
 #   make parity       comparisons with transformers and peft (installs torch)
+#   make test-bench   the benchmarks' own tests, with what they score and draw with
 #   make adapters     comparisons with the adapters package (installs torch once more)
 #   make newest       the core's tests on the newest Python of this machine
 #   make lint, types  ruff, mypy
@@ -22,7 +23,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 comma := ,
 
-.PHONY: demo test conformance parity adapters newest lint types tpu-check
+.PHONY: demo test conformance parity test-bench adapters newest lint types tpu-check
 
 demo: $(VENV)/installed-train
 	$(VENV)/bin/python examples/demo/run.py $(ARGS)
@@ -35,6 +36,9 @@ conformance: $(VENV)/installed-train-test
 
 parity: $(VENV)/installed-train-test-parity
 	$(RUN) pytest -n $(WORKERS) tests/parity
+
+test-bench: $(VENV)/installed-train-test-bench
+	$(RUN) pytest -n $(WORKERS) tests/benchmarks
 
 # The adapters package wants a transformers older than that of `make parity`.
 adapters: .venv-adapters/installed

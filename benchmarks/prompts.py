@@ -5,7 +5,7 @@ random, small or as large as words, at the vocabulary and at a text; prefixes wi
 network that makes them; prompts at the embedding alone against prompts in every layer. On SNIPS
 with MiniLM: the last pair again. Runs, rates, seeds, files and options are those of
 benchmarks/methods.py, in results/prompts.jsonl and, with --table, prompts.md and prompts.png; what
-has run there is not run again, which leaves 40 runs of a minute.
+has run there is not run again, which leaves some 40 runs of a minute.
 """
 
 import dataclasses
@@ -52,8 +52,8 @@ CLAIMS = [
     Claim(
         "words are a better start", f"{_LIANG}, 7.4", "e2e", "input 20, text", "input 20, random"
     ),
-    # Why the two before come out otherwise: a small row turns far in a step that moves a large one
-    # little, and its direction is all that a normalization lets through.
+    # A suspected cause of what is seen of the two before: a small row turns far in a step that
+    # moves a large one little, and its direction is all that a normalization lets through.
     Claim(
         "small rows are a better start", "here", "e2e", "input 20, random", "input 20, random words"
     ),

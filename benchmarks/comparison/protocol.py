@@ -224,12 +224,13 @@ class _Work:
         self._renew()
         seed = self.protocol.plan.seeds[0] if seed is None else seed
         where = dict(task=self.name, part=part, rate=rate, seed=seed)
-        if not self.protocol.lines(self.row, **where):
+        found = self.protocol.lines(self.row, **where)
+        if not found:
             with self.protocol.results.claim(self.name, self.row.name, wait=True):
                 # Another process may have had the cell until now.
-                if not self.protocol.lines(self.row, **where):
-                    self._finish(part, rate, seed)
-        return self.protocol.lines(self.row, **where)[0]
+                found = self.protocol.lines(self.row, **where)
+                found = found or [self._finish(part, rate, seed)]
+        return found[0]
 
     def _renew(self) -> None:
         """Once, takes over the runs of earlier code whose programs are the same."""
@@ -246,7 +247,7 @@ class _Work:
                 for line in same[-1:]:
                     self.protocol.results.add(line | {"code": code})
 
-    def _finish(self, part: str, rate: float, seed: int) -> None:
+    def _finish(self, part: str, rate: float, seed: int) -> dict[str, Any]:
         """Trains, unless it has been trained for the other part, and writes the line."""
         task = self.protocol.task(self.name)
         if (rate, seed) not in self.trained:
@@ -281,7 +282,7 @@ class _Work:
             f"{self.name:<10} {self.row.name:<12} {part:<11} rate {rate:<8.2g} seed {seed}: "
             f"{task.metric} {line['score']:.2f}, {difference:+.2f} on the probe"
         )
-        self.protocol.results.add(line)
+        return self.protocol.results.add(line)
 
     def _gap(self, task: Task, part: str, seed: int, outcomes: np.ndarray) -> tuple[float, float]:
         if self.row == PROBE:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -24,8 +25,9 @@ class SharedResults(Results):
 
     def __init__(self, path: Path, also: Sequence[dict[str, Any]] = ()):
         super().__init__(path)
-        self._seen = len(self.lines)  # of those in the file
-        self.lines = [*also, *self.lines]
+        self.lines = [*also]
+        self._read = 0  # bytes of the file
+        self._refresh()
         self._held: set[tuple[str, str]] = set()
         name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
         self._locks = Path(tempfile.gettempdir()) / f"jaxpeft-{os.getuid()}-{name}"
@@ -59,15 +61,21 @@ class SharedResults(Results):
                 self._held.remove((task, method))
 
     def add(self, line: dict[str, Any]) -> dict[str, Any]:
+        super().add(line)
+        self.lines.pop()  # it comes back from the file, behind what others have added before it
         self._refresh()
-        self._seen += 1
-        return super().add(line)
+        return line
 
     def _refresh(self) -> None:
-        """Takes in what other processes have added."""
-        lines = Results(self.path).lines
-        self.lines += lines[self._seen :]
-        self._seen = len(lines)
+        """Takes in what has been added to the file."""
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            file.seek(self._read)
+            whole = file.read().rpartition(b"\n")[0]
+        if whole:
+            self.lines += [json.loads(line) for line in whole.splitlines()]
+            self._read += len(whole) + 1
 
 
 def spread(workers: int, arguments: Sequence[str]) -> int:

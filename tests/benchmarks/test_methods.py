@@ -212,9 +212,9 @@ PLAN = protocol.Plan(
     seeds=(0, 1),
     repeats=1,
 )
-FIELDS = """method task rate seed steps code program score probe_gap probe_gap_error trainable
-trainable_with_head peak_bytes step_time_vs_full latency_vs_base flops_vs_base context_used
-forgetting""".split()
+FIELDS = """method task rate seed steps code program device score probe_gap probe_gap_error
+trainable trainable_with_head peak_bytes step_time_vs_full latency_vs_base flops_vs_base
+context_used forgetting""".split()
 
 
 @pytest.fixture(scope="module")
@@ -460,6 +460,23 @@ def test_lines_of_two_processes_are_each_there_once(tmp_path):
         assert [line["number"] for line in mine.lines] == [0, 2, 3]
 
 
+def test_a_line_that_comes_between_is_neither_lost_nor_another_taken_twice(tmp_path, monkeypatch):
+    """Another process adds one after this one has read the file, and before it writes to it."""
+    path = tmp_path / "x.jsonl"
+    mine, theirs = sharing.SharedResults(path), sharing.SharedResults(path)
+    write = records.Results.add
+
+    def interrupted(self, line):
+        if self is mine:
+            theirs.add({"number": 0})
+        return write(self, line)
+
+    monkeypatch.setattr(records.Results, "add", interrupted)
+    mine.add({"number": 1})
+    with mine.claim("a task", "a method", wait=True):
+        assert [line["number"] for line in mine.lines] == [0, 1]
+
+
 def test_runs_of_another_comparison_are_not_done_again(finished, tmp_path, monkeypatch, capsys):
     """Where it has the same row; its "prefix" is another one."""
     monkeypatch.setattr(command, "RESULTS", tmp_path)
@@ -535,7 +552,8 @@ def test_the_table_and_the_figure_are_made_from_the_file_alone(finished, tmp_pat
     found = report.summary(lines, PLAN)
     text = report.table(found, PLAN)
     assert "| full (full fine-tuning) | " in text and "bitfit on e2e: the decoder" in text
-    assert all(line.count("|") == 13 for line in text.splitlines() if line.startswith("| full"))
+    assert all(line.count("|") == 14 for line in text.splitlines() if line.startswith("| full"))
+    assert f"| {found['tasks']['e2e']['full']['loss']:.3f} |" in text
     pytest.importorskip("matplotlib")
     report.figure(found, tmp_path / "methods.png")
     assert (tmp_path / "methods.png").stat().st_size > 10_000
