@@ -59,8 +59,10 @@ class Subject:
         model = self.method.models[self.row.name]
         plain = paths(self.case.params) | (others or {})
         # NNX ends each path in `/value`; what the adapter has there stands behind it.
-        plain = {n.removesuffix("/value"): w for n, w in plain.items()}
-        adapter = {re.sub(r"/value(?=/[^/]+$)", "", n): v for n, v in adapter.items()}
+        for name in [n for n in plain if n.endswith("/value")]:
+            short = name.removesuffix("/value")
+            plain[short] = plain.pop(name)
+            adapter = {re.sub(f"^{name}/", f"{short}/", n): v for n, v in adapter.items()}
         return model(plain, self.method.by_hand(adapter, self.method.given(args)), *args)
 
     @functools.cached_property
