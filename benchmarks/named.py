@@ -67,6 +67,13 @@ ADALORA = Row(
     wrap=_budget,
     penalty=lambda adapter: 0.1 * jp.orthogonality(adapter),
 )
+#: A further run. A step moves a value by the rate, and the matrix by that times the lengths of the
+#: value's two vectors: 0.4 each, of 384 entries of deviation 0.02.
+UNIT = dataclasses.replace(
+    ADALORA,
+    name="adalora, unit vectors",
+    make=lambda p: jp.adalora(3 * RANK // 2, p.kernels, alpha=3 * RANK, std=0.05),
+)
 
 
 # Pruning while training --------------------------------------------------------------------------
@@ -91,6 +98,13 @@ PRUNED = {
     (rule, sparsity, kind): _pruned(rule, sparsity, structure)
     for sparsity in (90, 97)
     for kind, structure in (("entries", "entry"), ("blocks", (4, 4)))
+    for rule in ("magnitude", "movement")
+}
+#: A further run. Half of all entries go within the first 40 steps, by what they have moved by then.
+LONG = {
+    rule: dataclasses.replace(
+        PRUNED[rule, 90, "entries"], name=f"{rule} 90 % entries, 8 times the steps", longer=8
+    )
     for rule in ("magnitude", "movement")
 }
 
@@ -153,7 +167,7 @@ SCORES = ("random", "magnitude", "snip", "taylor", "fisher", "obd", "grasp", "ob
 CHOSEN = {score: _chosen(score) for score in SCORES}
 
 PLAN = Plan(
-    (PROBE, FULL, UNIFORM, ADALORA, *PRUNED.values(), *CHOSEN.values()),
+    (PROBE, FULL, UNIFORM, ADALORA, *PRUNED.values(), *CHOSEN.values(), UNIT, *LONG.values()),
     {"snips": None},
     seeds=(0, 1, 2, 3, 4),
     repeats=1,
@@ -172,6 +186,8 @@ class Named(NamedTuple):
 
 NAMED = [
     Named("ranks that move are worth more than equal ones", ADALORA, UNIFORM),
+    Named("further run: they are behind since their vectors start short", UNIT, ADALORA),
+    Named("further run: with vectors of unit length they are worth more", UNIT, UNIFORM),
     *(
         Named(
             f"movement beats magnitude at {sparsity} %, {kind}",
@@ -181,6 +197,7 @@ NAMED = [
         for sparsity in (90, 97)
         for kind in ("entries", "blocks")
     ),
+    Named("further run: movement needs more steps", *reversed(LONG.values())),
     *(
         Named(f"a tenth, chosen by {score}, is as good as all", row, FULL, alike=True)
         for score, row in CHOSEN.items()

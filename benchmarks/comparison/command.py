@@ -66,7 +66,7 @@ def main(
             Protocol(plan, results, _say).redo(task, method)
         elif not options.table:
             Protocol(plan, results, _say).run(options.methods)
-        lines = report.latest(results, plan.steps)
+        lines = report.latest(results, plan)
         found = report.summary(lines, plan)
         if options.table and not lines:
             raise ValueError(f"'{results.path}' has no finished runs to make a table of.")

@@ -39,6 +39,10 @@ class Plan:
     sweep: bool = True
     repeats: int = 5
 
+    def length(self, row: Row) -> int:
+        """Optimizer steps of a run of this row."""
+        return self.steps * row.longer
+
     def cells(self) -> list[tuple[str, Row]]:
         """The task and the method of each cell, in the order in which they are run."""
         return [
@@ -162,12 +166,12 @@ class Protocol:
             raise ValueError(f"There is no row of '{method}' on '{task}': {why}.")
         with self.results.claim(task, method, wait=True):
             # Those of earlier code too, or they would be taken over.
-            self.results.forget(task=task, method=method, steps=self.plan.steps)
+            self.results.forget(task=task, method=method, steps=self.plan.length(row))
             self.cell(task, row)
 
     def lines(self, row: Row, **fields: Any) -> list[dict[str, Any]]:
         """A row's finished runs of this plan's length, of the code as it is."""
-        wanted = {"method": row.name, "code": code_hash(row), "steps": self.plan.steps}
+        wanted = {"method": row.name, "code": code_hash(row), "steps": self.plan.length(row)}
         return self.results.of(**wanted, **fields)
 
     def task(self, name: str) -> Task:
@@ -237,7 +241,8 @@ class _Work:
         if self.renewed:
             return
         self.renewed, code = True, code_hash(self.row)
-        wanted = dict(method=self.row.name, task=self.name, steps=self.protocol.plan.steps)
+        steps = self.protocol.plan.length(self.row)
+        wanted = dict(method=self.row.name, task=self.name, steps=steps)
         runs: dict[tuple, list[dict[str, Any]]] = {}
         for line in self.protocol.results.of(**wanted):
             runs.setdefault((line["part"], line["rate"], line["seed"]), []).append(line)
@@ -262,7 +267,7 @@ class _Work:
             "part": part,
             "rate": rate,
             "seed": seed,
-            "steps": self.protocol.plan.steps,
+            "steps": self.protocol.plan.length(self.row),
             "code": code_hash(self.row),
             "program": self.program,
             "device": jax.devices()[0].device_kind,
@@ -292,7 +297,7 @@ class _Work:
 
     @functools.cached_property
     def cell(self) -> Cell:
-        task, steps = self.protocol.task(self.name), self.protocol.plan.steps
+        task, steps = self.protocol.task(self.name), self.protocol.plan.length(self.row)
         if self.row == FULL:
             return _full(self.name, steps)
         kind = Tuned if self.row.wrap or self.row.penalty else Cell

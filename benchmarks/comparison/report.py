@@ -14,9 +14,10 @@ from comparison.rows import FAMILIES, Row
 from comparison.tasks import METRICS
 
 
-def latest(results: Results, steps: int) -> list[dict[str, Any]]:
-    """The finished runs of this length; of each cell, those of the code that ran last."""
-    lines = results.of(steps=steps)
+def latest(results: Results, plan: Plan) -> list[dict[str, Any]]:
+    """The finished runs of a plan; of each cell, those of the code that ran last."""
+    lengths = {row.name: plan.length(row) for row in plan.rows}
+    lines = [line for line in results.of() if line["steps"] == lengths.get(line["method"])]
     newest = {(line["task"], line["method"]): line["code"] for line in lines}
     return [line for line in lines if line["code"] == newest[line["task"], line["method"]]]
 

@@ -67,6 +67,7 @@ class Row:
       rate_of: Another row whose rate it takes, instead of a sweep of its own.
       wrap: From the adapter's optimizer, the places and the steps to what it is trained with.
       penalty: Of the adapter, added to the mean loss.
+      longer: How many times as many steps as the others it is trained.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Row:
     rate_of: str | None = None
     wrap: Callable[[Any, Places, int], Any] | None = None
     penalty: Callable[[Any], Any] | None = None
+    longer: int = 1
 
     @property
     def rates(self) -> tuple[float, ...]:

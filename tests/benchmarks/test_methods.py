@@ -523,7 +523,7 @@ def test_workers_are_processes_on_cores_of_their_own(tmp_path, monkeypatch):
 
 
 def test_the_summary_has_gaps_with_errors_and_says_what_was_not_run(finished):
-    lines = report.latest(records.Results(finished[0]), PLAN.steps)
+    lines = report.latest(records.Results(finished[0]), PLAN)
     found = report.summary(lines, PLAN)
     assert found["not_run"] == [
         {
@@ -548,7 +548,7 @@ def test_the_summary_has_gaps_with_errors_and_says_what_was_not_run(finished):
 
 def test_the_table_and_the_figure_are_made_from_the_file_alone(finished, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXPEFT_DATA", "/nowhere/at/all")
-    lines = report.latest(records.Results(finished[0]), PLAN.steps)
+    lines = report.latest(records.Results(finished[0]), PLAN)
     found = report.summary(lines, PLAN)
     text = report.table(found, PLAN)
     assert "| full (full fine-tuning) | " in text and "bitfit on e2e: the decoder" in text

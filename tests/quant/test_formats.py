@@ -1,5 +1,7 @@
 """Every format: how far its values are off, whatever the shape and the numbers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,8 +37,20 @@ def by_block(w, block):
     return np.repeat(cut.max(-2), block, axis=-2)[..., :rows, :]
 
 
+# Compiled, as `jp.quantize` does: op by op, most of the time would go into compiling each.
+@functools.cache
+def _encoder(format, options):
+    return jax.jit(functools.partial(FORMATS[format], **dict(options)))
+
+
 def encode(format, w, **options):
-    return FORMATS[format](w, **options)
+    return _encoder(format, tuple(options.items()))(w)
+
+
+@jax.jit
+def decode(coded):
+    """Of a weight or a view of one."""
+    return coded.materialize()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -49,8 +63,8 @@ def test_no_entry_is_off_by_more_than_the_formats_step(format, block, shape):
     coded = encode(format, w, block=block)
     scale = by_block(np.asarray(w), block or shape[-2])
     step = STEP[format] * (2 if format == "int4/asym" else 1)
-    error = np.abs(np.asarray(coded.materialize()) - np.asarray(w))
-    assert coded.materialize().shape == w.shape
+    error = np.abs(np.asarray(decode(coded)) - np.asarray(w))
+    assert decode(coded).shape == w.shape
     assert (error <= step * scale * (1 + 1e-5)).all()
     assert error.max() > 0 or block == 1 or w.shape[-2] == 1  # rounding does happen
 
@@ -62,7 +76,7 @@ def test_double_quantization_moves_a_scale_by_a_hundredth_at_most(format, shape)
     plain, double = encode(format, w), encode(format + "+dq", w)
     np.testing.assert_array_equal(plain.codes, double.codes)
     with np.errstate(invalid="ignore"):  # zeros stay zeros
-        ratio = np.asarray(double.materialize()) / np.asarray(plain.materialize())
+        ratio = np.asarray(decode(double)) / np.asarray(decode(plain))
     # The map has a step of at most 1.5 % of the largest deviation from the mean scale.
     deviation = np.abs(plain.scales - plain.scales.mean(axis=(-2, -1), keepdims=True))
     bound = 0.0075 * deviation.max() / np.asarray(plain.scales).min()
@@ -85,17 +99,17 @@ def test_codes_of_scales_are_the_same_eagerly_compiled_and_layer_by_layer(shape,
 @pytest.mark.parametrize("format", sorted(FORMATS))
 def test_zeros_stay_zeros_and_negligible_numbers_become_them(format):
     w = gaussian(130, 4).at[:64, 1].set(0).at[5].set(0).at[:, 3].set(1e-40)
-    got = np.asarray(encode(format, w).materialize())
+    got = np.asarray(decode(encode(format, w)))
     assert (got[:64, 1] == 0).all() and (got[5] == 0).all()
     assert np.abs(got[:, 3]).max() <= 1e-38
-    assert (np.asarray(encode(format, jnp.zeros((70, 3))).materialize()) == 0).all()
+    assert (np.asarray(decode(encode(format, jnp.zeros((70, 3))))) == 0).all()
 
 
 @pytest.mark.parametrize("format", sorted(set(FORMATS) - {"int4/asym"}))
 @pytest.mark.parametrize("value", [3.7, -0.02, 1e30, 2e-38])
 def test_blocks_of_one_value_are_exact(format, value):
     w = jnp.full((128, 3), value)
-    got = np.asarray(encode(format, w).materialize())
+    got = np.asarray(decode(encode(format, w)))
     # The books reach 1 and -1, the integers their largest code: only a product is rounded.
     np.testing.assert_allclose(got, w, rtol=3e-7)
 
@@ -123,14 +137,14 @@ def test_a_weight_keeps_the_dtype_that_the_program_sees(format, dtype):
     assert jp.lift(f)(tree, x).dtype == dtype
     assert jp.merge(tree)["w"].dtype == dtype
     assert jp.merge(tree, dtype=jnp.float32)["w"].dtype == jnp.float32
-    exact = np.asarray(tree["w"].weight.materialize(), np.float64)
+    exact = np.asarray(decode(tree["w"].weight), np.float64)
     cast = np.asarray(jnp.asarray(exact).astype(dtype), np.float64)
     np.testing.assert_array_equal(np.asarray(jp.merge(tree)["w"], np.float64), cast)
 
 
 def rows_of(coded, ids):
     """A lookup through lift, of a table with these codes."""
-    shape = coded.materialize().shape
+    shape = decode(coded).shape
     view = View(coded, roles_of("in", "out")(shape), (), jnp.float32, "w", False)
     whole = View.of(jnp.zeros(shape), roles_of("in", "out")(shape), "w")
     view = View(coded, whole.axes, whole.dims, whole.dtype, "w", natural=False)
@@ -142,7 +156,7 @@ def rows_of(coded, ids):
 def test_a_lookup_gives_the_rows_of_the_matrix(format, rows):
     coded = encode(format, gaussian(rows, 70))
     ids = jnp.asarray([[0, 1, rows - 1], [rows // 2, 3, 0]])
-    want = np.asarray(coded.materialize())[ids]
+    want = np.asarray(decode(coded))[ids]
     np.testing.assert_allclose(rows_of(coded, ids), want, rtol=1e-6)
 
 
@@ -164,10 +178,10 @@ def test_a_view_is_cut_where_whole_blocks_end_and_nowhere_else(format, unit):
     w = gaussian(512, 128)
     view = View.of(w, roles_of("in", "out")(w.shape), "w")
     view = View(encode(format, w), view.axes, view.dims, view.dtype, "w", natural=False)
-    dense = np.asarray(view.materialize())
+    dense = np.asarray(decode(view))
     rows = view.cut(0, unit, 2 * unit)
-    np.testing.assert_array_equal(rows.materialize(), dense[unit : 2 * unit])
-    np.testing.assert_array_equal(view.cut(1, 64, 128).materialize(), dense[:, 64:])
+    np.testing.assert_array_equal(decode(rows), dense[unit : 2 * unit])
+    np.testing.assert_array_equal(decode(view.cut(1, 64, 128)), dense[:, 64:])
     assert view.divides(0, 512 // unit) and view.divides(1, 2)
     if unit > 1:
         assert view.cut(0, unit // 2, unit) is None
@@ -182,10 +196,10 @@ def test_a_tile_of_scales_is_never_cut(blocks, width):
     plain = View.of(w, roles_of("in", "out")(w.shape), "w")
     coded = encode("nf4+dq", w)
     view = View(coded, plain.axes, plain.dims, plain.dtype, "w", natural=False)
-    dense = np.asarray(view.materialize())
+    dense = np.asarray(decode(view))
     for start, stop in ((0, width), (width, 3 * width), (0, 4 * width)):
         cut = view.cut(1, start, stop)
-        np.testing.assert_array_equal(cut.materialize(), dense[:, start:stop])
+        np.testing.assert_array_equal(decode(cut), dense[:, start:stop])
     for start in (width // 2, 64 if width > 64 else 32):
         assert view.cut(1, start, 2 * width) is None
     assert view.divides(1, 4) and not view.divides(1, 8)
@@ -196,8 +210,8 @@ def test_what_has_a_short_last_block_is_cut_by_columns_only():
     plain = View.of(w, roles_of("in", "out")(w.shape), "w")
     view = View(encode("nf4", w), plain.axes, plain.dims, plain.dtype, "w", natural=False)
     assert view.cut(0, 0, 64) is None
-    dense = np.asarray(view.materialize())
-    np.testing.assert_array_equal(view.cut(1, 2, 5).materialize(), dense[:, 2:5])
+    dense = np.asarray(decode(view))
+    np.testing.assert_array_equal(decode(view.cut(1, 2, 5)), dense[:, 2:5])
 
 
 BITS = {
@@ -313,10 +327,10 @@ def test_one_turn_of_loftq_is_the_svd_of_the_loss():
     sites = jp.sites(f, {"w": w}, jnp.ones((1, 96)))
     frozen, adapter = jp.split(jp.loftq(4, sites, format="nf4", steps=1)(KEY, {"w": w}))
     tree = jp.combine(frozen, adapter)
-    q = np.asarray(encode("nf4", w).materialize(), np.float64)
+    q = np.asarray(decode(encode("nf4", w)), np.float64)
     u, s, v = np.linalg.svd(np.asarray(w, np.float64) - q, full_matrices=False)
     first = q + u[:, :4] * s[:4] @ v[:4]
-    again = np.asarray(encode("nf4", jnp.asarray(w - (u[:, :4] * s[:4] @ v[:4]))).materialize())
+    again = np.asarray(decode(encode("nf4", jnp.asarray(w - (u[:, :4] * s[:4] @ v[:4])))))
     second = again + u[:, :4] * s[:4] @ v[:4]
     best = min((first, second), key=lambda x: np.linalg.norm(x - np.asarray(w)))
     np.testing.assert_allclose(jp.merge(tree)["w"], best, atol=1e-5)

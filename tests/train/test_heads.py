@@ -21,9 +21,10 @@ ENCODER = encoder.Config(vocab=19, width=D, mlp_width=20, layers=2, heads=3, con
 DECODER = decoder.Config(
     vocab=19, width=D, mlp_width=20, layers=2, heads=4, kv_heads=2, head_dim=6, tied=True
 )
+# Compiled once for all tests: a loop over layers that runs eagerly is compiled at every call.
 TRUNKS = {
-    "encoder": (encoder.pure(ENCODER), encoder.shapes(ENCODER)),
-    "decoder": (decoder.pure(DECODER, call="hidden"), decoder.shapes(DECODER)),
+    "encoder": (jax.jit(encoder.pure(ENCODER)), encoder.shapes(ENCODER)),
+    "decoder": (jax.jit(decoder.pure(DECODER, call="hidden")), decoder.shapes(DECODER)),
 }
 # Padding on the right, on the left and on both sides, and none.
 MASK = np.array([[1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0, 0]], bool)
