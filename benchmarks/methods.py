@@ -21,7 +21,7 @@ killed; it starts anew where a change of code has changed what is computed.
     --workers N          N processes, each on its part of the cores, share the work: on two cores,
                          two take four fifths of the time of one. So do commands that are started
                          side by side
-    --short              a tenth of the steps, fewer methods, no sweep: 10 minutes, into
+    --short              20 steps, fewer methods, no sweep: seven minutes with two workers, into
                          results/methods.short.jsonl, and no quality to speak of
     --table              writes results/methods.md and methods.png from the runs and runs nothing
     --json               the last line is the summary

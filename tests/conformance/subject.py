@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import re
 from typing import Any
 
 import jax
@@ -62,7 +61,10 @@ class Subject:
         for name in [n for n in plain if n.endswith("/value")]:
             short = name.removesuffix("/value")
             plain[short] = plain.pop(name)
-            adapter = {re.sub(f"^{name}/", f"{short}/", n): v for n, v in adapter.items()}
+            adapter = {
+                short + n.removeprefix(name) if n.startswith(f"{name}/") else n: v
+                for n, v in adapter.items()
+            }
         return model(plain, self.method.by_hand(adapter, self.method.given(args)), *args)
 
     @functools.cached_property

@@ -1,7 +1,5 @@
 """Every format: how far its values are off, whatever the shape and the numbers."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft.quant import FORMATS
+from jaxpeft.quant.quantize import encoder
 from jaxpeft.weight import View, roles_of
 
 KEY = jax.random.key(0)
@@ -37,14 +36,9 @@ def by_block(w, block):
     return np.repeat(cut.max(-2), block, axis=-2)[..., :rows, :]
 
 
-# Compiled, as `jp.quantize` does: op by op, most of the time would go into compiling each.
-@functools.cache
-def _encoder(format, options):
-    return jax.jit(functools.partial(FORMATS[format], **dict(options)))
-
-
+# Both compiled: op by op, most of the time would go into compiling each.
 def encode(format, w, **options):
-    return _encoder(format, tuple(options.items()))(w)
+    return encoder(format, **options)(w)
 
 
 @jax.jit
