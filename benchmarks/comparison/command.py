@@ -4,8 +4,10 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import jaxpeft
 from comparison import report
 from comparison.code import code_hash
 from comparison.files import ROOT
@@ -43,6 +45,12 @@ def main(
     parser.add_argument("--table", action="store_true", help="write table and figures, run nothing")
     options = parser.parse_args(arguments)
 
+    library = Path(jaxpeft.__file__).resolve().parent
+    if library != ROOT / "jaxpeft":
+        parser.error(
+            f"jaxpeft is imported from {library}, and results would be said to be of {ROOT}: set "
+            f"PYTHONPATH={ROOT}, or install jaxpeft from there (pip install -e {ROOT})"
+        )
     if options.workers < 1:
         parser.error(f"--workers {options.workers}: one or more are needed")
     if options.workers > 1 and not (options.cell or options.table):

@@ -574,6 +574,14 @@ def test_a_table_of_nothing_is_refused(monkeypatch, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_another_clone_than_the_one_installed_is_refused(monkeypatch, tmp_path, capsys):
+    """Or its lines would hold the code of this one, and what that one computes."""
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    with pytest.raises(SystemExit):
+        command.main("m", WHOLE, protocol.SHORT, arguments=["--table"])
+    assert f"set PYTHONPATH={tmp_path}, or install" in capsys.readouterr().err
+
+
 # Prompts -----------------------------------------------------------------------------------------
 
 
