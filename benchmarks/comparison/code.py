@@ -135,8 +135,8 @@ def _common() -> tuple[Path, ...]:
 @functools.cache
 def _tuned() -> list[Path]:
     """What rows that are trained in their own way depend on."""
-    names = ("benchmarks/comparison/tuned.py", "jaxpeft/train/pruning.py")
-    return [ROOT / name for name in (*names, "jaxpeft/train/rank_budget.py")]
+    own = [f"jaxpeft/train/{name}.py" for name in ("largest", "pruning", "rank_budget")]
+    return [ROOT / name for name in ("benchmarks/comparison/tuned.py", *own)]
 
 
 def _programs(files: Any) -> str:

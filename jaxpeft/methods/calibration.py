@@ -175,6 +175,8 @@ def mean_gradients(
 ) -> dict[str, jax.Array]:
     """The gradients of the selected arrays, averaged over batches: {path: array}.
 
+    The average is taken in float32 at least, whatever the arrays are.
+
     Args:
       loss_fn: `loss_fn(params, batch)`, a number.
       params: Parameters; the selected ones are plain arrays.
@@ -191,7 +193,7 @@ def mean_gradients(
 
     @jax.jit
     def gradients(chosen: Any, rest: Any, batch: Any) -> Any:
-        return jax.grad(lambda chosen: lifted(with_chosen(chosen, rest), batch))(chosen)
+        return widened(jax.grad(lambda chosen: lifted(with_chosen(chosen, rest), batch))(chosen))
 
     found, count = None, 0
     for number, batch in enumerate(taken(batches, steps, "mean_gradients")):
@@ -200,6 +202,12 @@ def mean_gradients(
         found = new if found is None else jax.tree.map(jnp.add, found, new)
         count = number + 1
     return jax.tree.map(lambda x: x / count, found)
+
+
+def widened(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """In float32 at least: a long sum in bfloat16 stops growing."""
+    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
+    return {path: wide(x) for path, x in arrays.items()}
 
 
 def chosen_arrays(

@@ -56,7 +56,9 @@ class Decomposed(Weight):
     def _scale(self, across, a, b, magnitude, squares):
         s = self.scale
         square = squares + 2 * s * jnp.sum(across * b, 0) + s * s * jnp.sum(a.T @ a @ b * b, 0)
-        return magnitude / jax.lax.stop_gradient(jnp.sqrt(square))
+        # A column of zeros, as `prune` leaves them, has no direction: it stays zero.
+        length = jax.lax.stop_gradient(jnp.sqrt(jnp.where(square > 0, square, jnp.inf)))
+        return magnitude / length
 
 
 def dora(
@@ -73,7 +75,8 @@ def dora(
 
     Each selected matrix `w` becomes `m * v / |v|`, v = w + s * a @ b, with `m` (out,) and the
     factors trained. `m` starts at |w|, so that training starts at the base model. Put it on
-    a base that is quantized already: the lengths are those that it has then.
+    a base that is quantized already: the lengths are those that it has then. A column of zeros
+    has no direction, and stays zero.
 
     Args:
       rank, alpha, scaling, dropout, init, dtype: As for `lora`.

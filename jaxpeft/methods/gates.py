@@ -18,7 +18,7 @@ from jaxpeft.method import Method
 from jaxpeft.methods.ia3 import ScaledIn, ScaledOut
 from jaxpeft.methods.masks import Entrywise, Structure, block_of, spread
 from jaxpeft.methods.oft import as_sharded
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_entries, check_whole, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
 from jaxpeft.weight import IN, OUT, View, Weight, arrays, axes, base, dense, static, weight
@@ -204,12 +204,8 @@ def gates(
         del key
         sides, block = (site.size(IN), site.size(OUT)), blocks[site.path]
         scales = _side(site, block)
-        if scales is None and not view.is_matrix:
-            raise ValueError(
-                f"`gates(structure={structure!r})`: '{site.path}' holds "
-                f"{type(view.weight).__name__}, which is no matrix and has no entries to gate. Put "
-                "that method behind `gates` in the `chain`, or gate whole outputs."
-            )
+        if scales is None:
+            check_entries(f"gates(structure={structure!r})", site, view)
         name = _name(site.path, structure)
         logits = jnp.full((*site.stack, _groups(sides, block)), logit, dtype)
         drawn = sharpness = None

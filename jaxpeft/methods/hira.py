@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxpeft.computed import Computed, matrix_of
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import LowRank, lora
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_entries, check_whole, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.weight import View, Weight, axes, base, dense, static, weight
 
@@ -93,6 +93,7 @@ def hira(
     def make(key: jax.Array, site: Site, view: View) -> View:
         del key
         old: LowRank = view.weight
+        check_entries("hira", site, dataclasses.replace(view, weight=old.w))
         return dataclasses.replace(view, weight=Hadamard(old.w, old.a, old.b, old.scale))
 
     def apply(key: jax.Array, tree: Any) -> Any:

@@ -2,7 +2,7 @@
 
 scores   {path: numbers of the weight's shape}, the larger the more important (scores.py)
 masks    {path: bools of the weight's shape}, from `keep`
-prune    the entries that are not kept become zero, and stay so under what is put on top
+prune    the entries that are not kept become zero
 sparse   the entries of a mask are trained, and nothing else (sparse.py)
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxpeft.computed import Computed, matrix_of
 from jaxpeft.method import Method
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_entries, check_whole, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, dense, weight
@@ -56,14 +56,16 @@ def keep(
       {path: bools of the weight's shape}.
 
     Raises:
-      ValueError: A density out of range, an unknown structure, blocks that do not divide a matrix,
-        scores that are missing, of another shape or not finite, or a matrix that would be left
-        empty; names it.
+      ValueError: No site, a density out of range, an unknown structure, blocks that do not divide
+        a matrix, scores that are missing, of another shape or not finite, or a matrix that would
+        be left empty; names it.
     """
     if not 0 < density <= 1:
         raise ValueError(f"`keep(density={density})`: a share in (0, 1] is needed.")
     if scope not in ("all", "matrix"):
         raise ValueError(f"`keep(scope='{scope}')`: choose 'all' or 'matrix'.")
+    if not sites:
+        raise ValueError("`keep` selects no parameter. The sites given are empty.")
     grouped = {
         path: np.asarray(group_means(_checked(scores, site), site, structure), np.float64)
         for path, site in sites.items()
@@ -192,7 +194,7 @@ def unpacked(mask: Any, site: Site, who: str) -> jax.Array:
     """The mask of a site, from an array or the text of `packed`.
 
     Raises:
-      ValueError: There is none, or it has another shape.
+      ValueError: There is none, or it has another shape or dtype.
     """
     if isinstance(mask, str):
         bits = np.frombuffer(zlib.decompress(base64.b64decode(mask)), np.uint8)
@@ -204,7 +206,12 @@ def unpacked(mask: Any, site: Site, who: str) -> jax.Array:
             f"`{who}`: the mask of '{site.path}' has shape {shape}, should be {site.shape}. Give "
             "masks of the same sites."
         )
-    return jnp.asarray(mask, bool)
+    if mask.dtype != bool:
+        raise ValueError(
+            f"`{who}`: the mask of '{site.path}' has dtype {mask.dtype}, should be bool. Masks "
+            "are made of scores by `keep`."
+        )
+    return jnp.asarray(mask)
 
 
 # Pruning -----------------------------------------------------------------------------------------
@@ -278,8 +285,8 @@ def prune(masks: Mapping[str, Any], sites: Sites) -> Method:
       A method that trains nothing.
 
     Raises:
-      ValueError: A mask is missing or of another shape, or a weight is trained as a whole by
-        another method; names it.
+      ValueError: A mask is missing, of another shape or no bools; a weight is trained as a whole
+        by another method, or made no matrix by one; names it.
     """
     check_whole("prune", sites)
     found = {p: unpacked(masks.get(p), site, "prune") for p, site in sites.items()}
@@ -293,6 +300,7 @@ def prune(masks: Mapping[str, Any], sites: Sites) -> Method:
                 "from zero. Train its entries with `sparse`, or under `train.masked_entries`."
             )
         if isinstance(w, Weight):
+            check_entries("prune", site, view)
             return dataclasses.replace(view, weight=Masked(w, site.matrices(mask)))
         return jnp.where(mask, w, jnp.zeros((), w.dtype))  # an array again, as it was
 

@@ -69,6 +69,16 @@ def check_whole(who: str, sites: Sites) -> None:
             )
 
 
+def check_entries(who: str, site: Site, view: View) -> None:
+    """Raises ValueError where another method's weight is no matrix; names both."""
+    if not view.is_matrix:
+        raise ValueError(
+            f"`{who}`: '{site.path}' holds {type(view.weight).__name__}, which is no matrix and "
+            f"has no entries to change. Put that method behind `{who}` in the `chain`, or leave "
+            "the weight out."
+        )
+
+
 def at_its_start(view: View) -> View:
     """The view with trained arrays where they start, and nothing of what a call gives."""
 

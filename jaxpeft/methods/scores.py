@@ -19,7 +19,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.lift import lift
-from jaxpeft.methods.calibration import Moments, check_finite, check_moments, chosen_arrays, taken
+from jaxpeft.methods.calibration import (
+    Moments,
+    check_finite,
+    check_moments,
+    chosen_arrays,
+    mean_gradients,
+    taken,
+    widened,
+)
 from jaxpeft.sites import Sites
 
 Rule = Literal["snip", "taylor", "fisher", "obd", "grasp"]
@@ -48,9 +56,12 @@ def saliency(
 ) -> dict[str, jax.Array]:
     """Scores from the gradients of a few batches; see the top of this module.
 
+    They are averaged in float32 at least, whatever the weights are.
+
     Args:
-      rule: "snip", "taylor" or "fisher", from one gradient a batch; "obd" and "grasp", from a
-        gradient and a product with the Hessian (forward over reverse).
+      rule: "snip", "taylor" or "fisher", from one gradient a batch; "obd", from a product of each
+        batch's Hessian (forward over reverse); "grasp", from the mean gradient and then such
+        products with it, so that the batches taken are held until the end.
       loss_fn: `loss_fn(params, batch)`, a number.
       params: Parameters; the selected ones are plain arrays.
       sites: The weights.
@@ -73,45 +84,51 @@ def saliency(
       Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow (GraSP),
       2020, equation 8. https://arxiv.org/abs/2002.07376
     """
-    rules: Mapping[str, Callable] = {
-        "snip": lambda w, g, h: g,
-        "taylor": lambda w, g, h: (w * g) ** 2,
-        "fisher": lambda w, g, h: g**2,
-        "obd": lambda w, g, h: w**2 * h / 2,
-        "grasp": lambda w, g, h: w * h,
+    of_gradient: dict[str, Callable[[Any, Any], Any]] = {
+        "snip": lambda w, g: g,
+        "taylor": lambda w, g: (w * g) ** 2,
+        "fisher": lambda w, g: g**2,
     }
-    if rule not in rules:
-        raise ValueError(f"`saliency('{rule}')`: choose one of {', '.join(rules)}.")
+    of_product = {"obd": lambda w, h: w**2 * h / 2, "grasp": lambda w, h: w * h}
+    if rule not in of_gradient | of_product:
+        known = ", ".join(of_gradient | of_product)
+        raise ValueError(f"`saliency('{rule}')`: choose one of {known}.")
     if rule == "obd" and key is None:
         raise ValueError("`saliency('obd')` draws random signs: give it a key.")
     chosen, with_chosen = chosen_arrays(params, sites, "saliency")
     lifted = lift(loss_fn)
 
     @jax.jit
-    def scored(chosen: Any, rest: Any, batch: Any, key: Any) -> Any:
+    def scored(chosen: Any, rest: Any, batch: Any, key: Any, direction: Any) -> Any:
         def gradient(chosen: Any) -> Any:
             return jax.grad(lambda chosen: lifted(with_chosen(chosen, rest), batch))(chosen)
 
-        if rule in ("snip", "taylor", "fisher"):
-            g = gradient(chosen)
-            return {path: rules[rule](w, g[path], None) for path, w in chosen.items()}
-        if rule == "grasp":
-            g = jax.lax.stop_gradient(gradient(chosen))
-            h = jax.jvp(gradient, (chosen,), (g,))[1]
-        else:
+        w = widened(chosen)
+        if rule in of_gradient:
+            g = widened(gradient(chosen))
+            return {path: of_gradient[rule](w[path], g[path]) for path in w}
+        if direction is None:
             keys = jax.random.split(key, len(chosen))
-            signs = {
-                path: jax.random.rademacher(k, w.shape, w.dtype)
-                for k, (path, w) in zip(keys, chosen.items(), strict=True)
+            direction = {
+                path: jax.random.rademacher(k, x.shape, x.dtype)
+                for k, (path, x) in zip(keys, chosen.items(), strict=True)
             }
-            product = jax.jvp(gradient, (chosen,), (signs,))[1]
-            h = {path: signs[path] * product[path] for path in chosen}
-        return {path: rules[rule](w, None, h[path]) for path, w in chosen.items()}
+            h = widened(jax.jvp(gradient, (chosen,), (direction,))[1])
+            h = {path: direction[path] * h[path] for path in w}
+        else:
+            direction = {path: direction[path].astype(x.dtype) for path, x in chosen.items()}
+            h = widened(jax.jvp(gradient, (chosen,), (direction,))[1])
+        return {path: of_product[rule](w[path], h[path]) for path in w}
 
+    found: Iterable[Any] = taken(batches, steps, "saliency")
+    direction = None
+    if rule == "grasp":
+        found = list(found)
+        direction = mean_gradients(loss_fn, params, sites, found)
     total, count = None, 0
     start = jax.random.key(0) if key is None else key
-    for number, batch in enumerate(taken(batches, steps, "saliency")):
-        new = scored(chosen, params, batch, jax.random.fold_in(start, number))
+    for number, batch in enumerate(found):
+        new = scored(chosen, params, batch, jax.random.fold_in(start, number), direction)
         check_finite(new, number, "the scores of", "saliency")
         total = new if total is None else jax.tree.map(jnp.add, total, new)
         count = number + 1
@@ -136,8 +153,9 @@ def obs(
       damping: Share of the mean of H's diagonal that is added to it, so that it can be inverted.
 
     Raises:
-      ValueError: A damping that is not positive, no moments of a site or those of another model, a
-        selected weight is no plain array.
+      ValueError: A damping that is not positive, or too small for moments to be inverted (names
+        the weight); no moments of a site or those of another model, a selected weight is no plain
+        array.
 
     References:
       Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon, 1993.
@@ -152,5 +170,11 @@ def obs(
         size = jnp.trace(h, axis1=-2, axis2=-1)[..., None, None] / h.shape[-1]
         inverse = jnp.linalg.inv(h + damping * size * jnp.eye(h.shape[-1], dtype=h.dtype))
         cost = jnp.diagonal(inverse, axis1=-2, axis2=-1)[..., :, None]
+        if not jnp.all(cost > 0):
+            raise ValueError(
+                f"`obs(damping={damping})`: the moments of '{path}' cannot be inverted in "
+                f"{h.dtype}. Where its inputs are all zero, leave the weight out; else give a "
+                "larger damping."
+            )
         scores[path] = site.array(site.matrices(chosen[path]) ** 2 / cost)
     return scores

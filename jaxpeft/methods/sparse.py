@@ -11,7 +11,7 @@ import numpy as np
 from jaxpeft.computed import Computed, matrix_of
 from jaxpeft.method import Method
 from jaxpeft.methods.masks import packed, unpacked
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_entries, check_whole, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, dense, static, weight
@@ -104,6 +104,7 @@ def sparse(masks: Mapping[str, Any] | float, sites: Sites, *, dtype: Any = jnp.f
     share = 0.0 if found else given
 
     def make(key: jax.Array, site: Site, view: View) -> View:
+        check_entries("sparse", site, view)
         n, m = site.size(IN), site.size(OUT)
         if site.path in found:
             positions = _positions(np.asarray(site.matrices(found[site.path])), site)

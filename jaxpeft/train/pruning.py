@@ -15,12 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxpeft.methods.masks import Structure, block_of, group_means, spread, unpacked
 from jaxpeft.methods.placing import check_whole
 from jaxpeft.sites import Sites
+from jaxpeft.train.largest import largest_of_rows, largest_within
 
 Rule = Literal["magnitude", "movement", "taylor"]
 _RULES = ("magnitude", "movement", "taylor")
@@ -61,14 +61,15 @@ def pruned(
     """`inner` on trained weights of which only the best entries are not zero.
 
     A weight w of the model is `theta` where its mask is true and 0 elsewhere. The gradient g is
-    that of w; `inner` moves theta by g * mask, so an entry that is given up stays what it was,
-    and may come back. After every `every`-th update t, the share `density(t)` of entries with the
-    largest scores is kept:
+    that of w; `inner` moves theta by g * mask, and what is given up not at all, so that it stays
+    what it was, and may come back. After every `every`-th update t, the share `density(t)` of
+    entries with the largest scores is kept:
 
         magnitude   |theta|
         movement    S, after S -= theta * g in each update: the straight-through gradient of a
                     score that decides by its size. An entry whose w * g is positive moves to
-                    zero, and goes; a rate would change no order.
+                    zero, and goes; a rate would change no order. What goes together lies along
+                    one gradient, so give up little at a time.
         taylor      a moving average of (theta * g)^2
 
     The usual schedules are optax's: `polynomial_schedule(1.0, 0.1, power=3, ...)` is the cubic one
@@ -200,7 +201,8 @@ def rigl(
 
     Raises:
       ValueError: An option out of range, no weight selected; from `init`, a mask that is missing
-        or of another shape, or a weight that the adapter does not train as a whole.
+        or of another shape, or that leaves a matrix without entries, or a weight that
+        the adapter does not train as a whole.
 
     References:
       Evci et al., Rigging the Lottery: Making All Tickets Winners, 2020, section 3.
@@ -217,6 +219,13 @@ def rigl(
 
     def init(params: Any) -> PrunedState:
         own = {path: unpacked(masks.get(path), site, "rigl") for path, site in sites.items()}
+        for path, mask in own.items():
+            if not jnp.all(jnp.any(sites[path].matrices(mask), axis=(-2, -1))):
+                raise ValueError(
+                    f"`rigl`: the mask of '{path}' leaves a matrix without entries, and as many "
+                    "are taken in as given up, so that it would stay empty. Keep more of it, or "
+                    "leave the weight out of the sites and prune it."
+                )
         weights = _weights(params, sites, "rigl")
         dense = {path: jnp.where(own[path], w, 0) for path, w in weights.items()}
         return PrunedState(inner.init(params), jnp.int32(0), dense, {}, own, None)
@@ -232,10 +241,10 @@ def rigl(
                 w, g, mask = (group_means(x, site, "entry") for x in arrays)
                 shape, active = w.shape, mask.reshape(len(mask), -1) > 0
                 w, g = (jnp.abs(x.reshape(active.shape)) for x in (w, g))
-                count = jnp.floor(share(step) * jnp.sum(active, 1, keepdims=True))
-                worst = _place(jnp.where(active, -w, -jnp.inf)) < count
+                count = jnp.floor(share(step) * jnp.sum(active, 1, keepdims=True)).astype(jnp.int32)
+                worst = largest_of_rows(jnp.where(active, -w, -jnp.inf), count)
                 stays = active & ~worst
-                best = _place(jnp.where(stays, -jnp.inf, g)) < count
+                best = largest_of_rows(jnp.where(stays, -jnp.inf, g), count)
                 found[path] = spread((stays | best).reshape(shape), site, "entry")
             return found
 
@@ -316,13 +325,16 @@ def _weights(params: Any, sites: Sites, who: str) -> dict[str, jax.Array]:
 def _moved(
     who: str, inner: Any, updates: Any, state: PrunedState, params: Any, more: Any
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], Any]:
-    """Where the optimizer moves the parameters, those given up too, how, and its state."""
+    """Where the optimizer moves the parameters, how, and its state; what is given up stays."""
     if params is None:
         raise ValueError(f"`{who}` needs the parameters: tx.update(grads, state, params).")
     of_kept = {path: jnp.where(mask, updates[path], 0) for path, mask in state.masks.items()}
     dense = {**params, **state.dense}
     moves, inner_state = inner.update({**updates, **of_kept}, state.inner, dense, **more)
-    return dict(optax.apply_updates(dense, moves)), dict(moves), inner_state
+    # Without a gradient, momentum and weight decay would still move it.
+    still = {path: jnp.where(mask, moves[path], 0) for path, mask in state.masks.items()}
+    moves = {**moves, **still}
+    return dict(optax.apply_updates(dense, moves)), moves, inner_state
 
 
 def _under(
@@ -355,31 +367,25 @@ def _largest(
     """Which groups (stack, rows, columns) are kept: the best of each matrix, and the best."""
     flat = {path: x.reshape(len(x), -1) for path, x in scores.items()}
     if scope == "matrix":
-        kept = {}
-        for path, x in flat.items():
-            kept[path] = _place(x) < jnp.maximum(_share(density, x.shape[1]), 1)
+        kept = {
+            path: largest_of_rows(x, jnp.maximum(_share(density, x.shape[1]), 1))
+            for path, x in flat.items()
+        }
         return {path: x.reshape(scores[path].shape) for path, x in kept.items()}
-    best = [jnp.arange(x.shape[1]) == jnp.argmax(x, 1, keepdims=True) for x in flat.values()]
-    first = jnp.concatenate([x.ravel() for x in best])
-    every = jnp.concatenate([x.ravel() for x in flat.values()])
-    size = np.concatenate([np.full(x.size, math.prod(sizes[path])) for path, x in flat.items()])
-    order = jnp.argsort(jnp.where(first, -jnp.inf, -every), stable=True)
-    fits = jnp.cumsum(jnp.asarray(size, jnp.int32)[order]) <= _share(density, int(size.sum()))
-    chosen = jnp.zeros(every.shape, bool).at[order].set(fits) | first
-    parts = jnp.split(chosen, np.cumsum([x.size for x in flat.values()])[:-1])
-    return {
-        path: part.reshape(scores[path].shape) for path, part in zip(scores, parts, strict=True)
+    size = {path: math.prod(sides) for path, sides in sizes.items()}
+    best = {
+        path: jnp.arange(x.shape[1]) == jnp.argmax(x, 1, keepdims=True) for path, x in flat.items()
     }
+    others = {path: jnp.where(best[path], -jnp.inf, x) for path, x in flat.items()}
+    budget = _share(density, sum(size[path] * x.size for path, x in flat.items()))
+    budget = budget - sum(size[path] * len(x) for path, x in flat.items())
+    kept = largest_within(others, size, jnp.maximum(budget, 0))
+    return {path: (kept[path] | best[path]).reshape(x.shape) for path, x in scores.items()}
 
 
 def _share(density: Any, count: int) -> jax.Array:
     """How many of `count` this is; 0.7 of 10 is 7, however it is rounded in float32."""
     return jnp.floor(density * count * (1 + 1e-6)).astype(jnp.int32)
-
-
-def _place(scores: jax.Array) -> jax.Array:
-    """Of each score (rows, n), which it is in its row from the largest on; of equal ones, first."""
-    return jnp.argsort(jnp.argsort(-scores, axis=1, stable=True), axis=1)
 
 
 def _count(masks: Mapping[str, jax.Array]) -> jax.Array:

@@ -66,6 +66,27 @@ def test_gradients_take_the_lengths_for_constants():
     assert not np.allclose(whole["up/a"], wanted["up/a"])
 
 
+def test_a_column_of_zeros_stays_one():
+    """As pruning by outputs leaves them: it has no direction, and 0 / 0 would be all there is."""
+    sites, p = jp.sites(model, params(), X).linear, params()
+    masks = jp.keep(jp.magnitude(p, sites), sites, 0.5, structure="output", scope="matrix")
+    method = jp.chain(jp.prune(masks, sites), jp.dora(3, sites, dtype=jnp.float64))
+    frozen, adapter = jp.split(method(KEY, p))
+
+    @jax.jit
+    def loss(adapter):
+        return jnp.sum((jp.lift(model)(jp.combine(frozen, adapter), X) - 1) ** 2)
+
+    values = [loss(adapter)]
+    for _ in range(3):
+        adapter = jax.tree.map(lambda v, g: v - 1e-3 * g, adapter, jax.grad(loss)(adapter))
+        values.append(loss(adapter))
+    assert values[3] < values[0]
+    merged = jp.merge(jp.combine(frozen, adapter))
+    for path, mask in masks.items():
+        np.testing.assert_array_equal(merged[path] != 0, mask)
+
+
 def test_a_part_of_the_columns_is_refused():
     sites = jp.sites(model, params(), X)
     with pytest.raises(ValueError, match=r"columns of 'up' is selected \(Part\(index=1, of=2"):

@@ -9,6 +9,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft.io.adapter import load_adapter, save_adapter
+from jaxpeft.methods.calibration import Moments
 from jaxpeft.methods.masks import packed, unpacked
 
 from .stack import model, normal, params
@@ -58,7 +59,7 @@ def by_hand(rule):
         "taylor": lambda: ((w * g) ** 2).mean(0),
         "fisher": lambda: (g**2).mean(0),
         "obd": lambda: w**2 * jnp.diagonal(h, axis1=1, axis2=2).mean(0) / 2,
-        "grasp": lambda: (w * jnp.einsum("bij,bj->bi", h, g)).mean(0),
+        "grasp": lambda: w * (h.mean(0) @ g.mean(0)),
     }[rule]().reshape(D, 3)
 
 
@@ -66,6 +67,35 @@ def by_hand(rule):
 def test_scores_are_those_of_the_formula(rule):
     got = jp.saliency(rule, loss, PARAMS, HEAD, BATCHES)["head"]
     np.testing.assert_allclose(got, by_hand(rule), rtol=1e-9)
+
+
+def test_grasp_takes_the_gradient_of_all_batches_and_all_weights_together():
+    """w_i times row i of the whole Hessian, and batches may come from an iterator."""
+    chosen = flat(PARAMS)
+
+    def total(chosen):
+        layers = {"up": chosen["layers/up"], "down": chosen["layers/down"]}
+        tree = {**PARAMS, "layers": {**PARAMS["layers"], **layers}, "head": chosen["head"]}
+        return sum(loss(tree, batch) for batch in BATCHES) / 2
+
+    g = jax.grad(total)(chosen)
+    h = jax.hessian(total)(chosen)
+    got = jp.saliency("grasp", loss, PARAMS, SITES, iter(BATCHES))
+    for path, w in chosen.items():
+        product = sum(jnp.tensordot(h[path][other], g[other], g[other].ndim) for other in g)
+        np.testing.assert_allclose(got[path], w * product, rtol=1e-8)
+
+
+@pytest.mark.parametrize("rule", ["snip", "taylor", "fisher", "grasp", "obd"])
+def test_a_base_in_bf16_is_scored_by_as_many_batches_as_there_are(rule):
+    """A sum in bfloat16 stops growing after some hundred equal terms."""
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (PARAMS, BATCHES[0]))
+    few, many = (
+        jp.saliency(rule, loss, narrow[0], HEAD, [narrow[1]] * n, key=KEY)["head"] for n in (1, 600)
+    )
+    assert many.dtype == jnp.float32
+    if rule != "obd":  # whose signs differ by batch
+        np.testing.assert_allclose(many, few, rtol=1e-4)
 
 
 def test_the_diagonal_of_the_hessian_is_estimated_without_bias():
@@ -177,6 +207,8 @@ def test_masks_survive_the_text():
             lambda s: jp.keep({"layers/up": s["layers/up"].at[1].set(0)}, SITES.match("*up"), 0.3),
             "leaves no entry of matrix 1 of 'layers/up'",
         ),
+        (lambda s: jp.keep({}, SITES - SITES, 0.5), "`keep` selects no parameter"),
+        (lambda s: jp.prune(s, HEAD), "`prune`: the mask of 'head' has dtype float64, should be b"),
         (lambda s: jp.prune({}, HEAD), r"`prune`: the mask of 'head' has shape None, should be"),
         (lambda s: jp.sparse(0.0, HEAD), r"sparse\(0.0\)`: a share of entries"),
         (
@@ -188,6 +220,10 @@ def test_masks_survive_the_text():
         (lambda s: jp.saliency("snip", loss, PARAMS, HEAD, []), "ran dry after 0 of at least one"),
         (lambda s: jp.obs(PARAMS, HEAD, {}, damping=0.0), r"damping=0.0\)`: a positive share"),
         (
+            lambda s: jp.obs(PARAMS, HEAD, {"head": Moments(jnp.zeros((D, D)), X[0], 5)}),
+            "moments of 'head' cannot be inverted.*all zero, leave the weight out",
+        ),
+        (
             lambda s: jp.chain(jp.full(HEAD), jp.prune(random_masks(), HEAD))(KEY, PARAMS),
             "`prune`: 'head' is trained as a whole already",
         ),
@@ -196,6 +232,20 @@ def test_masks_survive_the_text():
 def test_what_cannot_be_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(jp.magnitude(PARAMS, SITES))
+
+
+@pytest.mark.parametrize(
+    "second, name",
+    [
+        (jp.prune(random_masks(), SITES), "prune"),
+        (jp.sparse(0.5, SITES), "sparse"),
+        (jp.hira(1, SITES), "hira"),
+        (jp.gates(SITES), "gates"),
+    ],
+)
+def test_entries_of_what_is_no_matrix_are_refused(second, name):
+    with pytest.raises(ValueError, match=rf"{name}.*: 'head' holds Mixture, .*behind `{name}"):
+        jp.chain(jp.moelora(2, SITES, experts=2, tasks=2), second)(KEY, PARAMS)
 
 
 # Uses -------------------------------------------------------------------------------------------

@@ -115,6 +115,19 @@ def test_an_entry_that_was_given_up_comes_back_with_its_value():
     assert returned > 3
 
 
+@pytest.mark.parametrize("rule", ["magnitude", "movement"])
+def test_what_is_given_up_is_moved_by_neither_momentum_nor_decay(rule):
+    tx = train.pruned(optax.adamw(RATE, weight_decay=0.1), SITES, 0.5, rule=rule, every=3)
+    history = trained(tx, 9)
+    gone = 0
+    for (_, old, _), (_, new, _) in zip(history, history[1:], strict=False):
+        for path in SITES:
+            out = ~old.masks[path]
+            gone += int(out.sum())
+            np.testing.assert_array_equal(new.dense[path][out], old.dense[path][out])
+    assert gone > 100
+
+
 def test_zeros_are_zeros_and_the_rest_moves_as_under_the_optimizer_alone():
     """Up to the first decision there is no difference, to the last bit."""
     tx = train.pruned(optax.adam(0.05), SITES, 0.3, every=4)
@@ -293,6 +306,12 @@ MASKS = {path: jnp.ones(x.shape, bool) for path, x in START.items()}
         ),
         (lambda: train.rigl(ADAM, SITES, MASKS, until=0), "every=100, until=0, fraction=0.3"),
         (lambda: train.rigl(ADAM, SITES, {}, until=9).init(START), "the mask of .* has shape None"),
+        (
+            lambda: train.rigl(
+                ADAM, SITES, {**MASKS, "layers/up": MASKS["layers/up"].at[1].set(False)}, until=9
+            ).init(START),
+            "mask of 'layers/up' leaves a matrix without entries",
+        ),
         (
             lambda: train.masked_entries(ADAM, MASKS).init({}),
             "`masked_entries` prunes '.*' of shape .*, but the adapter does not have it",
