@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpeft.sites import Sites
 
 
-@dataclasses.dataclass(frozen=True)
+# Equal only to itself: `jax.jit` needs a hash, and options hold mappings and arrays.
+@dataclasses.dataclass(frozen=True, eq=False)
 class Method:
     """A function `(key, tree) -> tree` with its name and options.
 
@@ -52,8 +54,11 @@ def chain(*methods: Callable[[jax.Array, Any], Any]) -> Method:
 def to_json(method: Any) -> dict:
     """A method as JSON: its name and options, selections of parameters included.
 
+    A number of NumPy or JAX becomes one of Python.
+
     Raises:
-      ValueError: It is a plain function, or one of its options has no JSON form.
+      ValueError: It is a plain function, or one of its options has no JSON form, such as an
+        array (names the method and the option).
     """
     if not isinstance(method, Method):
         raise ValueError(
@@ -62,28 +67,74 @@ def to_json(method: Any) -> dict:
         )
     return {
         "method": method.name,
-        "options": {k: _encode(k, v) for k, v in method.options.items()},
+        "options": {k: _encode(method.name, k, v) for k, v in method.options.items()},
     }
 
 
-def _encode(name: str, value: Any) -> Any:
+def _encode(who: str, name: str, value: Any) -> Any:
+    """An option as JSON.
+
+    Args:
+      who: The method that has it.
+      name: Of the option.
+      value: Of the option, or what is in it.
+    """
     if isinstance(value, Sites):
         return {"sites": value.to_json()}
     if isinstance(value, Method):
         return to_json(value)
     if isinstance(value, (list, tuple)):
-        return [_encode(name, v) for v in value]
+        return [_encode(who, name, v) for v in value]
     if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
-        return {"mapping": {k: _encode(name, v) for k, v in value.items()}}
+        return {"mapping": {k: _encode(who, name, v) for k, v in value.items()}}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    try:
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return _number(who, name, value)
+    if _is_dtype(value):
         return {"dtype": jnp.dtype(value).name}
-    except TypeError:
+    raise ValueError(
+        f"`{who}({name}={value!r})` cannot be written to a file. "
+        "Use a value of JSON, a dtype, or a selection of sites."
+    )
+
+
+def _number(who: str, name: str, x: Any) -> bool | int | float:
+    """The number of Python that an array of no axes holds.
+
+    Raises:
+      ValueError: It is traced, has axes, or holds no real number.
+    """
+    if isinstance(x, jax.core.Tracer):
         raise ValueError(
-            f"The option {name}={value!r} cannot be written to a file. "
-            "Use a value of JSON, a dtype, or a selection of sites."
-        ) from None
+            f"`{who}({name}=...)` is a traced {x.dtype} of shape {x.shape}, whose value is not "
+            "known here and cannot be written to a file. Build the method outside of `jit`."
+        )
+    if x.ndim == 0:
+        kinds = (jnp.bool_, bool), (jnp.integer, int), (jnp.floating, float)
+        for kind, python in kinds:
+            if jnp.issubdtype(x.dtype, kind):
+                return python(x)
+    raise ValueError(
+        f"`{who}({name}=...)` holds an array, {x.dtype} of shape {x.shape}, and the description "
+        "of a method has no place for arrays. What starts from data (`corda`, `lora_ga`) is "
+        "stored as plain LoRA over the same params: save the method and the adapter that "
+        "`as_lora` returns. Elsewhere give numbers, or lists of them."
+    )
+
+
+def _is_dtype(value: Any) -> bool:
+    """Whether it is a dtype of numbers, or a class that stands for one.
+
+    NumPy takes any array, and any class at all, for a dtype.
+    """
+    if not isinstance(value, (np.dtype, type)):
+        return False
+    try:
+        dtype = np.dtype(value)
+    except TypeError:  # an abstract class, such as `np.generic`
+        return False
+    return jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
 
 
 def from_json(description: Mapping[str, Any], factories: Mapping[str, Callable]) -> Any:
@@ -95,8 +146,8 @@ def from_json(description: Mapping[str, Any], factories: Mapping[str, Callable])
     name = description["method"]
     if name not in factories:
         raise ValueError(
-            f"This library knows no method '{name}'; it knows {sorted(factories)}. "
-            "The adapter may come from a newer version."
+            f"This library knows no method '{name}'; it knows {sorted(factories)}. It is of a "
+            "newer version, or it was made by hand, which a file cannot describe."
         )
     options = {k: _decode(v, factories) for k, v in description["options"].items()}
     if name == "chain":

@@ -6,10 +6,11 @@ adapter.json          method with all options and targets, key, versions, and a
 """
 
 import hashlib
+import inspect
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,12 +36,14 @@ class Loaded(NamedTuple):
     adapter: dict[str, jax.Array]
 
 
-def factories() -> dict[str, Any]:
-    """The methods that a description may name: all that the package exports, and `chain`."""
-    from jaxpeft import methods
-
-    named = {name: getattr(methods, name) for name in methods.__all__}
-    return {**named, "chain": jp.chain, "quantize": jp.quantize}
+def factories() -> dict[str, Callable[..., Method]]:
+    """The methods that a description may name: all functions of the package that return one."""
+    public = {name: getattr(jp, name) for name in jp.__all__}
+    return {
+        name: f
+        for name, f in public.items()
+        if inspect.isfunction(f) and inspect.signature(f).return_annotation is Method
+    }
 
 
 def fingerprint(params: Any) -> dict[str, list]:
@@ -75,7 +78,9 @@ def save_adapter(
       key: As given to the method, from which everything frozen that is random follows.
 
     Raises:
-      ValueError: The method cannot be described.
+      ValueError: The method cannot be described: a plain function, one that is not the library's,
+        or one whose options hold arrays, as those of `corda` and `lora_ga` do; of these, save
+        what `as_lora` returns. Nothing is written.
       OSError: The folder cannot be written; nothing half-written is left in its place.
     """
     folder = Path(folder)
@@ -87,11 +92,13 @@ def save_adapter(
         "adapter": {p: [list(x.shape), jnp.dtype(x.dtype).name] for p, x in adapter.items()},
         "base": fingerprint(params),
     }
+    text = json.dumps(description, indent=1) + "\n"
+    from_json(json.loads(text)["method"], factories())  # what cannot be read is not written
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
         arrays, about = Path(scratch) / "adapter.safetensors", Path(scratch) / "adapter.json"
         save_file({p: jnp.asarray(x) for p, x in adapter.items()}, arrays)
-        about.write_text(json.dumps(description, indent=1) + "\n")
+        about.write_text(text)
         for path in (arrays, about):  # the description last: without it the folder is no adapter
             os.replace(path, folder / path.name)
 

@@ -13,6 +13,7 @@ from jaxpeft.method import Method
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.lora import LowRank, lora
 from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.trained import options_of, taken_apart
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import View, Weight, axes, base, dense, static, weight
@@ -155,32 +156,34 @@ def shrunk(method: Method, adapter: Mapping[str, Any]) -> tuple[Method, dict[str
     """The same deltas without the values that are zero: smaller arrays.
 
     Args:
-      method: From `adalora`.
-      adapter: Trained.
+      method: From `adalora`; of a chain, that method of it.
+      adapter: Trained, maybe with arrays of other methods.
 
     Returns:
       The method of the ranks that are left, for the original params, and its adapter. All
       matrices of a stack keep as many as the one that has the most. Matrices without any are
-      left out.
+      left out. Arrays of other methods are in it as they were: `chain` those methods with this
+      one as before.
 
     Raises:
-      ValueError: It is another method, or all values are zero.
+      ValueError: It is another method, the adapter lacks arrays, or all values are zero.
     """
-    if method.name != "adalora":
-        raise ValueError(f"`shrunk` takes what `adalora` made; this one is of '{method.name}'.")
-    sites: Sites = method.options["sites"]
-    left = {path: int(np.max(count)) for path, count in ranks(adapter).items()}
+    options = options_of(method, ["adalora"], "shrunk")
+    sites: Sites = options["sites"]
+    names = [f"{path}/{name}" for path in sites for name in ("a", "values", "b")]
+    own, others = taken_apart(adapter, names, "shrunk")
+    left = {path: int(np.max(count)) for path, count in ranks(own).items()}
     kept = sites.match(lambda site: left[site.path] > 0) if any(left.values()) else None
     if kept is None:
         raise ValueError(
             "`shrunk`: all values of this adapter are zero, as before the first step. There is "
             "nothing to keep."
         )
-    alphas = by_pattern(method.options["alpha"], sites, "alpha")
+    alphas = by_pattern(options["alpha"], sites, "alpha")
     smaller: dict[str, jax.Array] = {}
     strengths: dict[str, Any] = {}
     for path in kept:
-        values, a, b = (jnp.asarray(adapter[f"{path}/{name}"]) for name in ("values", "a", "b"))
+        values, a, b = (own[f"{path}/{name}"] for name in ("values", "a", "b"))
         # Those that are not zero come first, in their order.
         order = jnp.argsort(values == 0, axis=-1, stable=True)[..., : left[path]]
         smaller[f"{path}/a"] = jnp.take_along_axis(a, order[..., None, :], -1)
@@ -189,6 +192,6 @@ def shrunk(method: Method, adapter: Mapping[str, Any]) -> tuple[Method, dict[str
         alpha = alphas[path]
         # alpha / r stays what it was.
         strengths[glob.escape(path)] = None if alpha is None else alpha * left[path] / a.shape[-1]
-    more = {name: method.options[name] for name in ("dropout", "std", "dtype")}
+    more = {name: options[name] for name in ("dropout", "std", "dtype")}
     ranked = {glob.escape(path): left[path] for path in kept}
-    return adalora(ranked, kept, alpha=strengths, **more), smaller
+    return adalora(ranked, kept, alpha=strengths, **more), {**others, **smaller}

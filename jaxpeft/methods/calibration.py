@@ -275,6 +275,14 @@ def check_finite(found: dict[str, jax.Array], number: int, what: str, who: str) 
         )
 
 
+def seems_finite(x: jax.Array) -> bool:
+    """Whether all numbers of x are finite; those that are traced pass, since they are not known."""
+    if isinstance(x, jax.core.Tracer):
+        return True
+    with jax.ensure_compile_time_eval():
+        return bool(jnp.all(jnp.isfinite(x)))
+
+
 def _site_of(path: str) -> str:
     """Without the name of a moment."""
     head, _, last = path.rpartition("/")

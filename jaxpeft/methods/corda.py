@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpeft.method import Method
-from jaxpeft.methods.calibration import Moments, check_moments
+from jaxpeft.methods.calibration import Moments, check_moments, seems_finite
 from jaxpeft.methods.shifting import starting_at
 from jaxpeft.sites import Site, Sites
 
@@ -44,7 +45,8 @@ def corda(
 
     Raises:
       ValueError: As `pissa`; an unknown `keep`, a damping that is not positive, no moments of a
-        site, or those of another model.
+        site, those of another model, or of inputs that were all zero; when applied, a damping too
+        small for C to be inverted in its dtype, or a weight that is not finite.
 
     References:
       Yang et al., CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for
@@ -56,6 +58,8 @@ def corda(
     if damping <= 0:
         raise ValueError(f"`corda(damping={damping})`: a positive share is needed.")
     found = {path: check_moments(moments, site, "corda") for path, site in sites.items()}
+    for path, own in found.items():
+        _check_inputs(path, own.second)
 
     def start(key: jax.Array, site: Site, w: jax.Array, r: int, scale: float) -> tuple:
         del key
@@ -67,9 +71,29 @@ def corda(
         part = slice(0, r) if keep == "task" else slice(s.shape[-1] - r, None)
         root = jnp.sqrt(s[..., part] / scale)
         a = jnp.linalg.solve(c, u[..., part] * root[..., None, :])
+        if not seems_finite(a):
+            raise ValueError(
+                f"`corda(damping={damping})`: the moments of '{site.path}' cannot be inverted in "
+                f"{c.dtype}, or the weight is not finite. Give a larger damping."
+            )
         return a, root[..., None] * v[..., part, :]
 
     low = dict(rank=rank, alpha=alpha, scaling=scaling, dropout=dropout, dtype=dtype)
     apply = starting_at(start, sites, low, "corda")
     options = {"sites": sites, "moments": moments, "keep": keep, "damping": damping, **low}
     return Method("corda", options, apply)
+
+
+def _check_inputs(path: str, second: jax.Array) -> None:
+    """Raises ValueError where moments (*stack, in, in) are those of inputs that were all zero."""
+    if isinstance(second, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():
+        sizes = np.asarray(jnp.trace(second, axis1=-2, axis2=-1))
+    if len(bad := np.argwhere(~(np.isfinite(sizes) & (sizes > 0)))):
+        where = f" in {bad.tolist()} of its stack" if sizes.ndim else ""
+        raise ValueError(
+            f"`corda`: the inputs of '{path}' were all zero or not finite{where}, so that their "
+            "moments cannot be inverted, whatever the damping. Take them over batches that reach "
+            "this weight, or leave it out of the sites."
+        )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import numpy as np
 from jaxpeft.method import Method
 from jaxpeft.methods.calibration import Moments, check_moments
 from jaxpeft.methods.lora import LowRank, lora
-from jaxpeft.methods.placing import place
+from jaxpeft.methods.placing import check_rank, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, View
@@ -32,13 +33,18 @@ def eva(
     """Explained variance adaptation: LoRA whose `a` spans the principal inputs of each matrix.
 
     The columns of `a` (in, r) are the leading eigenvectors of the sum of x x^T over the inputs x
-    of a few batches, `b` (r, out) is zero, so that training starts at the base model. The ranks
-    of all matrices together are those of `lora`; each component goes to the matrix where it
-    explains the largest share of the inputs' variance, at most rho * rank to one. A matrix that
-    gets none is left out. All matrices of a stack have one rank, by their mean shares.
+    of a few batches, `b` (r, out) is zero, so that training starts at the base model. Each
+    component goes to the matrix where it explains the largest share of the inputs' variance, at
+    most rho * rank to one, until the ranks of all matrices together are those of `lora`. A matrix
+    that gets none is left out.
+
+    All L matrices of a stack have one rank, by their mean shares, and a component of it costs L.
+    One that costs more than is left of the ranks is passed over for those that cost less: where
+    stacks are of different lengths, as of layers and one head, there may remain fewer ranks than
+    one more component of the longest would cost.
 
     Args:
-      rank: On average.
+      rank: On average, over all matrices.
       sites: The matrices to adapt.
       moments: From `input_moments`, of at least these sites.
       rho: 1 gives every matrix the same rank.
@@ -49,7 +55,8 @@ def eva(
       and loaded without the moments.
 
     Raises:
-      ValueError: As `lora`; rho below 1, no moments of a site, or those of another model.
+      ValueError: As `lora`, a rank out of range at the call already; rho below 1, no moments of a
+        site, or those of another model.
 
     References:
       Paischer et al., One Initialization to Rule them All: Fine-tuning via Explained Variance
@@ -61,12 +68,19 @@ def eva(
     vectors, shares = {}, {}
     for path, site in sites.items():
         second = check_moments(moments, site, "eva").second
-        most = min(int(rho * rank), site.size(IN), site.size(OUT))
+        n, m = site.size(IN), site.size(OUT)
+        m = site.part.size(m) if site.part else m
+        check_rank("eva", rank, site)
+        most = min(int(rho * rank), n, m)
         values, columns = jnp.linalg.eigh(second)
         vectors[path] = columns[..., ::-1][..., :most]
-        share = values[..., ::-1] / jnp.sum(values, -1, keepdims=True)
+        values = jnp.maximum(values[..., ::-1], 0)  # those of zero may be rounded below it
+        total = jnp.sum(values, -1, keepdims=True)
+        # Inputs that are all zero have no variance to be explained.
+        share = values / jnp.where(total > 0, total, 1)
         shares[path] = np.asarray(jnp.mean(share.reshape(-1, share.shape[-1]), 0))[:most]
-    ranks = _distributed(shares, rank * len(sites))
+    costs = {path: math.prod(site.stack) for path, site in sites.items()}
+    ranks = _distributed(shares, costs, rank * sum(costs.values()))
     chosen = sites.match(lambda site: ranks[site.path] > 0)
     scale = alpha if alpha is None or scaling == "alpha/r" else alpha * rank**0.5
     low = lora(
@@ -92,12 +106,21 @@ def eva(
     return dataclasses.replace(low, apply=apply)
 
 
-def _distributed(shares: Mapping[str, np.ndarray], budget: int) -> dict[str, int]:
-    """How many of its leading components each path keeps, the largest shares first."""
-    ordered = sorted(
-        ((-share, path) for path, own in shares.items() for share in own),
-    )
+def _distributed(
+    shares: Mapping[str, np.ndarray], costs: Mapping[str, int], budget: int
+) -> dict[str, int]:
+    """How many of its leading components each path keeps, the largest shares first.
+
+    Args:
+      shares: {path: of its components, in descending order}.
+      costs: {path: of one component}.
+      budget: That all costs together do not exceed.
+    """
+    ordered = sorted((-share, path) for path, own in shares.items() for share in own)
     ranks = dict.fromkeys(shares, 0)
-    for _, path in ordered[:budget]:
-        ranks[path] += 1
+    for _, path in ordered:
+        # Costs of one path are equal: where one component is too dear, so are those after it.
+        if costs[path] <= budget:
+            budget -= costs[path]
+            ranks[path] += 1
     return ranks

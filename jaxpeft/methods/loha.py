@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxpeft.method import Method
 from jaxpeft.methods.dropping import check_rate, dropout_key
 from jaxpeft.methods.lora import LowRank
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_rank, check_whole, place
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, dense, static, weight
@@ -97,11 +97,7 @@ def loha(
     def make(key: jax.Array, site: Site, view: View) -> View:
         r, alpha = ranks[site.path], alphas[site.path]
         n, m = site.size(IN), site.size(OUT)
-        if not 1 <= r <= min(n, m):
-            raise ValueError(
-                f"`loha(rank={r})` needs 1 <= rank <= min(in, out), but '{site.path}' of shape "
-                f"{site.shape} is {n} x {m}. Lower the rank, or leave this weight out of the sites."
-            )
+        check_rank("loha", r, site)
         keys = jax.random.split(key, 3)
 
         def normal(key: jax.Array, size: float, *shape: int) -> Train:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.dropping import check_rate, dropout_key, dropped
-from jaxpeft.methods.placing import place
+from jaxpeft.methods.placing import check_rank, place
 from jaxpeft.sites import Part, Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, dense, static, weight
@@ -136,11 +136,7 @@ def lora(
         r, alpha = ranks[site.path], alphas[site.path]
         n, m = site.size(IN), site.size(OUT)
         m = site.part.size(m) if site.part else m
-        if not 1 <= r <= min(n, m):
-            raise ValueError(
-                f"`lora(rank={r})` needs 1 <= rank <= min(in, out), but '{site.path}' of shape "
-                f"{site.shape} is {n} x {m}. Lower the rank, or leave this weight out of the sites."
-            )
+        check_rank("lora", r, site)
         strength = r if alpha is None else alpha
         low = LowRank(
             view.weight,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.method import Method
+from jaxpeft.methods.calibration import seems_finite
 from jaxpeft.methods.pissa import leading
 from jaxpeft.methods.shifting import starting_at
 from jaxpeft.sites import Site, Sites
@@ -44,7 +45,7 @@ def lora_ga(
 
     Raises:
       ValueError: As `pissa`; a rank too large for 2r vectors, a gamma that is not positive, no
-        gradient of a site, or one of another shape.
+        gradient of a site, or one of another shape or that is not finite.
 
     References:
       Wang et al., LoRA-GA: Low-Rank Adaptation with Gradient Approximation, 2024, section 3.
@@ -58,6 +59,11 @@ def lora_ga(
             raise ValueError(
                 f"`lora_ga`: the gradient of '{path}' has shape {shape}, should be {site.shape}. "
                 "Give those of `mean_gradients` with the same sites."
+            )
+        if not seems_finite(gradients[path]):
+            raise ValueError(
+                f"`lora_ga`: the gradient of '{path}' is not finite, so it has no singular "
+                "vectors. Take it with `mean_gradients`, which names the batch that made it so."
             )
 
     def start(key: jax.Array, site: Site, w: jax.Array, r: int, scale: float) -> tuple:

@@ -11,21 +11,54 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import lora
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_rank, check_whole, place
+from jaxpeft.methods.trained import options_of, taken_apart
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, static, weight
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Given(Hole):
+    """A place for an array of the call, which may be given as a number or a list too."""
+
+    def fill(self, value: Any) -> Any:
+        # Left as it is, a list would be a tree of numbers to `jit`, and no array to the weight.
+        return jnp.asarray(value) if isinstance(value, (int, float, list, tuple)) else value
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class GivenTasks(Given):
+    """A place for the number of a task, or for one of each example.
+
+    Raises:
+      ValueError: They are no integers.
+    """
+
+    def fill(self, value: Any) -> Any:
+        task = super().fill(value)
+        if hasattr(task, "dtype") and not jnp.issubdtype(task.dtype, jnp.integer):
+            raise ValueError(
+                f"`combine({self.name}=...)` got {task.dtype} of shape {task.shape}, but tasks are "
+                "numbered from 0 on. Give an integer, or an array or a list of integers, one for "
+                "each example."
+            )
+        return task
+
+
 def shares_of(shares: jax.Array, task: Any, x: jax.Array, path: str) -> jax.Array:
     """Rows of `shares` (tasks, n) for the inputs x (batch, ..., in): (batch, 1, ..., n).
 
-    One task for all gives (n,). A task that there is not gives NaN.
+    One task for all gives (n,). A task that there is not gives NaN, a negative one too.
 
     Raises:
       ValueError: There is one task for each example, and x does not lead with the examples.
     """
     own = jnp.take(shares, task.array, axis=0, mode="fill", fill_value=jnp.nan)
+    # `take` counts negative ones from the end, and fills in only beyond that.
+    own = jnp.where((task.array >= 0)[..., None], own, jnp.nan)
     if task.array.ndim == 0:
         return own
     if task.array.ndim > 1 or x.ndim < 2 or x.shape[0] != task.array.shape[0]:
@@ -131,8 +164,8 @@ def moelora(
     rank r / experts and s = alpha / r. The shares of task t are softmax(e_t @ g), with one table
     of task embeddings `e` (tasks, width) and one gate `g` (width, experts) for all weights.
     `a` starts random, `b` at zero, so that training starts at the base model. The call names the
-    tasks: `combine(frozen, adapter, task=ids)`, ids (batch,), or one for all. `for_task` makes
-    plain LoRA of it.
+    tasks: `combine(frozen, adapter, task=ids)`, ids (batch,), or one for all. The outputs of an
+    id that is no task, such as -1, are NaN. `for_task` makes plain LoRA of it.
 
     Args:
       rank: Of all experts together.
@@ -146,18 +179,25 @@ def moelora(
       A method with r * (in + out) trained numbers per matrix, and width * (tasks + experts).
 
     Raises:
-      ValueError: As `lora`; no task or no expert, or a rank that experts do not divide.
+      ValueError: As `lora`; no task or no expert, a rank that experts do not divide, or a width
+        below 1.
 
     References:
       Liu et al., When MOE Meets LLMs: Parameter Efficient Fine-tuning for Multi-task Medical
       Applications, 2023, section 4. https://arxiv.org/abs/2310.18339
     """
     _check_counts("moelora", tasks, experts, "experts")
+    _check_rank("moelora", rank, sites)
     if rank % experts:
         fit = [n for n in range(1, rank + 1) if rank % n == 0]
         raise ValueError(
             f"`moelora(rank={rank}, experts={experts})`: each expert has rank / experts columns. "
             f"Of this rank, {fit} experts can be made."
+        )
+    if width < 1:
+        raise ValueError(
+            f"`moelora(width={width})`: embeddings without numbers cannot tell tasks apart, and no "
+            "share would ever change. Give at least 1."
         )
     check_whole("moelora", sites)
     low = lora(rank, sites, alpha=alpha, dtype=dtype)
@@ -178,7 +218,7 @@ def moelora(
             old.b,
             shared["tasks"],
             shared["gate"],
-            Hole("task"),
+            GivenTasks("task"),
             old.scale,
             site.path,
         )
@@ -208,7 +248,8 @@ def poly(
     their sum. The logits start within 1e-3 of zero, every `a` random, every `b` at zero, so that
     training starts at the base model. The call names the tasks, `combine(frozen, adapter,
     task=ids)`, ids (batch,) or one for all; in training also `skills=key`: the sigmoids are then
-    drawn from relaxed Bernoulli distributions. `for_task` makes plain LoRA of it.
+    drawn from relaxed Bernoulli distributions. The outputs of an id that is no task, such as -1,
+    are NaN. `for_task` makes plain LoRA of it.
 
     Args:
       rank: Of each skill.
@@ -228,6 +269,7 @@ def poly(
       section 2. https://arxiv.org/abs/2202.13914
     """
     _check_counts("poly", tasks, skills, "skills")
+    _check_rank("poly", rank, sites)
     check_whole("poly", sites)
     low = lora(rank, sites, alpha=alpha, dtype=dtype)
 
@@ -246,7 +288,7 @@ def poly(
             Train(a.astype(dtype)),
             Train(b),
             Train(logits),
-            Hole("task"),
+            GivenTasks("task"),
             drawn,
             old.scale,
             site.path,
@@ -267,42 +309,53 @@ def _check_counts(who: str, tasks: int, experts: int, name: str) -> None:
         )
 
 
+def _check_rank(who: str, rank: int, sites: Sites) -> None:
+    """At the call, in its name: `lora` would do it later, in its own."""
+    for site in sites.values():
+        check_rank(who, rank, site)
+
+
 def for_task(
     method: Method, adapter: Mapping[str, Any], task: int
 ) -> tuple[Method, dict[str, jax.Array]]:
     """What a mixture is for one task, as plain LoRA.
 
     Args:
-      method: From `moelora` or `poly`.
-      adapter: Trained.
+      method: From `moelora` or `poly`; of a chain, that method of it.
+      adapter: Trained, maybe with arrays of other methods.
       task: Its number.
 
     Returns:
       The method, for the original params, and its adapter; they merge, and are stored, like any
-      other.
+      other. Arrays of other methods are in it as they were: `chain` those methods with this one
+      as before.
 
     Raises:
-      ValueError: It is another method, or has no such task.
+      ValueError: It is another method, has no such task, or the adapter lacks arrays.
     """
-    if method.name not in ("moelora", "poly"):
-        raise ValueError(f"`for_task` takes mixtures; this one is of '{method.name}'.")
-    options = method.options
+    options = options_of(method, ["moelora", "poly"], "for_task")
     if not 0 <= task < options["tasks"]:
         raise ValueError(f"`for_task(task={task})`: there are {options['tasks']} tasks, from 0 on.")
     sites: Sites = options["sites"]
     plain: dict[str, jax.Array] = {}
     first = next(iter(sites))
+    names = [f"{path}/{name}" for path in sites for name in "ab"]
+    if method.name == "moelora":
+        names += [f"{first}/tasks", f"{first}/gate"]
+    else:
+        names += [f"{path}/logits" for path in sites]
+    own, others = taken_apart(adapter, names, "for_task")
     for path in sites:
-        a, b = (jnp.asarray(adapter[f"{path}/{name}"]) for name in "ab")
+        a, b = (own[f"{path}/{name}"] for name in "ab")
         if method.name == "moelora":
-            shares = mixture_shares(adapter[f"{first}/tasks"], adapter[f"{first}/gate"])
+            shares = mixture_shares(own[f"{first}/tasks"], own[f"{first}/gate"])
             b = spread(shares, options["rank"])[task][:, None] * b
         else:
-            share = skill_shares(jnp.asarray(adapter[f"{path}/logits"]))[..., task, :]
+            share = skill_shares(own[f"{path}/logits"])[..., task, :]
             a = a.reshape(*a.shape[:-1], options["skills"], -1)
             a = jnp.einsum("...nkr,...k->...nr", a, share)
             b = b.reshape(*b.shape[:-2], options["skills"], -1, b.shape[-1])
             b = jnp.einsum("...krm,...k->...rm", b, share)
         plain[f"{path}/a"], plain[f"{path}/b"] = a, b
     low = lora(options["rank"], sites, alpha=options["alpha"], dtype=options["dtype"])
-    return low, plain
+    return low, {**others, **plain}

@@ -1,13 +1,14 @@
 """How a method puts its weights into a tree: the one loop that all methods share."""
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import jax
 
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Joined, Train, flatten, fold
-from jaxpeft.weight import OUT, View, is_view
+from jaxpeft.weight import IN, OUT, View, is_view
 
 
 def place(
@@ -67,6 +68,18 @@ def check_whole(who: str, sites: Sites) -> None:
                 f"`{who}`: a part of the columns of '{site.path}' is selected ({site.part}), but "
                 "the method acts on all of them. Select the weight, or use `lora`."
             )
+
+
+def check_rank(who: str, rank: int, site: Site) -> None:
+    """Raises ValueError where a rank is no whole number in [1, min(in, out)]; names the weight."""
+    n, m = site.size(IN), site.size(OUT)
+    m = site.part.size(m) if site.part else m
+    if not (isinstance(rank, Integral) and 1 <= rank <= min(n, m)):
+        raise ValueError(
+            f"`{who}(rank={rank})` needs 1 <= rank <= min(in, out), a whole number, but "
+            f"'{site.path}' of shape {site.shape} is {n} x {m}. Choose another rank, or leave this "
+            "weight out of the sites."
+        )
 
 
 def check_entries(who: str, site: Site, view: View) -> None:

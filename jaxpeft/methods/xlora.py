@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import lora
+from jaxpeft.methods.mixtures import Given
 from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
@@ -326,7 +327,7 @@ def xlora(
         if reads == "input":
             gated = GatedByInput(view.weight, **fields)
         else:
-            gated = Gated(view.weight, **fields, hidden=Hole("hidden"))
+            gated = Gated(view.weight, **fields, hidden=Given("hidden"))
         return dataclasses.replace(view, weight=gated)
 
     options = dict(

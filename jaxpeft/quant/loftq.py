@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import LowRank
-from jaxpeft.methods.placing import place
+from jaxpeft.methods.placing import check_rank, place
 from jaxpeft.quant.quantize import check_finite, encoder
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
-from jaxpeft.weight import IN, OUT, View, Weight
+from jaxpeft.weight import View, Weight
 
 
 def loftq(
@@ -66,12 +66,7 @@ def loftq(
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         del key  # nothing is drawn
-        n, m = site.size(IN), site.size(OUT)
-        if not 1 <= rank <= min(n, m):
-            raise ValueError(
-                f"`loftq(rank={rank})` needs 1 <= rank <= min(in, out), but '{site.path}' of "
-                f"shape {site.shape} is {n} x {m}. Lower the rank, or leave it out of the sites."
-            )
+        check_rank("loftq", rank, site)
         if isinstance(view.weight, (Train, Weight)):
             raise ValueError(
                 f"`loftq`: '{site.path}' holds {type(view.weight).__name__} already, but the "

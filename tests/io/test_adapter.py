@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,11 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxpeft as jp
-from jaxpeft.io.adapter import load_adapter, save_adapter
+from jaxpeft.io.adapter import factories, load_adapter, save_adapter
+from jaxpeft.method import Method
+
+ROOT = Path(__file__).parents[2]
+KEY = jax.random.key(1)
 
 
 def model(p, x):
@@ -40,6 +45,7 @@ def methods():
     return {
         "lora": jp.lora({"up": 3, "*": 2}, sites.linear, alpha=5.0, dtype=jnp.bfloat16),
         "qlora": jp.chain(jp.quantize("int8", sites.linear), jp.lora(2, sites.linear)),
+        "loftq": jp.loftq(2, sites.linear, format="nf4", block=2, start="principal"),
         "part": jp.lora(2, up.columns(1, 2), dropout=0.1),
         "ia3": jp.ia3(up, down),
         "bottleneck": jp.bottleneck(4, up, activation="tanh"),
@@ -132,3 +138,85 @@ def test_a_plain_function_cannot_be_described(tmp_path):
     p = params()
     with pytest.raises(ValueError, match="is a plain function"):
         save_adapter(tmp_path, {}, lambda key, tree: tree, p, key=jax.random.key(0))
+
+
+# What a description holds -------------------------------------------------------------------------
+
+
+def test_every_factory_of_the_readme_may_be_named():
+    table = (ROOT / "README.md").read_text().split("## Methods")[1].split("##")[0]
+    first = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    named = {name for cell in first for name in re.findall(r"`([\w.]+)`", cell)}
+    of_training = {name for name in named if name.startswith("train.")}
+    assert set(factories()) == named - of_training | {"chain"}
+
+
+def test_every_method_that_the_package_makes_may_be_named():
+    """Whatever its factory says that it returns."""
+    source = "".join(path.read_text() for path in (ROOT / "jaxpeft").rglob("*.py"))
+    made = set(re.findall(r"\bMethod\(\s*\"(\w+)\"", source))
+    assert {"lora", "chain", "quantize", "loftq"} <= made <= set(factories())
+
+
+@pytest.mark.parametrize(
+    "three", [3.0, np.float32(3), np.float64(3), jnp.float32(3), jnp.bfloat16(3), np.array(3.0)]
+)
+def test_numbers_of_any_kind_come_back_as_those_of_python(tmp_path, three):
+    p, up = params(), methods()["part"].options["sites"]
+    method = jp.lora({"up": np.int64(2)}, up, alpha=three, dtype=jnp.dtype("float32"))
+    _, adapter = trained(method, p)
+    save_adapter(tmp_path, adapter, method, p, key=jax.random.key(1))
+    options = load_adapter(tmp_path, p).method.options
+    assert options["rank"] == {"up": 2} and type(options["rank"]["up"]) is int
+    assert options["alpha"] == 3 and isinstance(options["alpha"], float)
+    assert options["dtype"] == jnp.float32
+
+
+def calibrated(name, sites):
+    """A method that starts from what data did, and so holds arrays."""
+    x = jax.random.normal(jax.random.key(2), (8, 6))
+    if name == "corda":
+        return jp.corda(1, sites, jp.input_moments(model, params(), sites, [x]))
+    found = jp.mean_gradients(lambda p, x: jnp.sum(model(p, x) ** 2), params(), sites, [x])
+    return jp.lora_ga(1, sites, found)
+
+
+STARTS = [("corda", "moments", "(6, 6)"), ("lora_ga", "gradients", "(6, 10)")]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("name, option, shape", STARTS)
+def test_arrays_in_options_are_refused_and_as_lora_is_the_way_out(
+    tmp_path, name, option, shape, quantized
+):
+    sites, p, key = jp.sites(model, params(), jnp.ones((2, 6))).match("up"), params(), KEY
+    own = calibrated(name, sites)
+    quantize = jp.quantize("int8", sites)
+    method = jp.chain(quantize, own) if quantized else own
+    frozen, start = jp.split(method(key, p))
+    adapter = {k: v + 0.1 for k, v in start.items()}
+    folder = tmp_path / "adapter"
+    with pytest.raises(
+        ValueError,
+        match=rf"`{name}\({option}=\.\.\.\)` holds an array, float64 of "
+        rf"shape {re.escape(shape)}.*`as_lora`",
+    ):
+        save_adapter(folder, adapter, method, p, key=key)
+    assert not folder.exists()
+    plain, low = jp.as_lora(own, adapter, start)
+    save_adapter(folder, low, jp.chain(quantize, plain) if quantized else plain, p, key=key)
+    loaded = load_adapter(folder, p)
+    x = jnp.ones((2, 6))
+    np.testing.assert_allclose(
+        jp.lift(model)(jp.combine(loaded.frozen, loaded.adapter), x),
+        jp.lift(model)(jp.combine(frozen, adapter), x),
+        atol=1e-6,
+    )
+
+
+def test_a_method_made_by_hand_is_refused_before_anything_is_written(tmp_path):
+    method, p = methods()["lora"], params()
+    mine = jp.chain(Method("mine", {}, method.apply))
+    with pytest.raises(ValueError, match=r"knows no method 'mine'.* was made by hand"):
+        save_adapter(tmp_path / "adapter", {}, mine, p, key=jax.random.key(0))
+    assert not (tmp_path / "adapter").exists()

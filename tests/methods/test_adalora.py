@@ -1,4 +1,4 @@
-"""AdaLoRA: ranks are given up under a budget, and then taken out of the arrays; LoRA-FA, LoRA+."""
+"""AdaLoRA: ranks are given up under a budget, and then taken out of the arrays; LoRA-FA."""
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,34 @@ def test_shrinking_takes_zeros_out_and_changes_no_output():
     np.testing.assert_allclose(got, want, rtol=1e-10)
 
 
+def test_shrinking_keeps_what_other_methods_have_trained():
+    head = jp.unfreeze(SITES.match("head"))
+    method = jp.adalora(R, SITES.match("layers/*"), dtype=jnp.float64)
+    frozen, adapter = jp.split(jp.chain(method, head)(KEY, PARAMS))
+    adapter = {k: x + normal(i, *x.shape) for i, (k, x) in enumerate(adapter.items())}
+    adapter["layers/down/values"] *= jnp.array([0, 1, 0])
+    adapter["layers/up/values"] *= 0
+    smaller, kept = jp.shrunk(method, adapter)
+    assert {k: x.shape for k, x in kept.items()} == {
+        "layers/down/a": (L, F, 1),
+        "layers/down/values": (L, 1),
+        "layers/down/b": (L, 1, D),
+        "head": (D, 4),
+    }
+    again, _ = jp.split(jp.chain(smaller, head)(KEY, PARAMS))
+    got, want = (jp.lift(model)(jp.combine(f, a), X) for f, a in ((again, kept), (frozen, adapter)))
+    np.testing.assert_allclose(got, want, rtol=1e-10)
+
+
+def test_values_of_another_matrix_do_not_count():
+    """All of this method's are zero, whatever a second one has."""
+    first, second = (jp.adalora(R, SITES.match(p)) for p in ("layers/*", "head"))
+    _, adapter = jp.split(jp.chain(first, second)(KEY, PARAMS))
+    adapter["head/values"] += 1
+    with pytest.raises(ValueError, match="all values of this adapter are zero"):
+        jp.shrunk(first, adapter)
+
+
 def test_orthogonality_is_the_sum_of_squared_distances():
     adapter = {"w/a": normal(0, 4, 3), "w/values": jnp.ones(3), "w/b": normal(1, 3, 5)}
     a, b = adapter["w/a"], adapter["w/b"]
@@ -105,7 +133,16 @@ BUDGET = {"steps": 9, "warmup": 2, "final": 2}
         (lambda: jp.adalora(R, SITES, std=0.0), r"std=0.0\)`: factors of zero"),
         (lambda: jp.adalora(R, SITES.columns(0, 2)), "`adalora`: a part of the columns of 'head'"),
         (lambda: jp.orthogonality(PLAIN), r"nothing of `adalora` is among \['w/a', 'w/b'\]"),
-        (lambda: jp.shrunk(jp.lora(R, SITES), PLAIN), "this one is of 'lora'"),
+        (lambda: jp.shrunk(jp.lora(R, SITES), PLAIN), "`adalora` made; this one is of 'lora'"),
+        (
+            lambda: jp.shrunk(jp.chain(jp.adalora(R, SITES)), PLAIN),
+            "this one is of 'chain'. Of a chain, give that method in it",
+        ),
+        (lambda: jp.shrunk(len, PLAIN), "this one is of '<built-in function len>'"),
+        (
+            lambda: jp.shrunk(jp.adalora(R, SITES.match("head")), PLAIN | {"head/a": X}),
+            r"lacks \['head/b', 'head/values'\].* it has \['head/a', 'w/a', 'w/b'\]. Give the adap",
+        ),
         (
             lambda: jp.shrunk(m := jp.adalora(R, SITES), jp.split(m(KEY, PARAMS))[1]),
             "all values of this adapter are zero",
@@ -119,8 +156,6 @@ BUDGET = {"steps": 9, "warmup": 2, "final": 2}
             ),
             f"budget=99.*has {TOTAL} singular values in 3 arrays",
         ),
-        (lambda: train.lora_plus(optax.sgd, 1.0, ratio=0), r"ratio=0\)`: a positive"),
-        (lambda: train.lora_plus(optax.sgd, 1.0).init({"x/c": X}), r"called `b`; it has \['x/c'\]"),
     ],
 )
 def test_what_cannot_be_is_refused(make, message):
@@ -135,7 +170,7 @@ def test_an_update_without_parameters_is_refused():
         tx.update(adapter, tx.init(adapter))
 
 
-# LoRA-FA and LoRA+ ------------------------------------------------------------------------------
+# LoRA-FA ----------------------------------------------------------------------------------------
 
 
 def test_lora_fa_trains_b_over_the_a_of_its_key():
@@ -159,17 +194,3 @@ def test_lora_fa_refuses_an_embedding():
     sites = jp.sites(embedded, params, jnp.zeros(2, int))
     with pytest.raises(ValueError, match="`lora_fa`: 'table' is an embedding"):
         jp.lora_fa(2, sites.matrices)
-
-
-@pytest.mark.parametrize("rate", [0.5, lambda step: 0.5 / (step + 1)])
-def test_lora_plus_moves_b_faster(rate):
-    tx = train.lora_plus(optax.sgd, rate, ratio=4.0)
-    adapter = {"w/a": jnp.ones((2, 1)), "w/b": jnp.ones((1, 2)), "w/magnitude": jnp.ones(2)}
-    state = tx.init(adapter)
-    for factor in (1, 2 if callable(rate) else 1):
-        updates, state = tx.update(jax.tree.map(jnp.ones_like, adapter), state, adapter)
-        assert [float(updates[k].ravel()[0]) for k in sorted(adapter)] == [
-            -0.5 / factor,
-            -2.0 / factor,
-            -0.5 / factor,
-        ]

@@ -80,6 +80,51 @@ def test_a_task_that_there_is_not_gives_nan(name):
     _, frozen, adapter = trained(name)
     y = run(frozen, adapter, task=jnp.array([0, 3, 1, 2]))
     assert jnp.isnan(y[1]).all() and jnp.isfinite(y[jnp.array([0, 2, 3])]).all()
+    # The usual padding is the last task to whoever counts from the end.
+    y = run(frozen, adapter, task=jnp.array([2, -1, -3, 0], jnp.int8))
+    assert jnp.isnan(y[1:3]).all() and jnp.isfinite(y[jnp.array([0, 3])]).all()
+    for task in (-1, 3, jnp.array(-3)):
+        assert jnp.isnan(run(frozen, adapter, task=task)).all()
+
+
+@each
+def test_tasks_are_numbers_and_lists_as_well_as_arrays(name):
+    _, frozen, adapter = trained(name)
+    jitted = jax.jit(jp.lift(model))
+    for task in (1, [2, 0, 1, 2], (2, 0, 1, 2)):
+        want = run(frozen, adapter, task=jnp.array(task))
+        np.testing.assert_array_equal(run(frozen, adapter, task=task), want)
+        got = jitted(jp.combine(frozen, adapter, task=task), X)
+        np.testing.assert_allclose(got, want, rtol=1e-10)
+    traced = jax.jit(lambda task: run(frozen, adapter, task=task))  # a list of traced numbers
+    np.testing.assert_allclose(traced([2, 0, 1, 2]), want, rtol=1e-10)
+
+
+@each
+@pytest.mark.parametrize("task, dtype", [(1.0, "float64"), ([0.0] * N, "float64"), (True, "bool")])
+def test_tasks_that_are_no_integers_are_refused(name, task, dtype):
+    frozen, adapter = jp.split(MAKE[name]()(KEY, PARAMS))
+    message = rf"`combine\(task=...\)` got {dtype} of shape \({'4,' * isinstance(task, list)}\)"
+    for given in (task, jnp.array(task)):
+        with pytest.raises(ValueError, match=message):
+            jp.combine(frozen, adapter, task=given)
+
+
+@each
+def test_one_tasks_mixture_keeps_what_other_methods_have_trained(name):
+    head = jp.unfreeze(SITES.match("head"))
+    sites = SITES.match("layers/*")
+    method = {
+        "moelora": lambda: jp.moelora(4, sites, experts=2, tasks=3, dtype=jnp.float64),
+        "poly": lambda: jp.poly(2, sites, skills=3, tasks=3, dtype=jnp.float64),
+    }[name]()
+    frozen, adapter = jp.split(jp.chain(method, head)(KEY, PARAMS))
+    adapter = {k: v + normal(i, *v.shape) for i, (k, v) in enumerate(adapter.items())}
+    plain, own = jp.for_task(method, adapter, 1)
+    again, start = jp.split(jp.chain(plain, head)(KEY, PARAMS))
+    assert own.keys() == start.keys()
+    want = run(frozen, adapter, task=1)
+    np.testing.assert_allclose(run(again, own), want, rtol=1e-10)
 
 
 @each
@@ -100,7 +145,27 @@ def test_tasks_of_another_batch_are_refused(name):
         (lambda: jp.moelora(4, SITES, experts=2, tasks=0), r"tasks=0, experts=2.*tasks nobody"),
         (lambda: jp.poly(4, SITES, skills=0, tasks=2), r"tasks=2, skills=0.*nothing to weigh"),
         (lambda: jp.poly(4, SITES.columns(0, 1), skills=1, tasks=1), "`poly`: a part of the col"),
-        (lambda: jp.for_task(jp.lora(2, SITES), {}, 0), "this one is of 'lora'"),
+        (
+            lambda: jp.moelora(0, SITES, experts=2, tasks=2),
+            r"`moelora\(rank=0\)` needs .* 'head' of shape \(5, 4\) is 5 x 4",
+        ),
+        (lambda: jp.moelora(6, SITES, experts=2, tasks=2), r"`moelora\(rank=6\)` needs 1 <= rank"),
+        (lambda: jp.poly(0, SITES, skills=2, tasks=2), r"`poly\(rank=0\)` needs 1 <= rank <= min"),
+        (
+            lambda: jp.moelora(4, SITES, experts=2, tasks=2, width=0),
+            r"`moelora\(width=0\)`: .*cannot tell tasks apart.*at least 1",
+        ),
+        (
+            lambda: jp.for_task(jp.lora(2, SITES), {}, 0),
+            "`moelora` or `poly` made; this one is of 'lora'",
+        ),
+        (lambda: jp.for_task(jp.chain(MAKE["poly"]()), {}, 0), "'chain'. Of a chain, give that m"),
+        (lambda: jp.for_task(len, {}, 0), "this one is of '<built-in function len>'"),
+        (
+            lambda: jp.for_task(MAKE["moelora"](), {"head/a": X}, 0),
+            r"lacks \['head/b', 'head/gate', 'head/tasks', 'lay.* it has \['head/a'\]. Give",
+        ),
+        (lambda: jp.for_task(MAKE["poly"](), {}, 0), r"lacks \['head/a', 'head/b', 'head/logits'"),
         (lambda: jp.for_task(MAKE["poly"](), {}, 3), "task=3.*there are 3 tasks"),
     ],
 )

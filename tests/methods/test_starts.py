@@ -101,6 +101,14 @@ def test_gradients_are_averaged_over_batches():
     np.testing.assert_allclose(gradients()["layers/up"], sum(want) / 3, rtol=1e-9)
 
 
+def test_gradients_of_a_base_in_bf16_are_averaged_over_all_batches():
+    """A sum in bfloat16 stops growing after some hundred equal terms."""
+    narrow, batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (PARAMS, BATCHES[0]))
+    few, many = (jp.mean_gradients(loss, narrow, SITES.linear, [batch] * n) for n in (1, 600))
+    for path in few:
+        np.testing.assert_allclose(many[path], few[path], rtol=1e-4)
+
+
 def test_batches_that_run_dry_are_refused():
     spent = iter(BATCHES)
     list(spent)
@@ -200,11 +208,81 @@ def test_as_lora_it_is_the_same_change_over_the_base_as_it_was(make, tmp_path):
         np.testing.assert_allclose(got, outputs(frozen, adapter), atol=1e-9)
 
 
-def test_as_lora_refuses_what_is_complete_as_it_is():
-    method = jp.lora(R, LAYERS)
-    _, adapter = jp.split(method(KEY, PARAMS))
-    with pytest.raises(ValueError, match="this one is of 'lora' and can be stored as it is"):
-        jp.as_lora(method, adapter, adapter)
+@pytest.mark.parametrize(
+    "options", [{}, {"alpha": 3.0}, {"alpha": 3.0, "scaling": "alpha/sqrt(r)"}]
+)
+@pytest.mark.parametrize(
+    "make",
+    [jp.pissa, jp.olora, lambda rank, sites, **more: jp.corda(rank, sites, moments(), **more)],
+    ids=["pissa", "olora", "corda"],
+)
+def test_as_lora_has_no_more_columns_than_the_smaller_side(make, options):
+    ranks = {"layers/up": 8, "layers/down": 5, "head": 3}  # of 8 x 12, 12 x 8 and 8 x 5
+    method = make(ranks, SITES.linear, dtype=jnp.float64, **options)
+    frozen, start = jp.split(method(KEY, PARAMS))
+    adapter = moved(start)
+    plain, same = jp.as_lora(method, adapter, start)
+    assert {k: x.shape for k, x in same.items()} == {
+        "layers/up/a": (L, 8, 8),
+        "layers/up/b": (L, 8, 12),
+        "layers/down/a": (L, 12, 8),
+        "layers/down/b": (L, 8, 8),
+        "head/a": (8, 5),
+        "head/b": (5, 5),
+    }
+    fresh, like = jp.split(plain(KEY, PARAMS))
+    assert like.keys() == same.keys()
+    want = jp.merge(jp.combine(frozen, adapter))
+    got = jp.merge(jp.combine(fresh, same))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), got, want)
+
+
+def test_as_lora_reduces_a_small_change_to_the_rounding_of_the_change():
+    """In 16 bits too, where that of the factors is as large as the change itself."""
+    head = SITES.match("head")
+    method = jp.pissa(4, head, dtype=jnp.bfloat16)
+    _, start = jp.split(method(KEY, PARAMS))
+    adapter = {path: x.at[0, 0].multiply(1.0625) for path, x in start.items()}
+    _, same = jp.as_lora(method, adapter, start)
+    wide = [{k: np.asarray(v, float) for k, v in x.items()} for x in (adapter, start, same)]
+    after, before, got = (x["head/a"] @ x["head/b"] for x in wide)
+    assert same["head/a"].dtype == jnp.bfloat16 and same["head/a"].shape == (8, 5)
+    want = after - before
+    assert np.abs(got - want).max() < 2**-7 * np.abs(want).max() < 2**-7 * np.abs(before).max() / 4
+
+
+def test_as_lora_stands_in_a_chain_where_the_method_stood():
+    """Over codes, and with what another method trains, which stays in the adapter."""
+    head = jp.unfreeze(SITES.match("head"))
+    int8, own = jp.quantize("int8", LAYERS), METHODS["pissa"](LAYERS)
+    frozen, start = jp.split(jp.chain(int8, own, head)(KEY, PARAMS))
+    adapter = moved(start)
+    plain, same = jp.as_lora(own, adapter, start)
+    np.testing.assert_array_equal(same["head"], adapter["head"])
+    again, _ = jp.split(jp.chain(int8, plain, head)(KEY, PARAMS))
+    np.testing.assert_allclose(outputs(again, same), outputs(frozen, adapter), atol=1e-5)
+
+
+def as_lora_of(method=None, adapter=None, start=None):
+    own = jp.pissa(R, SITES.match("head"))
+    _, whole = jp.split(own(KEY, PARAMS))
+    given = (whole if x is None else x for x in (adapter, start))
+    return jp.as_lora(own if method is None else method, *given)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: as_lora_of(jp.lora(R, LAYERS)), "`lora_ga` made; this one is of 'lora'. Of a cha"),
+        (lambda: as_lora_of(jp.chain(jp.pissa(R, LAYERS))), "is of 'chain'.*give that method in"),
+        (lambda: as_lora_of(len), "of '<built-in function len>'. Of a chain"),
+        (lambda: as_lora_of(adapter={}), r"adapter lacks \['head/a', 'head/b'\].*it has \[\]. Giv"),
+        (lambda: as_lora_of(start={"head/a": 1}), r"start lacks \['head/b'\].*has \['head/a'\]. G"),
+    ],
+)
+def test_what_is_no_start_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_pissa_trains_the_largest_components():
@@ -267,7 +345,9 @@ def test_eva_spends_its_ranks_where_inputs_vary():
     ranks = {
         path: adapter[f"{path}/a"].shape[-1] for path in SITES.linear if f"{path}/a" in adapter
     }
-    assert sum(ranks.values()) == R * len(SITES.linear) and max(ranks.values()) <= 2 * R
+    costs = {"layers/up": L, "layers/down": L, "head": 1}
+    spent = sum(costs[path] * r for path, r in ranks.items())
+    assert R * (2 * L + 1) - L < spent <= R * (2 * L + 1) and max(ranks.values()) <= 2 * R
     np.testing.assert_allclose(outputs(frozen, adapter), model(PARAMS, BATCHES[0]), rtol=1e-12)
     a, second = adapter["head/a"], moments()["head"].second
     values, vectors = np.linalg.eigh(second)
@@ -276,6 +356,54 @@ def test_eva_spends_its_ranks_where_inputs_vary():
     equal = jp.eva(R, SITES.linear, moments(), rho=1.0)
     _, adapter = jp.split(equal(KEY, PARAMS))
     assert {adapter[f"{path}/a"].shape[-1] for path in SITES.linear} == {R}
+
+
+def of_variances(values, *stack):
+    """Moments whose inputs have these variances along the axes, the same ones in all layers."""
+    second = jnp.broadcast_to(jnp.diag(jnp.asarray(values)), (*stack, len(values), len(values)))
+    return jp.Moments(second, jnp.zeros((*stack, len(values))), jnp.ones(stack))
+
+
+STEEP, EVEN = 2.0 ** -np.arange(D), np.ones(D)
+
+
+@pytest.mark.parametrize(
+    "layers, head, ranks",
+    [
+        # The head takes twice the rank. Six ranks are left, and a component of the layers costs 4.
+        (EVEN, STEEP, {"layers": 1, "head": 4}),
+        # The layers take two, for 8. What is left is too little for a third, and the head's.
+        (STEEP, EVEN, {"layers": 2, "head": 2}),
+        # Nothing is explained where inputs are zero, so that those come last.
+        (EVEN, 0 * EVEN, {"layers": 2, "head": 2}),
+        (0 * EVEN, EVEN, {"layers": 1, "head": 4}),
+    ],
+)
+def test_evas_components_of_a_stack_cost_as_many_ranks_as_it_has_layers(layers, head, ranks):
+    def square(params, x):
+        h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["layers"])
+        return h @ params["head"]
+
+    base = {"layers": jnp.ones((4, D, D)), "head": jnp.ones((D, D))}
+    sites = jp.sites(square, base, BATCHES[0]).linear
+    found = {"layers": of_variances(layers, 4), "head": of_variances(head)}
+    frozen, adapter = jp.split(jp.eva(2, sites, found)(KEY, base))
+    assert {path: adapter[f"{path}/a"].shape[-1] for path in ranks} == ranks
+    most = jp.count(*jp.split(jp.lora(2, sites)(KEY, base))).trainable
+    assert jp.count(frozen, adapter).trainable <= most == 10 * 2 * D
+    assert all(jnp.isfinite(x).all() for x in adapter.values())
+
+
+def test_eva_counts_a_layer_without_inputs_as_one_that_explains_nothing():
+    """The mean shares of `up` begin at 1/3, 1/6, 1/12; those of `down` are 1/12 each."""
+    up = of_variances(STEEP, L)
+    found = {
+        "layers/up": up._replace(second=up.second.at[:2].set(0)),
+        "layers/down": of_variances(np.ones(F), L),
+    }
+    _, adapter = jp.split(jp.eva(R, LAYERS, found)(KEY, PARAMS))
+    ranks = {path: adapter[f"{path}/a"].shape[-1] for path in LAYERS}
+    assert ranks == {"layers/up": 2, "layers/down": 2}
 
 
 @pytest.mark.parametrize("scaling", ["alpha/r", "alpha/sqrt(r)"])
@@ -292,14 +420,51 @@ def test_eva_is_stored_as_lora_with_the_same_scale(tmp_path, scaling):
     np.testing.assert_allclose(merged["head"], want, rtol=1e-9)
 
 
+def of_no_inputs(path, at):
+    own = moments()[path]
+    return {**moments(), path: own._replace(second=own.second.at[at].set(0))}
+
+
+def of_nan(path):
+    layers = {**PARAMS["layers"], path.split("/")[1]: jnp.full((L, D, F), jnp.nan)}
+    return {**PARAMS, "layers": layers}
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
         (lambda: jp.eva(R, LAYERS, moments(), rho=0.5), r"eva\(rho=0.5\)`: at least 1"),
+        (
+            lambda: jp.eva(6, SITES.linear, moments()),
+            r"eva\(rank=6\)` needs .* 'head' of shape \(8, 5\) is 8 x 5",
+        ),
+        (lambda: jp.eva(0, LAYERS, moments()), r"eva\(rank=0\)` needs 1 <= rank .* 'layers/down'"),
+        (
+            lambda: jp.eva(R + 1, SITES.match("head").columns(0, 5), moments()),
+            r"eva\(rank=3\)` needs .* 'head' of shape \(8, 5\) is 8 x 1",
+        ),
         (lambda: jp.eva(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; it has"),
         (lambda: jp.corda(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; it has"),
         (lambda: jp.corda(R, LAYERS, moments(), keep="all"), "keep='all'.*choose 'task' or"),
         (lambda: jp.corda(R, LAYERS, moments(), damping=0), "damping=0.*positive share"),
+        (
+            lambda: jp.corda(R, LAYERS, of_no_inputs("layers/up", 1)),
+            r"`corda`: the inputs of 'layers/up' were all zero or .* in \[\[1\]\] of its stack",
+        ),
+        (
+            lambda: jp.corda(R, SITES.match("head"), of_no_inputs("head", ...)),
+            "`corda`: the inputs of 'head' were all zero or not finite, so",
+        ),
+        (
+            lambda: jp.corda(R, LAYERS, moments())(KEY, of_nan("layers/up")),
+            r"corda\(damping=0.01\)`: the moments of 'layers/up' cannot be inverted in float64, or",
+        ),
+        (
+            lambda: jp.lora_ga(
+                R, LAYERS, {**gradients(), "layers/up": jnp.full((L, D, F), jnp.nan)}
+            ),
+            "`lora_ga`: the gradient of 'layers/up' is not finite.*names the batch",
+        ),
         (lambda: jp.lora_ga(R, LAYERS, gradients(), gamma=0), "gamma=0.*positive number"),
         (lambda: jp.lora_ga(R, LAYERS, {}), r"'layers/down' has shape None, should be \(3, 12, 8"),
         (lambda: jp.pissa(R, LAYERS, turns=-1), r"turns=-1\)`: 0 or more turns"),
@@ -315,6 +480,18 @@ def test_eva_is_stored_as_lora_with_the_same_scale(tmp_path, scaling):
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("make, found", [(jp.corda, moments), (jp.lora_ga, gradients)])
+def test_what_a_task_has_shown_may_be_traced_or_a_constant_of_a_traced_program(make, found):
+    def start(params, found):
+        return jp.split(make(R, LAYERS, found, dtype=jnp.float64)(KEY, params))[1]
+
+    want = start(PARAMS, found())
+    for got in (jax.jit(start)(PARAMS, found()), jax.jit(lambda p: start(p, found()))(PARAMS)):
+        for path in ("layers/up", "layers/down"):
+            products = (x[f"{path}/a"] @ x[f"{path}/b"] for x in (got, want))
+            np.testing.assert_allclose(*products, atol=1e-9)
 
 
 def test_moments_of_another_model_are_refused():

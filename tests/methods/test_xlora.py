@@ -434,6 +434,16 @@ def test_hidden_states_of_another_shape_are_refused(shape, message):
         run(frozen, adapter, hidden=normal(50, *shape))
 
 
+@pytest.mark.parametrize("lead", [(), (N,)], ids=str)
+def test_hidden_states_may_be_a_list(lead):
+    frozen, adapter = gated(True, width=W)
+    h = normal(50, *lead, W)
+    want = run(frozen, adapter, hidden=h)
+    np.testing.assert_allclose(run(frozen, adapter, hidden=h.tolist()), want, rtol=1e-10)
+    got = jp.lift(model)(jp.combine(frozen, {**BANK.arrays, **adapter}, hidden=h.tolist()), X)
+    np.testing.assert_allclose(got, want, rtol=1e-10)
+
+
 def test_another_bank_is_refused():
     frozen, adapter = gated(width=W)
     other = bank([(METHODS[0], ADAPTERS[0])] * 3)
