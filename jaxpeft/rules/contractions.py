@@ -134,6 +134,7 @@ def _contract(
 
 @rule(p.dot_general_p, computes=True)
 def dot_general(run: Any, eqn: Any, lhs: Any, rhs: Any) -> list | None:
+    """Forward where `in` is contracted, transposed where `out` is; stacks are batched over."""
     (lc, rc), (lb, rb) = (tuple(map(list, pair)) for pair in eqn.params["dimension_numbers"])
     if is_view(lhs) and is_view(rhs):
         rhs = run.dense(rhs, eqn, " with another weight")
@@ -188,6 +189,7 @@ class RaggedSite(Site):
 
 @rule(compat.ragged_dot_p, computes=True)
 def ragged_dot(run: Any, eqn: Any, x: Any, view: Any, groups: Any) -> list | None:
+    """Sorted tokens against a stack of experts, forward: experts whole, one group axis."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     if is_view(x) or is_view(groups) or not is_view(view):
         return None
@@ -289,6 +291,7 @@ class ConvSite(Site):
 
 @rule(p.conv_general_dilated_p, computes=True)
 def convolution(run: Any, eqn: Any, x: Any, view: Any) -> list | None:
+    """Kernels whose dimensions are one axis each; none in a batch-grouped convolution."""
     if is_view(x) or eqn.params["batch_group_count"] != 1:
         return None
     view = view.refined()

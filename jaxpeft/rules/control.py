@@ -43,6 +43,7 @@ def _restore(outs: list, args: Sequence[Any], passed: dict[int, int]) -> list:
 
 @rule(p.jit_p, p.closed_call_p, p.call_p)
 def inlined(run: Any, eqn: Any, *args: Any) -> list:
+    """A call is its body; shardings at its border stay as constraints."""
     params = eqn.params
     args = tuple(map(constrain, args, params.get("in_shardings", (None,) * len(args))))
     outs = run.run(params["jaxpr" if "jaxpr" in params else "call_jaxpr"], args)
@@ -51,6 +52,7 @@ def inlined(run: Any, eqn: Any, *args: Any) -> list:
 
 @rule(p.remat_p)
 def remat(run: Any, eqn: Any, *args: Any) -> list:
+    """Its body is checkpointed again, by the same policy, with the views as arguments."""
     jaxpr, passed = eqn.params["jaxpr"], forwarded(eqn.params["jaxpr"])
 
     def body(args: Sequence[Any]) -> tuple[list, dict]:
@@ -111,6 +113,7 @@ def _matrices_only(args: Sequence[Any], what: str) -> None:
 
 @rule(p.custom_vjp_call_p)
 def custom_vjp(run: Any, eqn: Any, *args: Any) -> list:
+    """The model's derivative rule holds, for the weight as the array that it stands for."""
     _matrices_only(args, "custom_vjp")
     chosen, join = _split(args)
 
@@ -180,6 +183,7 @@ class _Static:
 
 @rule(p.custom_jvp_call_p)
 def custom_jvp(run: Any, eqn: Any, *args: Any) -> list:
+    """The model's derivative rule holds, for the weight as the array that it stands for."""
     _matrices_only(args, "custom_jvp")
     chosen, join = _split(args)
 
@@ -242,6 +246,7 @@ def _scanned(run: Any, eqn: Any, x: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 @rule(p.scan_p)
 def scan(run: Any, eqn: Any, *args: Any) -> list:
+    """Views go in as constants, unchanged carries, or a stack of which a step has one slice."""
     body = eqn.params["jaxpr"]
     n_const, n_carry, _ = compat.scan_counts(eqn)
     passed = forwarded(body)
@@ -286,6 +291,7 @@ def scan(run: Any, eqn: Any, *args: Any) -> list:
 
 @rule(p.while_p)
 def while_loop(run: Any, eqn: Any, *args: Any) -> list:
+    """Views go in as constants or as carries that no step changes."""
     params = eqn.params
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts = args[:n_cond], args[n_cond : n_cond + n_body]
@@ -315,6 +321,7 @@ def while_loop(run: Any, eqn: Any, *args: Any) -> list:
 
 @rule(p.cond_p)
 def cond(run: Any, eqn: Any, index: Any, *operands: Any) -> list:
+    """Views go into every branch, and out where all branches hand on the same."""
     branches = eqn.params["branches"]
     passed = [forwarded(branch) for branch in branches]
     # Operands that every branch hands on are known outside.

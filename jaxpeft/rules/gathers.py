@@ -51,6 +51,7 @@ def _as_dims(view: View, y: jax.Array, lead: int, keep: list[int]) -> jax.Array:
 
 @rule(p.gather_p, computes=True)
 def gather(run: Any, eqn: Any, view: Any, indices: Any) -> list | None:
+    """Whole rows by id, each mode as it says; batched over a stack."""
     numbers = eqn.params["dimension_numbers"]
     looked_up = row_dims(eqn)
     if is_view(indices) or len(looked_up) != 1:

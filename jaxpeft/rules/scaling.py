@@ -49,15 +49,18 @@ def _times(view: View, factor: Any) -> list:
 
 @rule(p.mul_p)
 def multiply(run: Any, eqn: Any, a: Any, b: Any) -> list | None:
+    """By one number; by an array it is no weight any more."""
     view, factor = (a, b) if is_view(a) else (b, a)
     return None if is_view(factor) or jnp.ndim(factor) else _times(view, factor)
 
 
 @rule(p.div_p)
 def divide(run: Any, eqn: Any, a: Any, b: Any) -> list | None:
+    """By one number, as a product with its inverse."""
     return None if is_view(b) or jnp.ndim(b) else _times(a, 1 / b)
 
 
 @rule(p.neg_p)
 def negate(run: Any, eqn: Any, view: View) -> list:
+    """A product with -1."""
     return _times(view, jnp.asarray(-1, view.dtype))

@@ -100,6 +100,7 @@ def constrain(x: Any, sharding: Any) -> Any:
 
 @rule(p.sharding_constraint_p)
 def sharding_constraint(run: Any, eqn: Any, view: View) -> list:
+    """Each field gets its part of the sharding; one that none can follow is dropped."""
     return [constrain(view, eqn.params["sharding"])]
 
 
@@ -165,6 +166,7 @@ def _entering(
 
 @rule(compat.shard_map_p)
 def shard_map(run: Any, eqn: Any, *args: Any) -> list:
+    """Each field enters with a spec of its own, and the body sees views of the parts."""
     params = eqn.params
     entering = [
         _entering(run, eqn, x, spec, params["mesh"])

@@ -21,22 +21,26 @@ def _one(view: View | None) -> list | None:
 
 @rule(p.transpose_p)
 def transpose(run: Any, eqn: Any, view: View) -> list | None:
+    """The dimensions in another order."""
     return _one(view.redim([view.dims[i] for i in eqn.params["permutation"]]))
 
 
 @rule(p.reshape_p)
 def reshape(run: Any, eqn: Any, view: View) -> list | None:
+    """Dimensions cut and joined, where no axis is cut unevenly."""
     return _one(view.redim(digits.reshape(view.dims, view.shape, eqn.outvars[0].aval.shape)))
 
 
 @rule(p.squeeze_p)
 def squeeze(run: Any, eqn: Any, view: View) -> list | None:
+    """Dimensions of size 1 go."""
     gone = eqn.params["dimensions"]
     return _one(view.redim([dim for i, dim in enumerate(view.dims) if i not in gone]))
 
 
 @rule(p.broadcast_in_dim_p)
 def expand_dims(run: Any, eqn: Any, view: View) -> list | None:
+    """Dimensions of size 1 come; a broadcast that repeats entries is no view."""
     shape = eqn.params["shape"]
     if math.prod(shape) != math.prod(view.shape):
         return None  # a true broadcast
@@ -48,6 +52,7 @@ def expand_dims(run: Any, eqn: Any, view: View) -> list | None:
 
 @rule(p.convert_element_type_p)
 def astype(run: Any, eqn: Any, view: View) -> list | None:
+    """To a dtype of floats: what products are taken in, and no copy."""
     dtype = eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
         return None
@@ -56,16 +61,19 @@ def astype(run: Any, eqn: Any, view: View) -> list | None:
 
 @rule(p.copy_p, p.name_p)
 def keep(run: Any, eqn: Any, view: View) -> list:
+    """What copies or names a value leaves it as it is."""
     return [view]
 
 
 @rule(p.stop_gradient_p)
 def stop_gradient(run: Any, eqn: Any, view: View) -> list:
+    """On every field."""
     return [lax.stop_gradient(view)]
 
 
 @rule(compat.optimization_barrier_p)
 def optimization_barrier(run: Any, eqn: Any, *values: Any) -> list:
+    """On every field."""
     return list(lax.optimization_barrier(values))
 
 
@@ -109,6 +117,7 @@ def _pick(view: View, dim: int, index: Any) -> View | None:
 
 @rule(p.slice_p)
 def static_slice(run: Any, eqn: Any, view: View) -> list | None:
+    """One of a stack, or a run along a side where a part of the weight is one."""
     if eqn.params["strides"] is not None and any(s != 1 for s in eqn.params["strides"]):
         return None
     for dim in cut_dims(eqn):
@@ -123,6 +132,7 @@ def static_slice(run: Any, eqn: Any, view: View) -> list | None:
 
 @rule(compat.split_p)
 def split(run: Any, eqn: Any, view: View) -> list | None:
+    """Runs along a side, each a part of the weight."""
     axis, start, parts = eqn.params["axis"], 0, []
     for size in eqn.params["sizes"]:
         parts.append(_cut(view, axis, start, start + size))
@@ -132,6 +142,7 @@ def split(run: Any, eqn: Any, view: View) -> list | None:
 
 @rule(p.dynamic_slice_p)
 def dynamic_slice(run: Any, eqn: Any, view: Any, *starts: Any) -> list | None:
+    """One of a stack, at an index known at run time."""
     if not is_view(view):
         return None
     cut = cut_dims(eqn)
@@ -142,6 +153,7 @@ def dynamic_slice(run: Any, eqn: Any, view: Any, *starts: Any) -> list | None:
 
 @rule(compat.pcast_p)
 def pcast(run: Any, eqn: Any, view: View) -> list:
+    """Every field varies over these mesh axes from here on."""
     names = eqn.params["axes"]
 
     def cast(x: jax.Array) -> jax.Array:
