@@ -172,6 +172,10 @@ def _chosen(score: str) -> Row:
 
 SCORES = ("random", "magnitude", "snip", "taylor", "fisher", "obd", "grasp", "obs")
 CHOSEN = {score: _chosen(score) for score in SCORES}
+#: A further run. Full fine-tuning trains embeddings, norms and biases too.
+KERNELS = Row(
+    "all kernels' entries", "Devlin et al. 2019", "weights", lambda p: jp.unfreeze(p.kernels)
+)
 
 PLAN = Plan(
     (
@@ -181,6 +185,7 @@ PLAN = Plan(
         ADALORA,
         *PRUNED.values(),
         *CHOSEN.values(),
+        KERNELS,
         UNIT,
         TAYLOR,
         *LONG.values(),
@@ -227,6 +232,13 @@ NAMED = [
     Named("further run: movement needs more steps", LONG["movement"], LONG["magnitude"]),
     *(
         Named(f"a tenth, chosen by {score}, is as good as all", row, FULL, alike=True)
+        for score, row in CHOSEN.items()
+    ),
+    Named("further run: full tuning gains by what is no kernel", FULL, KERNELS),
+    *(
+        Named(
+            f"further run: a tenth by {score} is as good as all kernels", row, KERNELS, alike=True
+        )
         for score, row in CHOSEN.items()
     ),
 ]
