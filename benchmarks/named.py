@@ -120,8 +120,8 @@ LONG = {
 
 
 @functools.cache
-def _masks(score: str) -> dict[str, jax.Array]:
-    """The tenth of the entries with the largest scores, of all matrices together."""
+def _masks(score: str, density: float = DENSITY) -> dict[str, jax.Array]:
+    """The share of the entries with the largest scores, of all matrices together."""
     task = TASKS["snips"]()
     probe = Cell(task, PROBE, PROBE_STEPS)
     params = jp.combine(*probe.train(0.0, 0))
@@ -147,7 +147,7 @@ def _masks(score: str) -> dict[str, jax.Array]:
         found = jp.obs(params, kernels, jp.input_moments(forward, params, kernels, batches))
     else:
         found = jp.saliency(score, loss, params, kernels, batches, key=jax.random.key(0))
-    return jp.keep(found, kernels, DENSITY, empty=True)
+    return jp.keep(found, kernels, density, empty=True)
 
 
 def _chosen(score: str) -> Row:
@@ -176,6 +176,13 @@ CHOSEN = {score: _chosen(score) for score in SCORES}
 KERNELS = Row(
     "all kernels' entries", "Devlin et al. 2019", "weights", lambda p: jp.unfreeze(p.kernels)
 )
+#: A further run. A tenth may be too few.
+HALF = Row(
+    "half by random",
+    "Bhardwaj et al. 2024",
+    "entries",
+    lambda p: jp.sparse(_masks("random", 0.5), p.kernels),
+)
 
 PLAN = Plan(
     (
@@ -186,6 +193,7 @@ PLAN = Plan(
         *PRUNED.values(),
         *CHOSEN.values(),
         KERNELS,
+        HALF,
         UNIT,
         TAYLOR,
         *LONG.values(),
@@ -241,6 +249,8 @@ NAMED = [
         )
         for score, row in CHOSEN.items()
     ),
+    Named("further run: a tenth is too few, half is more", HALF, CHOSEN["random"]),
+    Named("further run: half, chosen by random, is as good as all", HALF, FULL, alike=True),
 ]
 
 
