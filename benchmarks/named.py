@@ -121,7 +121,7 @@ LONG = {
 
 @functools.cache
 def _masks(score: str, density: float = DENSITY) -> dict[str, jax.Array]:
-    """The share of the entries with the largest scores, of all matrices together."""
+    """This share of the entries, those with the largest scores of all matrices together."""
     task = TASKS["snips"]()
     probe = Cell(task, PROBE, PROBE_STEPS)
     params = jp.combine(*probe.train(0.0, 0))

@@ -191,20 +191,24 @@ def test_three_steps_two_adapters_and_a_reload_trace_once(row, method):
     everywhere = case_sharding(s.case.mesh)
     place = lambda a: jax.device_put(a, everywhere)  # noqa: E731
 
+    rate = max(1e-3, row.tolerance)  # a smaller step is lost where the program rounds to bfloat16
+
     @functools.partial(jax.jit, out_shardings=everywhere)
     @chex.assert_max_traces(1)
     def step(adapter, frozen, args):
-        slope = jax.grad(loss)(adapter, frozen, args)
-        return jax.tree.map(lambda v, g: v - 1e-3 * g, adapter, slope)
+        value, slope = jax.value_and_grad(loss)(adapter, frozen, args)
+        return jax.tree.map(lambda v, g: v - rate * g, adapter, slope), value
 
     make = method.make(s.sites, jnp.float64)
     chex.clear_trace_counter()
     for key in (1, 2):
         frozen, adapter = jp.split(make(jax.random.key(key), s.case.params))
         adapter = place(adapter)
+        values = []
         for _ in range(3):
-            before, adapter = adapter, step(adapter, frozen, s.case.args)
-            assert worst(adapter, before) > 0, "a step did nothing"
+            adapter, value = step(adapter, frozen, s.case.args)
+            values.append(float(value))
+        assert len(set(values)) == 3, "the steps did nothing"
     stored = {k: np.asarray(v) for k, v in adapter.items()}
     again, fresh = jp.split(make(jax.random.key(3), s.case.params))
     assert stored.keys() == fresh.keys()

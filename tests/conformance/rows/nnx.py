@@ -79,17 +79,38 @@ def einsum():
     return _case(Model(nnx.Rngs(0)), activations(B, T, D))
 
 
-@row(
-    "nnx MultiHeadAttention",
-    linear=tuple(f"{n}/kernel" for n in ("query", "key", "value", "out")),
-    tolerance=1e-6,  # its softmax is in float32
-    everyday=True,
-)
-def attention():
+_HEADS = tuple(f"{n}/kernel" for n in ("query", "key", "value", "out"))
+
+
+def _attention(**more):
     module = nnx.MultiHeadAttention(
-        N, D, N * H, D, decode=False, param_dtype=X, dtype=X, keep_rngs=False, rngs=nnx.Rngs(0)
+        N,
+        D,
+        N * H,
+        D,
+        decode=False,
+        param_dtype=X,
+        dtype=X,
+        keep_rngs=False,
+        rngs=nnx.Rngs(0),
+        **more,
     )
     return _case(module, activations(B, T, D))
+
+
+@row("nnx MultiHeadAttention", linear=_HEADS, everyday=True)
+def attention():
+    def attend(query, key, value, **_):
+        """In float64 throughout: JAX's own takes its softmax in float32."""
+        scores = jnp.einsum("...qhd,...khd->...hqk", query, key) / H**0.5
+        return jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(scores), value)
+
+    return _attention(attention_fn=attend)
+
+
+@row("nnx MultiHeadAttention, JAX's own attention", linear=_HEADS, tolerance=1e-6)
+def attention_of_jax():
+    return _attention()
 
 
 @row("nnx Embed.attend", embedding=("embed/embedding",), linear=("up/kernel",), everyday=True)
