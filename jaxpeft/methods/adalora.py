@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxpeft.method import Method
 from jaxpeft.methods.dropping import dropped
-from jaxpeft.methods.lora import LowRank, lora
+from jaxpeft.methods.lora import LowRank, low_rank
 from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.methods.trained import options_of, taken_apart
 from jaxpeft.sites import Site, Sites, by_pattern
@@ -90,7 +90,7 @@ def adalora(
     if std <= 0:
         raise ValueError(f"`adalora(std={std})`: factors of zero would stay there.")
     check_whole("adalora", sites)
-    low = lora(rank, sites, alpha=alpha, dropout=dropout, dtype=dtype)
+    low = low_rank("adalora", rank, sites, alpha=alpha, dropout=dropout, dtype=dtype)
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         del site

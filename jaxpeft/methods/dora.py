@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.ia3 import ScaledOut
-from jaxpeft.methods.lora import LowRank, lora
+from jaxpeft.methods.lora import LowRank, low_rank
 from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
@@ -93,8 +93,9 @@ def dora(
       Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024, section 4.
       https://arxiv.org/abs/2402.09353
     """
-    low = lora(rank, sites, alpha=alpha, scaling=scaling, dropout=dropout, init=init, dtype=dtype)
     check_whole("dora", sites)
+    more = dict(alpha=alpha, scaling=scaling, dropout=dropout, init=init, dtype=dtype)
+    low = low_rank("dora", rank, sites, **more)  # type: ignore[arg-type]
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         del key
@@ -115,7 +116,7 @@ def dora(
     def apply(key: jax.Array, tree: Any) -> Any:
         return place(key, low(key, tree), sites, make, who="dora")
 
-    return Method("dora", dict(low.options), apply)
+    return dataclasses.replace(low, apply=apply)
 
 
 def _is_trained(x: Any) -> bool:

@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxpeft.method import Method
 from jaxpeft.methods.calibration import Moments, check_moments
-from jaxpeft.methods.lora import LowRank, lora
-from jaxpeft.methods.placing import check_rank, place
+from jaxpeft.methods.lora import LowRank, lora, low_rank
+from jaxpeft.methods.placing import place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, View
@@ -64,13 +64,12 @@ def eva(
     """
     if rho < 1:
         raise ValueError(f"`eva(rho={rho})`: at least 1 is needed, for a rank of {rank} each.")
-    lora(rank, sites, alpha=alpha, scaling=scaling, dropout=dropout, dtype=dtype)  # checks
+    low_rank("eva", rank, sites, alpha=alpha, scaling=scaling, dropout=dropout)  # checks
     vectors, shares = {}, {}
     for path, site in sites.items():
         second = check_moments(moments, site, "eva").second
         n, m = site.size(IN), site.size(OUT)
         m = site.part.size(m) if site.part else m
-        check_rank("eva", rank, site)
         most = min(int(rho * rank), n, m)
         values, columns = jnp.linalg.eigh(second)
         vectors[path] = columns[..., ::-1][..., :most]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxpeft.computed import Computed, matrix_of
 from jaxpeft.method import Method
-from jaxpeft.methods.lora import LowRank, lora
+from jaxpeft.methods.lora import LowRank, low_rank
 from jaxpeft.methods.placing import check_entries, check_whole, place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.weight import View, Weight, axes, base, dense, static, weight
@@ -87,8 +87,8 @@ def hira(
       Huang et al., HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language
       Models, 2025, section 3. https://openreview.net/forum?id=TwJrTz9cRS
     """
-    low = lora(rank, sites, alpha=alpha, init=init, dtype=dtype)
     check_whole("hira", sites)
+    low = low_rank("hira", rank, sites, alpha=alpha, init=init, dtype=dtype)
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         del key

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method, chain
 from jaxpeft.methods.bottleneck import Bottleneck, bottleneck, parallel
-from jaxpeft.methods.lora import lora
+from jaxpeft.methods.lora import low_rank
 from jaxpeft.methods.placing import place
 from jaxpeft.methods.prefix import Prefix, prefix, slots_of
 from jaxpeft.sites import Site, Sites
@@ -191,7 +191,7 @@ def unipelt(
             "`unipelt` has one gate for the keys and the values of a layer, so it takes them in "
             f"pairs, but got {list(keys)} and {list(values)}."
         )
-    low = lora(rank, lora_sites, dtype=dtype)
+    low = low_rank("unipelt", rank, lora_sites, dtype=dtype)
     virtual = prefix(length, keys, values, rope=rope, dtype=dtype)
     behind = bottleneck(
         width,

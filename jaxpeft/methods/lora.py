@@ -124,19 +124,42 @@ def lora(
       Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, 2023.
       https://arxiv.org/abs/2312.03732
     """
-    check_rate("lora", dropout)
+    more = dict(alpha=alpha, scaling=scaling, dropout=dropout, init=init, dtype=dtype)
+    return low_rank("lora", rank, sites, **more)  # type: ignore[arg-type]
+
+
+def low_rank(
+    who: str,
+    rank: int | Mapping[str, int],
+    sites: Sites,
+    *,
+    alpha: float | Mapping[str, float] | None = None,
+    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r",
+    dropout: float = 0.0,
+    init: Literal["kaiming", "gaussian"] = "kaiming",
+    dtype: Any = jnp.float32,
+) -> Method:
+    """`lora` under the name of the method that is built on it, which its messages say.
+
+    Args:
+      who: As the user calls it.
+      rank, sites, alpha, scaling, dropout, init, dtype: As for `lora`.
+    """
+    check_rate(who, dropout)
     if init not in ("kaiming", "gaussian"):
-        raise ValueError(f"`lora(init='{init}')`: choose 'kaiming' or 'gaussian'.")
+        raise ValueError(f"`{who}(init='{init}')`: choose 'kaiming' or 'gaussian'.")
     if scaling not in ("alpha/r", "alpha/sqrt(r)"):
-        raise ValueError(f"`lora(scaling='{scaling}')`: choose 'alpha/r' or 'alpha/sqrt(r)'.")
+        raise ValueError(f"`{who}(scaling='{scaling}')`: choose 'alpha/r' or 'alpha/sqrt(r)'.")
     ranks = by_pattern(rank, sites, "rank")
     alphas = by_pattern(alpha, sites, "alpha")
+    for path, site in sites.items():
+        if site.is_matrix:  # what is none, `place` refuses
+            check_rank(who, ranks[path], site)
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         r, alpha = ranks[site.path], alphas[site.path]
         n, m = site.size(IN), site.size(OUT)
         m = site.part.size(m) if site.part else m
-        check_rank("lora", r, site)
         strength = r if alpha is None else alpha
         low = LowRank(
             view.weight,
@@ -157,7 +180,7 @@ def lora(
         init=init,
         dtype=dtype,
     )
-    return Method("lora", options, lambda key, tree: place(key, tree, sites, make, who="lora"))
+    return Method(who, options, lambda key, tree: place(key, tree, sites, make, who=who))
 
 
 def _factors(

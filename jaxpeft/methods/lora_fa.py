@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.method import Method
-from jaxpeft.methods.lora import LowRank, lora
+from jaxpeft.methods.lora import LowRank, low_rank
 from jaxpeft.methods.placing import place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.weight import View
@@ -43,7 +43,8 @@ def lora_fa(
       Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
       Fine-tuning, 2023, section 3. https://arxiv.org/abs/2308.03303
     """
-    low = lora(rank, sites, alpha=alpha, scaling=scaling, dropout=dropout, init=init, dtype=dtype)
+    more = dict(alpha=alpha, scaling=scaling, dropout=dropout, init=init, dtype=dtype)
+    low = low_rank("lora_fa", rank, sites, **more)  # type: ignore[arg-type]
     if lookups := [path for path, site in sites.items() if "embedding" in site.kinds]:
         raise ValueError(
             f"`lora_fa`: '{lookups[0]}' is an embedding, whose `a` starts at zero and, frozen, "
@@ -58,4 +59,4 @@ def lora_fa(
     def apply(key: jax.Array, tree: Any) -> Any:
         return place(key, low(key, tree), sites, make, who="lora_fa")
 
-    return Method("lora_fa", dict(low.options), apply)
+    return dataclasses.replace(low, apply=apply)

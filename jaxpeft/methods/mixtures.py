@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.method import Method
-from jaxpeft.methods.lora import lora
-from jaxpeft.methods.placing import check_rank, check_whole, place
+from jaxpeft.methods.lora import lora, low_rank
+from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.methods.trained import options_of, taken_apart
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
@@ -187,7 +187,7 @@ def moelora(
       Applications, 2023, section 4. https://arxiv.org/abs/2310.18339
     """
     _check_counts("moelora", tasks, experts, "experts")
-    _check_rank("moelora", rank, sites)
+    low = low_rank("moelora", rank, sites, alpha=alpha, dtype=dtype)
     if rank % experts:
         fit = [n for n in range(1, rank + 1) if rank % n == 0]
         raise ValueError(
@@ -200,7 +200,6 @@ def moelora(
             "share would ever change. Give at least 1."
         )
     check_whole("moelora", sites)
-    low = lora(rank, sites, alpha=alpha, dtype=dtype)
     names = {name: f"{next(iter(sites))}/{name}" for name in ("tasks", "gate")} if sites else {}
 
     def make(key: jax.Array, site: Site, view: View) -> View:
@@ -269,9 +268,8 @@ def poly(
       section 2. https://arxiv.org/abs/2202.13914
     """
     _check_counts("poly", tasks, skills, "skills")
-    _check_rank("poly", rank, sites)
     check_whole("poly", sites)
-    low = lora(rank, sites, alpha=alpha, dtype=dtype)
+    low = low_rank("poly", rank, sites, alpha=alpha, dtype=dtype)
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         old: Any = view.weight
@@ -307,12 +305,6 @@ def _check_counts(who: str, tasks: int, experts: int, name: str) -> None:
             f"`{who}(tasks={tasks}, {name}={experts})`: tasks without {name} have nothing to "
             f"weigh, and {name} without tasks nobody who weighs them. Both are at least 1."
         )
-
-
-def _check_rank(who: str, rank: int, sites: Sites) -> None:
-    """At the call, in its name: `lora` would do it later, in its own."""
-    for site in sites.values():
-        check_rank(who, rank, site)
 
 
 def for_task(

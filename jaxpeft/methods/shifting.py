@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpeft import compat
 from jaxpeft.method import Method
-from jaxpeft.methods.lora import LowRank, lora
+from jaxpeft.methods.lora import LowRank, lora, low_rank
 from jaxpeft.methods.placing import check_whole, place
 from jaxpeft.methods.trained import options_of, taken_apart
 from jaxpeft.sites import Site, Sites, by_pattern
@@ -38,8 +38,8 @@ def starting_at(start: Start, sites: Sites, options: Mapping[str, Any], who: str
       options: Of `lora`.
       who: For messages.
     """
-    low = lora(sites=sites, **options)  # type: ignore[arg-type]
     check_whole(who, sites)
+    low = low_rank(who, sites=sites, **options)  # type: ignore[arg-type]
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         old: LowRank = view.weight

@@ -469,7 +469,6 @@ def of_nan(path):
         (lambda: jp.lora_ga(R, LAYERS, {}), r"'layers/down' has shape None, should be \(3, 12, 8"),
         (lambda: jp.pissa(R, LAYERS, turns=-1), r"turns=-1\)`: 0 or more turns"),
         (lambda: jp.lora_ga(5, LAYERS, gradients())(KEY, PARAMS), "2 \\* rank = 10.*rank to 4"),
-        (lambda: jp.pissa(9, LAYERS)(KEY, PARAMS), r"rank=9\)` needs 1 <= rank"),
         (lambda: jp.olora(R, LAYERS.columns(0, 2)), "`olora`: a part of the columns of 'layers"),
         (
             lambda: jp.chain(jp.lora(R, LAYERS), jp.pissa(R, LAYERS))(KEY, PARAMS),
@@ -480,6 +479,28 @@ def of_nan(path):
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+ON_LORA = {
+    "adalora": jp.adalora,
+    "corda": lambda r, sites: jp.corda(r, sites, moments()),
+    "dora": jp.dora,
+    "hira": jp.hira,
+    "lora": jp.lora,
+    "lora_fa": jp.lora_fa,
+    "lora_ga": lambda r, sites: jp.lora_ga(r, sites, gradients()),
+    "moelora": lambda r, sites: jp.moelora(r, sites, experts=3, tasks=2),
+    "olora": jp.olora,
+    "pissa": jp.pissa,
+    "poly": lambda r, sites: jp.poly(r, sites, skills=2, tasks=2),
+    "unipelt": lambda r, sites: jp.unipelt(sites, *[sites] * 3, rank=r, width=1, length=1),
+}
+
+
+@pytest.mark.parametrize("name", ON_LORA)
+def test_what_is_built_on_lora_refuses_in_its_own_name(name):
+    with pytest.raises(ValueError, match=rf"`{name}\(rank=9\)` needs .*'layers/down' of shape"):
+        ON_LORA[name](9, LAYERS)
 
 
 @pytest.mark.parametrize("make, found", [(jp.corda, moments), (jp.lora_ga, gradients)])
