@@ -632,14 +632,19 @@ class View:
         at = self.stack_positions(stack[0])
         rest = self.without(stack[0], self.weight)
 
-        def one(moving: list) -> Any:
-            slices = iter(moving)
-            own = [x if p is None else next(slices) for x, p in zip(leaves, at, strict=True)]
+        def one(own: list) -> Any:
             slice_ = dataclasses.replace(rest, weight=jax.tree.unflatten(treedef, own))
             return slice_.over_each(f)
 
-        moving = [(x, p) for x, p in zip(leaves, at, strict=True) if p is not None]
-        return lax.map(one, [jnp.moveaxis(x, p, 0) for x, p in moving])
+        if any(at):
+            # A plain array whose stack lies further in; in front of a loop it would be copied.
+            return jax.vmap(one, in_axes=(at,))(leaves)
+
+        def step(moving: list) -> Any:
+            slices = iter(moving)
+            return one([x if p is None else next(slices) for x, p in zip(leaves, at, strict=True)])
+
+        return lax.map(step, [x for x, p in zip(leaves, at, strict=True) if p is not None])
 
     def derived(self) -> dict[str, jax.Array]:
         """What the weight derives from its fields, for the whole stack; `None` if nothing."""
