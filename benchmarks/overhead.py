@@ -12,6 +12,9 @@ in benchmarks/results/overhead.json.
                                         + 12 L B T^2 d, with N the parameters
     flops_vs_full                       lifted LoRA over full fine-tuning, of the 135M shape
     materialized                        weight-sized results that the hand-written step lacks
+    dora_flops_vs_lora                  lifted DoRA over lifted LoRA, of the 135M shape;
+    dora_temp_bytes_vs_lora             likewise
+    dora_materialized                   weight-sized results that lifted LoRA lacks, of both shapes
 """
 
 import argparse
@@ -158,15 +161,15 @@ def by_hand(shape):
     return objective, adapter, params
 
 
-def lifted(shape, report="error"):
+def lifted(shape, report="error", method=jp.lora):
     params, tokens = param_shapes(shape), token_shapes(shape)
 
     def model(params, tokens):
         return forward(params, tokens, shape)
 
     sites = jp.sites(model, params, tokens)
-    method = jp.lora(RANK, sites.linear, alpha=SCALE * RANK)
-    tree = jax.eval_shape(method, jax.random.key(0), params)
+    apply = method(RANK, sites.linear, alpha=SCALE * RANK)
+    tree = jax.eval_shape(apply, jax.random.key(0), params)
     frozen, adapter = jp.split(tree)
     model = jp.lift(model, materialize=report)
 
@@ -176,6 +179,10 @@ def lifted(shape, report="error"):
     return objective, adapter, frozen
 
 
+def lifted_dora(shape, report="error"):
+    return lifted(shape, report, jp.dora)
+
+
 def full(shape):
     def objective(params, nothing, tokens):
         return loss(forward(params, tokens, shape), tokens)
@@ -183,7 +190,7 @@ def full(shape):
     return objective, param_shapes(shape), ()
 
 
-KINDS = {"hand": by_hand, "lifted": lifted, "full": full}
+KINDS = {"hand": by_hand, "lifted": lifted, "full": full, "dora": lifted_dora}
 
 
 def token_shapes(shape):
@@ -214,18 +221,19 @@ def measure(shape, kind):
     }
 
 
-def materialized(shape):
-    """Weight-sized results of value and gradient beyond those of the hand-written step."""
+def materialized(shape, kind="lifted", beyond="hand"):
+    """Weight-sized results of value and gradient beyond those of another kind of step."""
     sys.path.insert(0, str(ROOT / "tests" / "conformance"))
     import walk
 
     counts = {w.size for w in jax.tree.leaves(param_shapes(shape)["layers"]) if w.ndim == 2}
     events, found = [], {}
-    for kind, made in ("hand", by_hand(shape)), ("lifted", lifted(shape, events.append)):
-        objective, trained, frozen = made
+    for name in (beyond, kind):
+        more = () if name == "hand" else (events.append,)
+        objective, trained, frozen = KINDS[name](shape, *more)
         program = jax.make_jaxpr(jax.value_and_grad(objective))
-        found[kind] = walk.weight_sized(program(trained, frozen, token_shapes(shape)), counts)
-    return [str(x) for x in [*events, *walk.more_than(found["lifted"], found["hand"])]]
+        found[name] = walk.weight_sized(program(trained, frozen, token_shapes(shape)), counts)
+    return [str(x) for x in [*events, *walk.more_than(found[kind], found[beyond])]]
 
 
 def closed_form(shape):
@@ -277,7 +285,8 @@ def main():
     if args.one:
         name, kind = args.one
         shape = SHAPES[name]
-        print(json.dumps(materialized(shape) if kind == "walk" else measure(shape, kind)))
+        measured = measure(shape, kind) if kind in KINDS else materialized(shape, *kind.split("/"))
+        print(json.dumps(measured))
         return
 
     names = [args.shape] if args.shape else list(SHAPES)
@@ -290,13 +299,17 @@ def main():
         "flops_vs_hand": worst("flops_vs_hand"),
         "temp_bytes_vs_hand": worst("temp_bytes_vs_hand"),
         "compile_seconds_vs_hand": worst("seconds_vs_hand"),
-        "materialized": [x for name in names for x in in_a_process(name, "walk")],
+        "materialized": [x for name in names for x in in_a_process(name, "lifted/hand")],
+        "dora_materialized": [x for name in names for x in in_a_process(name, "dora/lifted")],
     }
     if "135M" in names:
         one = by_shape["135M"]
         out["flops_hand"] = one["hand"]["flops"]
         out["flops_closed_form"] = closed_form(SHAPES["135M"])
         out["flops_vs_full"] = one["lifted"]["flops"] / in_a_process("135M", "full")["flops"]
+        dora = in_a_process("135M", "dora")
+        for field in ("flops", "temp_bytes"):
+            out[f"dora_{field}_vs_lora"] = dora[field] / one["lifted"][field]
     out["by_shape"] = by_shape
     if not (args.quick or args.shape):
         RESULTS.write_text(json.dumps(out, indent=1) + "\n")

@@ -12,9 +12,10 @@ SPEC = importlib.util.spec_from_file_location("overhead", FILE)
 overhead = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(overhead)
 
+# No product of the rank with a side is as large as a weight.
 SHAPES = {
-    "float32": overhead.Shape(2, 32, 4, 2, 64, 96, 2, 8, "float32", False),
-    "bfloat16 with remat": overhead.Shape(2, 32, 4, 2, 64, 96, 2, 8, "bfloat16", True),
+    "float32": overhead.Shape(2, 48, 4, 2, 80, 96, 2, 8, "float32", False),
+    "bfloat16 with remat": overhead.Shape(2, 48, 4, 2, 80, 96, 2, 8, "bfloat16", True),
 }
 
 
@@ -26,11 +27,12 @@ def in_float32():
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_lifted_step_compiles_to_the_work_and_memory_of_one_by_hand(name):
-    hand, lifted, full = (overhead.measure(SHAPES[name], kind) for kind in overhead.KINDS)
+    hand, lifted, full = (overhead.measure(SHAPES[name], k) for k in ("hand", "lifted", "full"))
     assert lifted["flops"] <= 1.02 * hand["flops"]
     assert lifted["temp_bytes"] <= 1.02 * hand["temp_bytes"]
     assert full["flops"] != hand["flops"]
     assert overhead.materialized(SHAPES[name]) == []
+    assert overhead.materialized(SHAPES[name], "dora", "lifted") == []
 
 
 @pytest.mark.parametrize("name", SHAPES)
