@@ -8,6 +8,7 @@ layers or experts. Nothing is computed.
 import dataclasses
 import difflib
 import fnmatch
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -258,7 +259,7 @@ class Sites(Mapping[str, Site]):
                     f"axis of '{site.path}', which has length {out}: it must be a multiple of "
                     f"{of} * {groups}, and the index below {of}."
                 )
-        part = Part(index, of, groups)
+        part = Part(*map(operator.index, (index, of, groups)))  # of NumPy too; files take int
         chosen = {p: dataclasses.replace(s, part=part) for p, s in self.items()}
         return Sites(chosen, self._every)
 

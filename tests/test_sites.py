@@ -1,9 +1,11 @@
 """sites: what a program does with each parameter, and how parameters are selected."""
 
+import json
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxpeft as jp
@@ -68,6 +70,13 @@ def test_patterns_are_globs_regular_expressions_and_predicates(sites):
 def test_refusals_list_what_there_is_nearest_first(sites, call, message):
     with pytest.raises((ValueError, KeyError), match=message):
         call(sites)
+
+
+def test_a_part_counted_in_numpy_is_one_in_a_file_too(sites):
+    part = sites.match("*/q/kernel").columns(np.int64(1), np.int32(2))
+    assert json.dumps(part.to_json()) == json.dumps(
+        sites.match("*/q/kernel").columns(1, 2).to_json()
+    )
 
 
 def test_what_no_program_reveals_can_be_overridden():

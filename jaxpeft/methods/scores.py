@@ -89,7 +89,11 @@ def saliency(
         "taylor": lambda w, g: (w * g) ** 2,
         "fisher": lambda w, g: g**2,
     }
-    of_product = {"obd": lambda w, h: w**2 * h / 2, "grasp": lambda w, h: w * h}
+    # h = H d along a direction d; random signs d make d * h an estimate of H's diagonal.
+    of_product: dict[str, Callable[[Any, Any, Any], Any]] = {
+        "obd": lambda w, h, d: w**2 * (d * h) / 2,
+        "grasp": lambda w, h, d: w * h,
+    }
     if rule not in of_gradient | of_product:
         known = ", ".join(of_gradient | of_product)
         raise ValueError(f"`saliency('{rule}')`: choose one of {known}.")
@@ -107,18 +111,15 @@ def saliency(
         if rule in of_gradient:
             g = widened(gradient(chosen))
             return {path: of_gradient[rule](w[path], g[path]) for path in w}
-        if direction is None:
+        if rule == "obd":
             keys = jax.random.split(key, len(chosen))
             direction = {
                 path: jax.random.rademacher(k, x.shape, x.dtype)
                 for k, (path, x) in zip(keys, chosen.items(), strict=True)
             }
-            h = widened(jax.jvp(gradient, (chosen,), (direction,))[1])
-            h = {path: direction[path] * h[path] for path in w}
-        else:
-            direction = {path: direction[path].astype(x.dtype) for path, x in chosen.items()}
-            h = widened(jax.jvp(gradient, (chosen,), (direction,))[1])
-        return {path: of_product[rule](w[path], h[path]) for path in w}
+        direction = {path: direction[path].astype(x.dtype) for path, x in chosen.items()}
+        h = widened(jax.jvp(gradient, (chosen,), (direction,))[1])
+        return {path: of_product[rule](w[path], h[path], direction[path]) for path in w}
 
     found: Iterable[Any] = taken(batches, steps, "saliency")
     direction = None
