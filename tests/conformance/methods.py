@@ -321,7 +321,15 @@ _CUT = (
 METHODS = [
     Method("lora", _lora),
     Method("ia3", lambda sites, dtype: jp.ia3(sites.linear, dtype=dtype), roles=_LINEAR),
-    Method("lora on nf4", _lora_on_nf4, roles=_LINEAR, factored=False, keeps_base=False),
+    # A tile of scales in eight bits has 64 columns, more than the parts of these rows.
+    Method(
+        "lora on nf4",
+        _lora_on_nf4,
+        roles=_LINEAR,
+        factored=False,
+        keeps_base=False,
+        coarse=_CUT,
+    ),
     Method("dora", _dora, on_trained=False, rows=("x @ w", "lax.scan over layers")),
     Method("lora_fa", _lora_fa, roles=("linear", "conv"), rows=("x @ w",)),
     Method("adalora", _adalora, rows=("x @ w",)),
