@@ -192,7 +192,8 @@ def check(s, how, params, adapter):
     """The lifted model of `how` is the law's model over these dense parameters."""
     frozen, start = jp.split(how(KEY, s.case.params))
     assert {k: v.shape for k, v in start.items()} == {k: v.shape for k, v in adapter.items()}
-    tree = jp.combine(frozen, adapter, **s.method.given(s.case.args))
+    given = s.method.given(s.case.args)
+    tree = jp.combine(frozen, adapter, **given)
     got = jax.jit(jp.lift(s.case.fn))(tree, *s.case.args)
     over = dataclasses.replace(s, case=dataclasses.replace(s.case, params=params))
     if s.method.by_hand:
@@ -201,7 +202,7 @@ def check(s, how, params, adapter):
         make = s.method.make(s.sites, jnp.float64)
         # What is drawn and frozen follows from the key that `chain` gives its second method.
         frozen, _ = jp.split(make(jax.random.fold_in(KEY, 1), params))
-        want = s.case.fn(jp.merge(jp.combine(frozen, s.adapter)), *s.case.args)
+        want = s.case.fn(jp.merge(jp.combine(frozen, s.adapter, **given)), *s.case.args)
     assert worst(got, want) < 1e-10
     assert worst(got, on_its_own_base(s)) > 1e-4  # the base does matter
 
