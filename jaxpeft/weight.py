@@ -644,7 +644,10 @@ class View:
             slices = iter(moving)
             return one([x if p is None else next(slices) for x, p in zip(leaves, at, strict=True)])
 
-        return lax.map(step, [x for x, p in zip(leaves, at, strict=True) if p is not None])
+        # All of them lead; a move to where they are keeps the order in which a program takes them,
+        # and with it the programs that recorded runs were made with.
+        moving = [jnp.moveaxis(x, p, 0) for x, p in zip(leaves, at, strict=True) if p is not None]
+        return lax.map(step, moving)
 
     def derived(self) -> dict[str, jax.Array]:
         """What the weight derives from its fields, for the whole stack; `None` if nothing."""
