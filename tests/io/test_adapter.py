@@ -154,8 +154,8 @@ def test_every_factory_of_the_readme_may_be_named():
 def test_every_method_that_the_package_makes_may_be_named():
     """Whatever its factory says that it returns."""
     source = "".join(path.read_text() for path in (ROOT / "jaxpeft").rglob("*.py"))
-    made = set(re.findall(r"\bMethod\(\s*\"(\w+)\"", source))
-    assert {"lora", "chain", "quantize", "loftq"} <= made <= set(factories())
+    made = set(re.findall(r"\b(?:Method|low_rank)\(\s*\"(\w+)\"", source))
+    assert {"lora", "dora", "chain", "quantize", "loftq"} <= made <= set(factories())
 
 
 @pytest.mark.parametrize(
