@@ -266,7 +266,7 @@ def test_sites_finds_what_each_weight_does(row):
     }
 
 
-@table(lambda row, method: row.name not in method.coarse, few)
+@table(everyday=few)
 def test_sites_announces_what_lift_materializes(row, method):
     s = subject(row, method)
     events = []
@@ -276,6 +276,9 @@ def test_sites_announces_what_lift_materializes(row, method):
     announced = {
         (e.path, e.primitive, e.source) for n in s.covered for e in s.sites[n].materialized
     }
+    if row.name in method.coarse:  # `sites` knows the model, not the blocks that do not fit it
+        assert announced <= made
+        return
     assert made == announced
     paths = {e.path.removesuffix("/value") for e in events}
     assert paths <= set(row.materializes)
