@@ -9,9 +9,14 @@ method trains the same head from the same start at the same rate; the probe is t
 E2E the final norm and an untied copy of the head). Three rates a factor of three apart around a
 centre per family (comparison/rows.py has them with their sources), and one more where the best is
 an edge, are swept on the validation parts of SNIPS and E2E with seed 0; TREC takes the encoder's
-rate. Then seeds 0, 1 and 2 on test. LoRA's descendants, rotations, sparse deltas and LoRA at ranks
-1 to 64 are swept on SNIPS, take their centre on E2E, and have no row on TREC. Full fine-tuning,
-BitFit and LoRA also train on 100 and 1,000 examples of SNIPS and TREC, at the rates found on all.
+rate. Then seeds 0, 1 and 2 on test. LoRA's descendants, rotations, sparse deltas, mixtures and
+LoRA at ranks 1 to 64 are swept on SNIPS, take their centre on E2E, and have no row on TREC. Full
+fine-tuning, BitFit and LoRA also train on 100 and 1,000 examples of SNIPS and TREC, at the rates
+found on all.
+
+EVA, CorDA and LoRA-GA are told of eight batches of the task's own, seen by the base with a trained
+head. Mixtures are of one task, the only one that there is here. X-LoRA weighs adapters that are
+trained beforehand and has no row; pruning has its own in named.py, LongLoRA in longlora.py.
 
 A finished run is a line of results/methods.jsonl, so a repeated command goes on where it was
 killed; it starts anew where a change of code has changed what is computed.
@@ -26,9 +31,8 @@ killed; it starts anew where a change of code has changed what is computed.
     --table              writes results/methods.md and methods.png from the runs and runs nothing
     --json               the last line is the summary
 
-About ten hours on 2 cores, estimated: the founding methods took under four on SNIPS, E2E and TREC
-(150 steps of full fine-tuning on SNIPS are 160 seconds of one core, of LoRA on E2E 60); the rest
-has not been run yet.
+About fourteen hours on 2 cores, estimated: a row that is swept on SNIPS takes a quarter of an hour
+of one core, one at its centre on E2E five minutes.
 """
 
 import os

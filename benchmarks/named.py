@@ -25,14 +25,13 @@ if __name__ == "__main__":  # before jax starts
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import numpy as np
 import optax
 from comparison import report
-from comparison.cell import Cell
+from comparison.calibration import calibration
 from comparison.command import main
 from comparison.places import Places
 from comparison.protocol import Plan
-from comparison.rows import FULL, PROBE, Row
+from comparison.rows import FULL, PROBE, Row, adalora
 from comparison.tasks import TASKS
 
 import jaxpeft as jp
@@ -40,8 +39,6 @@ from jaxpeft import train
 
 RANK = 4  # of LoRA, and of AdaLoRA in the end
 DENSITY = 0.1  # of entries that are trained alone
-BATCHES = 8
-PROBE_STEPS = 150  # of the head under which scores are taken
 #: Two-sided 95 % of Student's t, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
@@ -49,24 +46,10 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 # AdaLoRA -----------------------------------------------------------------------------------------
 
 
-def _budget(tx: Any, p: Places, steps: int) -> Any:
-    matrices = sum(int(np.prod(site.stack)) for site in p.kernels.values())
-    return train.rank_budget(
-        tx, RANK * matrices, steps=steps, warmup=steps // 10, final=steps // 3, every=5
-    )
-
-
 UNIFORM = Row(
     "lora r=4", "Hu et al. 2021", "low rank", lambda p: jp.lora(RANK, p.kernels, alpha=2 * RANK)
 )
-ADALORA = Row(
-    "adalora",
-    "Zhang et al. 2023",
-    "low rank",
-    lambda p: jp.adalora(3 * RANK // 2, p.kernels, alpha=3 * RANK),
-    wrap=_budget,
-    penalty=lambda adapter: 0.1 * jp.orthogonality(adapter),
-)
+ADALORA = adalora(RANK)
 #: A further run. A step moves a value by the rate, and the matrix by that times the lengths of the
 #: value's two vectors: 0.4 each, of 384 entries of deviation 0.02, and 1 at 0.05.
 UNIT = dataclasses.replace(
@@ -122,31 +105,21 @@ LONG = {
 @functools.cache
 def _masks(score: str, density: float = DENSITY) -> dict[str, jax.Array]:
     """This share of the entries, those with the largest scores of all matrices together."""
-    task = TASKS["snips"]()
-    probe = Cell(task, PROBE, PROBE_STEPS)
-    params = jp.combine(*probe.train(0.0, 0))
-    kernels = probe.sites.match("trunk/layers/*kernel")
-    rng = np.random.default_rng(0)
-    batches = [task.train.rows(rng.integers(len(task.train), size=32)) for _ in range(BATCHES)]
-
-    def forward(params: Any, batch: Any) -> Any:
-        return probe.model(params, batch.tokens, mask=batch.mask)
-
-    def loss(params: Any, batch: Any) -> Any:
-        total, count = task.head.loss(forward(params, batch), batch.labels)
-        return total / count
-
+    seen = calibration(TASKS["snips"]())
+    kernels = seen.probe.sites.match("trunk/layers/*kernel")
     if score == "random":
         found = {
             path: jax.random.uniform(jax.random.key(i), site.shape)
             for i, (path, site) in enumerate(kernels.items())
         }
     elif score == "magnitude":
-        found = jp.magnitude(params, kernels)
+        found = jp.magnitude(seen.params, kernels)
     elif score == "obs":
-        found = jp.obs(params, kernels, jp.input_moments(forward, params, kernels, batches))
+        moments = jp.input_moments(seen.forward, seen.params, kernels, seen.batches)
+        found = jp.obs(seen.params, kernels, moments)
     else:
-        found = jp.saliency(score, loss, params, kernels, batches, key=jax.random.key(0))
+        about = (seen.loss, seen.params, kernels, seen.batches)
+        found = jp.saliency(score, *about, key=jax.random.key(0))
     return jp.keep(found, kernels, density, empty=True)
 
 

@@ -17,9 +17,11 @@ import jax
 import numpy as np
 
 import jaxpeft as jp
+from comparison.calibration import Calibration
 from comparison.cell import Cell, Trained
 from comparison.files import ROOT
 from comparison.rows import Row
+from jaxpeft import train
 
 #: What every row depends on.
 COMMON = (
@@ -46,8 +48,17 @@ COMMON = (
 )
 
 
+#: What rows that are trained in their own way depend on.
+TUNED = (
+    "benchmarks/comparison/tuned.py",
+    *(f"jaxpeft/train/{name}.py" for name in ("largest", "pruning", "rank_budget")),
+)
+
 #: What no program shows: which data are read, and how outputs are scored.
 SCORING = ("files", "tasks", "places", "cell", "costs", "records")
+
+_TUNED = [ROOT / name for name in TUNED]
+_CALIBRATION = ROOT / "benchmarks/comparison/calibration.py"
 
 
 @functools.cache
@@ -58,7 +69,10 @@ def code_hash(row: Row) -> str:
     if row.make is not None:
         parts += [declared(row.make), _programs(method_files(row.make))]
     for more in filter(None, (row.wrap, row.penalty)):
-        parts += [declared(more), _programs([*method_files(more), *_tuned()])]
+        parts += [declared(more), _programs([*method_files(more), *_TUNED])]
+    if row.needs is not None:
+        told = getattr(Calibration, row.needs)
+        parts += [declared(told), _programs([*method_files(told), _CALIBRATION])]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -82,25 +96,28 @@ def program_hash(cell: Cell) -> str:
 
 
 def declared(make: Callable) -> str:
-    """A row's function as the interpreter reads it, with the constants that it names."""
+    """A row's function as the interpreter reads it, with the constants and helpers it names."""
     node = _node(make)
     scope = inspect.getclosurevars(make)
-    known = {**scope.globals, **scope.nonlocals}
-    plain = {k: v for k, v in sorted(known.items()) if isinstance(v, int | float | str)}
-    return f"{program(node)} {plain}"
+    known = sorted({**scope.globals, **scope.nonlocals}.items())
+    plain = {k: v for k, v in known if isinstance(v, int | float | str)}
+    helpers = [v for _, v in known if inspect.isfunction(v) and v.__module__ == Row.__module__]
+    return " ".join([program(node), str(plain), *map(declared, helpers)])
 
 
 def method_files(make: Callable) -> list[Path]:
     """The files of the methods that a row's function calls, and what they import."""
     package = Path(jp.__file__).parent
-    names = (
-        node.attr
+    modules = {"jp": jp, "train": train}
+    named = (
+        getattr(modules[node.value.id], node.attr)
         for node in ast.walk(_node(make))
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)
-        and node.value.id == "jp"
+        and node.value.id in modules
     )
-    files = [Path(inspect.getsourcefile(getattr(jp, name)) or "") for name in names]
+    paths = (Path(inspect.getsourcefile(what) or "") for what in named)
+    files = [path for path in paths if path not in _TUNED]
     found: set[Path] = set()
     while files:
         file = files.pop()
@@ -130,13 +147,6 @@ def _node(make: Callable) -> ast.AST:
 @functools.cache
 def _common() -> tuple[Path, ...]:
     return tuple(path for pattern in COMMON for path in sorted(ROOT.glob(pattern)))
-
-
-@functools.cache
-def _tuned() -> list[Path]:
-    """What rows that are trained in their own way depend on."""
-    own = [f"jaxpeft/train/{name}.py" for name in ("largest", "pruning", "rank_budget")]
-    return [ROOT / name for name in ("benchmarks/comparison/tuned.py", *own)]
 
 
 def _programs(files: Any) -> str:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from comparison import costs
+from comparison.calibration import cell_of
 from comparison.cell import Cell, Run, Trained
 from comparison.code import code_hash, program_hash
 from comparison.records import gap, pack, unpack
@@ -16,7 +17,6 @@ from comparison.rows import DESCENDANTS, FULL, PROBE, RANKS, ROWS, Row
 from comparison.sharing import SharedResults
 from comparison.sizes import SIZES
 from comparison.tasks import TASKS, Task
-from comparison.tuned import Tuned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,8 +300,7 @@ class _Work:
         task, steps = self.protocol.task(self.name), self.protocol.plan.length(self.row)
         if self.row == FULL:
             return _full(self.name, steps)
-        kind = Tuned if self.row.wrap or self.row.penalty else Cell
-        return kind(task, self.row, steps)
+        return cell_of(task, self.row, steps)
 
     @functools.cached_property
     def program(self) -> str:

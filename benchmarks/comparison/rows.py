@@ -4,12 +4,20 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
 import jaxpeft as jp
 from comparison.places import Places
+from jaxpeft import train
+from jaxpeft.tree import Hole
 
 RANK = 8
 VERA_RANK = 256  # of matrices that are not trained
 BLOCK = 4  # of a rotation
+EXPERTS = 4  # of a mixture
 ENTRIES = 0.02  # share of entries that is trained, about as many as LoRA's
 VIRTUAL = 20  # virtual tokens, where they are all there is
 
@@ -59,7 +67,7 @@ class Row:
       name: As in the results.
       paper: Whose method it is.
       family: Its rates, of FAMILIES.
-      make: From the places of a model to the method, without the head.
+      make: From the places of a model, and what it `needs`, to the method, without the head.
       length: Virtual positions in front of the input.
       swept: Tasks with a sweep of its rates; on others with one, its family's centre is taken.
       virtual: What stands there: "ids" beyond the table, or placeholders with "slots".
@@ -68,12 +76,14 @@ class Row:
       wrap: From the adapter's optimizer, the places and the steps to what it is trained with.
       penalty: Of the adapter, added to the mean loss.
       longer: How many times as many steps as the others it is trained.
+      needs: What it is told of the task's own batches before it is trained: second moments of the
+        inputs of the kernels, or gradients of the kernels.
     """
 
     name: str
     paper: str
     family: str
-    make: Callable[[Places], Any] | None
+    make: Callable[..., Any] | None
     length: int = 0
     virtual: Literal["ids", "slots"] = "ids"
     swept: tuple[str, ...] = ("snips", "e2e")
@@ -82,6 +92,7 @@ class Row:
     wrap: Callable[[Any, Places, int], Any] | None = None
     penalty: Callable[[Any], Any] | None = None
     longer: int = 1
+    needs: Literal["moments", "gradients"] | None = None
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -185,14 +196,56 @@ ROWS = [
 def _descendant(
     name: str,
     paper: str,
-    make: Callable[[Places], Any],
+    make: Callable[..., Any],
     family: str,
     decoder: str | None = None,
+    **own: Any,
 ) -> Row:
-    return Row(name, paper, family, make, decoder=decoder, swept=("snips",))
+    return Row(name, paper, family, make, decoder=decoder, swept=("snips",), **own)
 
 
-#: LoRA's descendants, rotations and sparse subnetworks.
+def _faster(tx: Any, p: Places, steps: int) -> Any:
+    """The factors `b` at LoRA+'s multiple of the rate."""
+    del steps
+    empty = lambda: {path: jnp.zeros(site.shape) for path, site in p.kernels.items()}  # noqa: E731
+    method = jp.lora(RANK, p.kernels)
+    frozen, _ = jax.eval_shape(lambda: jp.split(method(jax.random.key(0), empty())))
+    return train.lora_plus(lambda rate: optax.chain(tx, optax.scale(rate)), 1.0, frozen, p.sites)
+
+
+def _of_one_task(mixture: Any) -> Any:
+    """A mixture that is told once and for all of the one task that there is here."""
+
+    def fill(x: Any) -> Any:
+        return x.fill(0) if isinstance(x, Hole) and x.name == "task" else x
+
+    def method(key: jax.Array, tree: Any) -> Any:
+        return jax.tree.map(fill, mixture(key, tree), is_leaf=lambda x: isinstance(x, Hole))
+
+    return method
+
+
+def adalora(rank: int) -> Row:
+    """AdaLoRA with this rank on average in the end, from half as much again."""
+
+    def make(p: Places) -> Any:
+        return jp.adalora(3 * rank // 2, p.kernels, alpha=3 * rank)
+
+    def wrap(tx: Any, p: Places, steps: int) -> Any:
+        matrices = sum(int(np.prod(site.stack)) for site in p.kernels.values())
+        tenth, third = steps // 10, steps // 3
+        return train.rank_budget(
+            tx, rank * matrices, steps=steps, warmup=tenth, final=third, every=5
+        )
+
+    def penalty(adapter: Any) -> Any:
+        return 0.1 * jp.orthogonality(adapter)
+
+    paper, own = "Zhang et al. 2023", dict(wrap=wrap, penalty=penalty)
+    return _descendant("adalora", paper, make, "low rank", **own)
+
+
+#: LoRA's descendants, rotations, sparse subnetworks and mixtures.
 DESCENDANTS = [
     _descendant(
         "rslora",
@@ -218,6 +271,37 @@ DESCENDANTS = [
         lambda p: jp.olora(RANK, p.kernels),
         "low rank",
     ),
+    _descendant(
+        "eva",
+        "Paischer et al. 2024",
+        lambda p, moments: jp.eva(RANK, p.kernels, moments, alpha=2 * RANK),
+        "low rank",
+        needs="moments",
+    ),
+    _descendant(
+        "corda",
+        "Yang et al. 2024",
+        lambda p, moments: jp.corda(RANK, p.kernels, moments),
+        "low rank",
+        needs="moments",
+    ),
+    _descendant(
+        "lora_ga",
+        "Wang et al. 2024",
+        lambda p, gradients: jp.lora_ga(
+            RANK, p.kernels, gradients, alpha=2 * RANK, scaling="alpha/sqrt(r)"
+        ),
+        "low rank",
+        needs="gradients",
+    ),
+    _descendant(
+        "lora+",
+        "Hayou et al. 2024",
+        lambda p: jp.lora(RANK, p.kernels, alpha=2 * RANK),
+        "low rank",
+        wrap=_faster,
+    ),
+    adalora(RANK),
     _descendant(
         "lora_fa",
         "Zhang et al. 2023",
@@ -284,6 +368,22 @@ DESCENDANTS = [
         "Bhardwaj et al. 2024",
         lambda p: jp.sparse(ENTRIES, p.kernels),
         "entries",
+    ),
+    _descendant(
+        "moelora",
+        "Liu et al. 2023",
+        lambda p: _of_one_task(
+            jp.moelora(RANK, p.kernels, experts=EXPERTS, tasks=1, alpha=2 * RANK)
+        ),
+        "low rank",
+    ),
+    _descendant(
+        "poly",
+        "Ponti et al. 2022",
+        lambda p: _of_one_task(
+            jp.poly(RANK // EXPERTS, p.kernels, skills=EXPERTS, tasks=1, alpha=2 * RANK)
+        ),
+        "low rank",
     ),
 ]
 

@@ -19,7 +19,7 @@ def in_float32():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A data folder like the real one, with models drawn at random."""
-    from comparison import cell, costs, tasks
+    from comparison import calibration, cell, costs, tasks
 
     from . import small
 
@@ -31,6 +31,7 @@ def data(tmp_path_factory):
     patch.setitem(tasks.LENGTHS, "minilm", (6, 12))
     patch.setitem(tasks.LENGTHS, "stories260k", (48,))
     patch.setattr(cell, "MAX_NEW", 4)
+    patch.setattr(calibration, "PROBE_STEPS", 2)
     patch.setattr(cell, "ASKED", 2)
     patch.setattr(costs, "SHAPES", {"1x16": (1, 4), "32x128": (2, 8)})
     patch.setattr(costs, "STORIES", 2)
@@ -42,10 +43,11 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def task(data):
     """A task by name, made once."""
-    from comparison import costs, protocol, tasks
+    from comparison import calibration, costs, protocol, tasks
 
     with jax.enable_x64(False):
         made = {name: make() for name, make in tasks.TASKS.items()}
     yield made.__getitem__
-    for cached in (tasks.base, protocol._task, costs.sentences, costs.stories):
+    cached_here = (calibration.calibration, costs.sentences, costs.stories)
+    for cached in (tasks.base, protocol._task, *cached_here):
         cached.cache_clear()

@@ -80,7 +80,7 @@ def _stories(folder, texts):
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
     config = decoder.Config(
-        tokenizer.get_vocab_size(), 16, 32, 2, 2, 1, 8, tied=True, context=128, eos=(2,)
+        tokenizer.get_vocab_size(), 16, 32, 2, 2, 1, 16, tied=True, context=128, eos=(2,)
     )
     # Large enough that what a token is depends on all that came before.
     params = jax.tree.map(

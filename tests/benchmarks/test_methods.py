@@ -17,6 +17,7 @@ pytest.importorskip("sacrebleu", reason="BLEU needs it: pip install 'jaxpeft[ben
 
 import prompts  # noqa: E402
 from comparison import (  # noqa: E402
+    calibration,
     cell,
     code,
     command,
@@ -46,7 +47,7 @@ CELLS = [
 
 @pytest.mark.parametrize("method, name", CELLS)
 def test_every_method_fits_its_model_and_trains_numbers_of_its_own(task, method, name):
-    work = cell.Cell(task(name), WHOLE.row(method), steps=1)
+    work = calibration.cell_of(task(name), WHOLE.row(method), steps=30)
     frozen, adapter = work.untrained(0)
     batch = next(work.batches(0))
     loss, count = jax.eval_shape(work.loss, adapter, frozen, batch, None)
@@ -56,14 +57,49 @@ def test_every_method_fits_its_model_and_trains_numbers_of_its_own(task, method,
 
 @pytest.mark.parametrize(
     "method, name",
-    [("probe", "e2e"), ("lora", "snips"), ("unipelt", "e2e"), ("p-tuning v2", "snips")],
+    [
+        ("probe", "e2e"),
+        ("lora", "snips"),
+        ("unipelt", "e2e"),
+        ("p-tuning v2", "snips"),
+        ("lora_ga", "e2e"),
+        ("moelora", "e2e"),
+    ],
 )
 def test_a_step_moves_a_methods_numbers_and_the_head(task, method, name):
-    work = cell.Cell(task(name), WHOLE.row(method), steps=1)
+    work = calibration.cell_of(task(name), WHOLE.row(method), steps=1)
     before = work.untrained(0).adapter
     after = work.train(1e-2, seed=0).adapter
     moved = {work.labels[path] for path in before if not np.array_equal(before[path], after[path])}
     assert moved == ({"head"} if method == "probe" else {"head", "adapter"})
+
+
+def test_lora_plus_moves_b_further_by_its_ratio(task):
+    work = calibration.cell_of(task("snips"), WHOLE.row("lora+"), steps=1)
+    adapter = work.untrained(0).adapter
+    tx = work.tx(1e-3)
+    slopes = jax.tree.map(jnp.ones_like, adapter)
+    moved, _ = tx.update(slopes, tx.init(adapter), adapter)
+    found = {path: float(jnp.max(jnp.abs(x))) for path, x in moved.items()}
+    for path, size in found.items():
+        rate = {"a": 1e-3, "b": 16e-3}.get(path.rpartition("/")[2], cell.HEAD_RATE)
+        assert size == pytest.approx(rate, rel=1e-3), path
+
+
+@pytest.mark.parametrize("name", ["snips", "e2e"])
+def test_a_method_is_told_of_the_tasks_own_batches(task, name):
+    seen = calibration.calibration(task(name))
+    kernels = seen.probe.sites.match("trunk/layers/*kernel")
+    real = sum(int(batch.mask.sum()) for batch in seen.batches)
+    for moments in seen.moments(kernels).values():
+        np.testing.assert_array_equal(moments.rows, real)  # padding does not count
+
+    def mean_loss(params):
+        return sum(seen.loss(params, batch) for batch in seen.batches) / len(seen.batches)
+
+    slopes = jax.grad(mean_loss)(seen.params)["trunk"]["layers"]["mlp"]["down"]["kernel"]
+    found = seen.gradients(kernels)["trunk/layers/mlp/down/kernel"]
+    np.testing.assert_allclose(found, slopes, rtol=1e-4, atol=1e-4 * float(jnp.abs(slopes).max()))
 
 
 def test_every_row_has_the_same_head_and_batches_for_a_seed(task):
@@ -399,6 +435,11 @@ def test_a_result_depends_on_its_own_method_and_on_no_other():
     assert len(set(hashes.values())) == len(hashes)
     files = {row.name: {x.name for x in code.method_files(row.make)} for row in WHOLE.rows[1:]}
     assert files["lora"] == {"lora.py", "dropping.py"} and "hybrids.py" in files["mam"]
+    faster = code.method_files(WHOLE.row("lora+").wrap)
+    assert "lora_plus.py" in {x.name for x in faster}
+    told = dataclasses.replace(WHOLE.row("eva"), needs="gradients")
+    assert code.code_hash(told) != hashes["eva"]
+    assert "fill" in code.declared(WHOLE.row("poly").make)  # what helps it
     lora = WHOLE.row("lora")
     other = dataclasses.replace(lora, make=lambda p: jp.lora(rows.RANK, p.queries))
     assert code.code_hash(other) != hashes["lora"]

@@ -54,8 +54,7 @@ def test_adalora_gives_ranks_up_until_the_budget_is_met(task):
 
 
 @pytest.mark.parametrize("score", ["magnitude", "snip", "grasp", "obs"])
-def test_a_tenth_of_the_entries_is_chosen_by_a_score(task, score, monkeypatch):
-    monkeypatch.setattr(named, "PROBE_STEPS", 2)
+def test_a_tenth_of_the_entries_is_chosen_by_a_score(task, score):
     named._masks.cache_clear()
     cell = protocol.Cell(task("snips"), named.CHOSEN[score], STEPS)
     values = {k: v for k, v in cell.untrained(0).adapter.items() if k.endswith("/values")}
