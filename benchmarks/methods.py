@@ -31,8 +31,8 @@ killed; it starts anew where a change of code has changed what is computed.
     --table              writes results/methods.md and methods.png from the runs and runs nothing
     --json               the last line is the summary
 
-About fourteen hours on 2 cores, estimated: a row that is swept on SNIPS takes a quarter of an hour
-of one core, one at its centre on E2E five minutes.
+About fourteen hours on 2 cores, estimated: rows that are swept on SNIPS have taken 15 to 24
+minutes of one core; one at its centre on E2E is taken to need five.
 """
 
 import os

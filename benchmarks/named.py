@@ -27,7 +27,7 @@ if __name__ == "__main__":  # before jax starts
 import jax
 import optax
 from comparison import report
-from comparison.calibration import calibration
+from comparison.calibration import Calibration, calibration
 from comparison.command import main
 from comparison.places import Places
 from comparison.protocol import Plan
@@ -103,9 +103,15 @@ LONG = {
 
 
 @functools.cache
+def _seen() -> Calibration:
+    """The base under which scores are taken; its head is trained once for all of them."""
+    return calibration(TASKS["snips"]())
+
+
+@functools.cache
 def _masks(score: str, density: float = DENSITY) -> dict[str, jax.Array]:
     """This share of the entries, those with the largest scores of all matrices together."""
-    seen = calibration(TASKS["snips"]())
+    seen = _seen()
     kernels = seen.probe.sites.match("trunk/layers/*kernel")
     if score == "random":
         found = {

@@ -19,7 +19,7 @@ PROBE_STEPS = 150  # of the head
 
 
 class Calibration(NamedTuple):
-    """A task's base with a trained head, and batches that have not been trained on in order."""
+    """A task's base with a trained head, and batches drawn from what it trains on."""
 
     probe: Cell
     params: Any

@@ -50,15 +50,14 @@ COMMON = (
 
 #: What rows that are trained in their own way depend on.
 TUNED = (
-    "benchmarks/comparison/tuned.py",
-    *(f"jaxpeft/train/{name}.py" for name in ("largest", "pruning", "rank_budget")),
+    ROOT / "benchmarks/comparison/tuned.py",
+    *(ROOT / f"jaxpeft/train/{name}.py" for name in ("largest", "pruning", "rank_budget")),
 )
+#: What rows depend on that are told of their task's batches.
+CALIBRATION = ROOT / "benchmarks/comparison/calibration.py"
 
 #: What no program shows: which data are read, and how outputs are scored.
 SCORING = ("files", "tasks", "places", "cell", "costs", "records")
-
-_TUNED = [ROOT / name for name in TUNED]
-_CALIBRATION = ROOT / "benchmarks/comparison/calibration.py"
 
 
 @functools.cache
@@ -69,10 +68,10 @@ def code_hash(row: Row) -> str:
     if row.make is not None:
         parts += [declared(row.make), _programs(method_files(row.make))]
     for more in filter(None, (row.wrap, row.penalty)):
-        parts += [declared(more), _programs([*method_files(more), *_TUNED])]
+        parts += [declared(more), _programs([*method_files(more), *TUNED])]
     if row.needs is not None:
         told = getattr(Calibration, row.needs)
-        parts += [declared(told), _programs([*method_files(told), _CALIBRATION])]
+        parts += [declared(told), _programs([*method_files(told), CALIBRATION])]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -117,7 +116,7 @@ def method_files(make: Callable) -> list[Path]:
         and node.value.id in modules
     )
     paths = (Path(inspect.getsourcefile(what) or "") for what in named)
-    files = [path for path in paths if path not in _TUNED]
+    files = [path for path in paths if path not in TUNED]
     found: set[Path] = set()
     while files:
         file = files.pop()

@@ -56,6 +56,7 @@ def test_adalora_gives_ranks_up_until_the_budget_is_met(task):
 @pytest.mark.parametrize("score", ["magnitude", "snip", "grasp", "obs"])
 def test_a_tenth_of_the_entries_is_chosen_by_a_score(task, score):
     named._masks.cache_clear()
+    named._seen.cache_clear()
     cell = protocol.Cell(task("snips"), named.CHOSEN[score], STEPS)
     values = {k: v for k, v in cell.untrained(0).adapter.items() if k.endswith("/values")}
     masks = named._masks(score)
