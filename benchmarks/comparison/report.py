@@ -158,7 +158,8 @@ def table(found: dict[str, Any], plan: Plan) -> str:
 
 def _table_row(row: Row, cell: dict[str, Any]) -> str:
     rates = row.rates
-    edge = rates and not min(rates) < cell["rate"] < max(rates)
+    # One beyond has been tried wherever the best of them was an end: only it can be an end itself.
+    edge = rates and not min(rates) <= cell["rate"] <= max(rates)
     rate = "" if not rates else f"({cell['rate']:.2g})" if edge else f"{cell['rate']:.2g}"
     spread = cell["score_deviation"]
     error = cell["probe_gap_error"]

@@ -600,6 +600,24 @@ def test_the_table_and_the_figure_are_made_from_the_file_alone(finished, tmp_pat
     assert (tmp_path / "methods.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    ("of", "shown"),
+    [
+        (lambda low, centre, high: low / 3, "({:.2g})"),
+        (lambda low, centre, high: low, "{:.2g}"),
+        (lambda low, centre, high: high, "{:.2g}"),
+        (lambda low, centre, high: high * 3, "({:.2g})"),
+    ],
+)
+def test_a_rate_is_in_brackets_where_none_beyond_it_was_tried(finished, of, shown):
+    found = report.summary(report.latest(records.Results(finished[0]), PLAN), PLAN)
+    rate = of(*PLAN.row("full").rates)
+    found["tasks"]["snips"]["full"]["rate"] = rate
+    snips = report.table(found, PLAN).split("## snips")[1].splitlines()
+    line = next(x for x in snips if x.startswith("| full"))
+    assert line.split(" | ")[5] == shown.format(rate)
+
+
 def test_the_command_says_what_data_it_lacks(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("JAXPEFT_DATA", str(tmp_path / "nothing"))
     monkeypatch.setattr(command, "RESULTS", tmp_path)
