@@ -81,7 +81,7 @@ def main(
         if options.table:
             report.figure(found, RESULTS / f"{name}.png")
             text = report.table(found, plan) + more(lines, plan)
-            text += f"\n![Quality against what it costs]({name}.png)\n"
+            text += f"\n![Quality, and what it costs]({name}.png)\n"
             (RESULTS / f"{name}.md").write_text(text)
     except (FileNotFoundError, ValueError, ImportError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -190,27 +190,38 @@ def _both(ratios: dict[str, float | None]) -> str:
 
 
 def figure(found: dict[str, Any], path: Path) -> None:
-    """Quality against parameters, memory and time, a row of panels for each task."""
+    """Quality and what it costs: a line for each method, the best on top, a panel for each cost."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("The figures need matplotlib: pip install 'jaxpeft[figure]'.") from None
-    tasks = {task: cells for task, cells in found["tasks"].items() if task not in PARITY}
-    against = {
-        "trainable numbers, without the head": lambda cell: max(cell["trainable"], 1),
+    cells_of = found["tasks"]
+    tasks = {task: cells for task, cells in cells_of.items() if task not in PARITY} or cells_of
+    costs = {
+        "trainable, without the head": lambda cell: max(cell["trainable"], 1),
         "peak MiB of a step": lambda cell: cell["peak_bytes"] / 2**20,
-        "time of a step over full fine-tuning's": lambda cell: cell["step_time_vs_full"],
+        "step over full fine-tuning's": lambda cell: cell["step_time_vs_full"],
     }
-    canvas = Figure(figsize=(15, 4.5 * max(len(tasks), 1)), layout="constrained")
-    panels = canvas.subplots(max(len(tasks), 1), len(against), squeeze=False)
-    for line, (task, cells) in zip(panels, tasks.items(), strict=False):
-        for axes, (label, value) in zip(line, against.items(), strict=True):
-            for method, cell in cells.items():
-                x, y, error = value(cell), cell["score"], cell["score_deviation"]
-                axes.errorbar(x, y, error or 0.0, fmt="o", markersize=4)
-                axes.annotate(method, (x, y), xytext=(4, 3), textcoords="offset points", size=8)
+    lines = [len(cells) + 4 for cells in tasks.values()]  # four for the labels below
+    canvas = Figure(figsize=(13, 0.19 * sum(lines)), layout="constrained")
+    panels = canvas.subplots(
+        len(tasks), 1 + len(costs), squeeze=False, sharey="row", height_ratios=lines
+    )
+    for row, (task, cells) in zip(panels, tasks.items(), strict=True):
+        ranked = dict(sorted(cells.items(), key=lambda item: item[1]["score"]))
+        scores = [cell["score"] for cell in ranked.values()]
+        errors = [cell["score_deviation"] or 0.0 for cell in ranked.values()]
+        quality, *rest = row
+        quality.errorbar(scores, list(ranked), xerr=errors, fmt="o", markersize=4)
+        quality.set_xlabel(f"{task}: {next(iter(cells.values()))['metric']}")
+        for axes, (label, cost) in zip(rest, costs.items(), strict=True):
+            values = [cost(cell) for cell in ranked.values()]
+            axes.plot(values, list(ranked), "o", color="tab:gray", markersize=4)
+            axes.set_xlabel(label)
             if "trainable" in label:
                 axes.set_xscale("log")
-            axes.margins(x=0.15)  # for the names, to the right of the points
-            axes.set(xlabel=label, ylabel=f"{task}: {next(iter(cells.values()))['metric']}")
+        for axes in row:
+            axes.grid(alpha=0.3)
+            axes.tick_params(labelsize=8)
+            axes.margins(y=1 / len(cells))
     canvas.savefig(path, dpi=120)
