@@ -38,7 +38,7 @@ def main(
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", action="store_true", help="print the summary as the last line")
-    parser.add_argument("--short", action="store_true", help="10 minutes, a file of its own")
+    parser.add_argument("--short", action="store_true", help="some minutes, a file of its own")
     parser.add_argument("--cell", nargs=2, metavar=("METHOD", "TASK"), help="do one again")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="run these alone")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="share the work")
