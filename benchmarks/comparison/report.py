@@ -198,7 +198,7 @@ def figure(found: dict[str, Any], path: Path) -> None:
     cells_of = found["tasks"]
     tasks = {task: cells for task, cells in cells_of.items() if task not in PARITY} or cells_of
     costs = {
-        "trainable, without the head": lambda cell: max(cell["trainable"], 1),
+        "trainable, without the head": lambda cell: cell["trainable"],
         "peak MiB of a step": lambda cell: cell["peak_bytes"] / 2**20,
         "step over full fine-tuning's": lambda cell: cell["step_time_vs_full"],
     }
@@ -219,7 +219,7 @@ def figure(found: dict[str, Any], path: Path) -> None:
             axes.plot(values, list(ranked), "o", color="tab:gray", markersize=4)
             axes.set_xlabel(label)
             if "trainable" in label:
-                axes.set_xscale("log")
+                axes.set_xscale("symlog", linthresh=100)  # the probe has none
         for axes in row:
             axes.grid(alpha=0.3)
             axes.tick_params(labelsize=8)
