@@ -134,12 +134,15 @@ class Skills(Weight):
             key = jax.random.fold_in(self.key.array, self.key.site.salt)
             logits = logits + jax.random.logistic(key, logits.shape, logits.dtype)
         share = shares_of(skill_shares(logits), self.task, x, self.path)
-        own = share[..., None, :, None]
+        share = share[..., None, :]  # the same in each group of a convolution
         low = x @ self.a
         skills, columns = share.shape[-1], self.a.array.shape[-1]
         grouped = low.reshape(*low.shape[:-1], -1, skills, columns // skills)
-        mean = jnp.sum(grouped * own, axis=-2, keepdims=True)  # x @ a_t
-        return x @ self.w + self.scale * ((mean * own).reshape(low.shape) @ self.b)
+        # Not `sum(grouped * share)`: XLA 0.10 on CPU puts that sum and the products around it in
+        # one kernel, which gives wrong numbers in float32 (tests/conformance/test_float32.py).
+        mean = jnp.einsum("...kr,...k->...r", grouped, share)  # x @ a_t
+        own = mean[..., None, :] * share[..., None]
+        return x @ self.w + self.scale * (own.reshape(low.shape) @ self.b)
 
 
 def skill_shares(logits: jax.Array) -> jax.Array:

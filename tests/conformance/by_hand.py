@@ -162,7 +162,7 @@ def moelora(adapter, given):
 
 
 def poly(adapter, given):
-    """Three skills of rank 2, of which the task has weighed means."""
+    """Four skills of rank 2, of which the task has weighed means."""
 
     def product(path, h, w, b=0.0, layer=None, around=None):
         y = h @ w + b
@@ -172,8 +172,8 @@ def poly(adapter, given):
         a, low, logits = found
         open_ = 1 / (1 + jnp.exp(-logits[given["task"]]))
         share = open_ / open_.sum()
-        mean_a = sum(share[k] * a[:, 2 * k : 2 * k + 2] for k in range(3))
-        mean_b = sum(share[k] * low[2 * k : 2 * k + 2] for k in range(3))
+        mean_a = sum(share[k] * a[:, 2 * k : 2 * k + 2] for k in range(4))
+        mean_b = sum(share[k] * low[2 * k : 2 * k + 2] for k in range(4))
         return y + 1.5 * (h @ mean_a @ mean_b)
 
     return product

@@ -210,7 +210,7 @@ def _moelora(sites, dtype):
 
 
 def _poly(sites, dtype):
-    return jp.poly(2, sites.linear, skills=3, tasks=4, alpha=3.0, dtype=dtype)
+    return jp.poly(2, sites.linear, skills=4, tasks=3, alpha=3.0, dtype=dtype)
 
 
 def _gates(sites, dtype):
