@@ -31,7 +31,7 @@ killed; it starts anew where a change of code has changed what is computed.
     --table              writes results/methods.md and methods.png from the runs and runs nothing
     --json               the last line is the summary
 
-About fourteen hours on 2 cores, estimated: these are 536 runs, and 110 of them took 168 minutes.
+About thirteen hours on 2 cores, estimated: these are 536 runs, and 164 of them took 238 minutes.
 """
 
 import os
