@@ -142,7 +142,7 @@ NUMBERS = {
     "trainable tokens": 11 * D,
     "moelora": 4 * (D + F) + 4 * (F + D) + 5 * (3 + 2),
     "xlora": 2 * 2 * (5 + 1),
-    "poly": 2 * (3 * 2 * (D + F) + 4 * 3),
+    "poly": 2 * (4 * 2 * (D + F) + 3 * 4),
     "mam": L * (2 * 2 * KEYS + 2 * 3 * D + 3 + D),
     # Each gate is a vector of its input and one number.
     "unipelt": L * (2 * 2 * (D + KEYS) + 2 * 2 * KEYS + 2 * 3 * D + 3 + D + 4 * (D + 1)),
