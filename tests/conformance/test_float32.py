@@ -13,7 +13,7 @@ import pytest
 import jaxpeft as jp
 
 from .methods import METHODS
-from .rows.row import activations, attend, norm, params, tokens
+from .rows.row import activations, attend, norm, params, random, tokens
 from .subject import is_real, real
 
 B, T, D, F, N, H, V = 4, 160, 64, 172, 2, 16, 29
@@ -33,12 +33,12 @@ def model(p, x, ids):
     return norm(x + jnp.tanh(x @ p["up"]) @ p["down"], p["mlp_scale"]) + p["mlp_bias"]
 
 
-def wide(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float64) if is_real(x) else x, tree)
+def to(dtype):
+    """A cast of the real numbers of a tree."""
+    return lambda tree: jax.tree.map(lambda x: x.astype(dtype) if is_real(x) else x, tree)
 
 
-def narrow(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if is_real(x) else x, tree)
+wide, narrow = to(jnp.float64), to(jnp.float32)
 
 
 def given(method, sites, args):
@@ -68,12 +68,15 @@ def test_it_is_what_it_is_in_float64(method, call):
     sites = jp.sites(model, base, *narrow(ARGS))
     args = method.args(narrow(ARGS), sites)
     frozen, start = jp.split(method.make(sites, jnp.float32)(jax.random.key(1), base))
-    adapter = {k: v + params(**{k: v.shape})[k].astype(v.dtype) / 4 for k, v in start.items()}
+    adapter = {
+        k: v + random(*v.shape, seed=i, scale=0.1).astype(v.dtype)
+        for i, (k, v) in enumerate(start.items())
+    }
     told = given(method, sites, args)
 
-    def run(to):
+    def run(cast):
         # What is told stays a constant of the program, like the number of a task in training.
-        return real(jax.jit(lambda *x: call(*x, to(told)))(*map(to, (frozen, adapter, args))))
+        return real(jax.jit(lambda *x: call(*x, cast(told)))(*map(cast, (frozen, adapter, args))))
 
     exact, found = run(wide), run(narrow)
     total = np.sqrt(sum(np.linalg.norm(y) ** 2 for y in exact))
