@@ -75,9 +75,10 @@ from jaxpeft.methods import (
     without_virtual,
     xlora,
 )
+from jaxpeft.one_tree import labels, mask, trainable_only
 from jaxpeft.quant import loftq, quantize, requantize
 from jaxpeft.sites import Part, Site, Sites, sites
-from jaxpeft.tree import Hole, Train, base, combine, count, labels, mask, split
+from jaxpeft.tree import Hole, Train, base, combine, count, split
 from jaxpeft.weight import View, Weight
 
 __version__ = "0.1.0"
@@ -168,6 +169,7 @@ __all__ = [
     "sparse",
     "split",
     "template",
+    "trainable_only",
     "trainable_tokens",
     "unfreeze",
     "unipelt",

@@ -11,7 +11,10 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
+from jaxpeft.exporting import exportable
 
+
+@exportable
 class Digit(NamedTuple):
     """Part of the index along `axis` of the array called `of`."""
 

@@ -221,6 +221,11 @@ def lift(
       NotAMatrixError: A bottleneck adapter, a prompt or the like stands where the model does
         something with the weight that it cannot follow; names path, primitive and line.
     """
+    if not callable(fn):
+        raise TypeError(
+            f"`lift` takes a function and was given a {type(fn).__name__}, which cannot be called: "
+            "write `lift(fn)(tree, ...)`, not `lift(fn(tree, ...))`."
+        )
     named: dict[Any, Any] = {"warn": _warn, "error": _raise, "allow": lambda event: None}
     report = named.get(materialize, materialize)
     if not callable(report):
@@ -312,7 +317,9 @@ def merge(tree: Any, *, dtype: Any = None) -> Any:
 
     Raises:
       NotAMatrixError: A weight in the tree is no matrix; names its path.
+      ValueError: Something in the tree waits for `split` or `combine`; names it.
     """
+    check_filled(tree, "merge")
 
     def one(view: View) -> jax.Array:
         for w in chain_of(view.weight):

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.sites import Sites
+from jaxpeft.tree import check_key, is_array
+
+_MISSING: Any = object()
 
 
 # Equal only to itself: `jax.jit` needs a hash, and options hold mappings and arrays.
@@ -31,7 +34,23 @@ class Method:
     options: Mapping[str, Any]
     apply: Callable[[jax.Array, Any], Any] = dataclasses.field(repr=False)
 
-    def __call__(self, key: jax.Array, tree: Any) -> Any:
+    def __call__(self, key: jax.Array, tree: Any = _MISSING) -> Any:
+        """The tree with this method's weights in it.
+
+        Raises:
+          TypeError: The key is none, is missing, or stands in the place of the tree.
+        """
+        who = f"{self.name}(...)(key, params)"
+        if tree is _MISSING:
+            raise TypeError(
+                f"`{who}`: a method takes a PRNG key and the params, "
+                f"`method(jax.random.key(0), params)`; it was given a {type(key).__name__} alone."
+            )
+        if is_array(tree) and jnp.issubdtype(tree.dtype, jax.dtypes.prng_key):
+            raise TypeError(
+                f"`{who}`: the key comes first; it was given a {type(key).__name__} and then a key."
+            )
+        check_key(key, who)
         return self.apply(key, tree)
 
 

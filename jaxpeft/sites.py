@@ -17,14 +17,16 @@ import jax
 
 from jaxpeft import tracing
 from jaxpeft.axes import Digit
+from jaxpeft.exporting import exportable
 from jaxpeft.lift import Materialized, lift
 from jaxpeft.tracing import Use
-from jaxpeft.tree import flatten
+from jaxpeft.tree import flatten, is_array
 from jaxpeft.weight import IN, OUT, STACK, Axis, View, Weight, base, dense, weight
 
 Pattern = str | re.Pattern | Callable[["Site"], bool]
 
 
+@exportable
 @dataclasses.dataclass(frozen=True)
 class Part:
     """A part of the output axis: block `index` of `of` equal ones, in each of `groups` groups.
@@ -397,23 +399,34 @@ def sites(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Sites:
 
     Args:
       fn: Any JAX function of a parameter tree.
-      params: Arrays or `jax.ShapeDtypeStruct`s, in any pytree.
+      params: Arrays or `jax.ShapeDtypeStruct`s, in any pytree. Other leaves (functions,
+        strings, numbers of Python) reach `fn` as they are and are no parameters.
       args, kwargs: As `fn` takes them. Arrays may be shapes too; anything else (flags,
         strings) reaches `fn` as it is.
 
     Returns:
       The parameters by path, with roles for their axes. Printing it shows the table.
+
+    Raises:
+      TypeError: `fn` is no function.
     """
-    flat, treedef = flatten(params)
+    if not callable(fn):
+        raise TypeError(
+            f"`sites(fn, params, *inputs)`: the function comes first, and {type(fn).__name__} "
+            "cannot be called."
+        )
+    leaves, treedef = flatten(params)
+    flat = {path: x for path, x in leaves.items() if is_array(x)}
     rest, rest_tree = jax.tree.flatten((args, kwargs))
-    at = [i for i, x in enumerate(rest) if hasattr(x, "shape") and hasattr(x, "dtype")]
+    at = [i for i, x in enumerate(rest) if is_array(x)]
 
     def flat_fn(arrays: list, data: list) -> Any:
         values = list(rest)
         for i, x in zip(at, data, strict=True):
             values[i] = x
         args, kwargs = jax.tree.unflatten(rest_tree, values)
-        return fn(jax.tree.unflatten(treedef, arrays), *args, **kwargs)
+        every = {**leaves, **dict(zip(flat, arrays, strict=True))}
+        return fn(jax.tree.unflatten(treedef, list(every.values())), *args, **kwargs)
 
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat.values()]
     data = [jax.ShapeDtypeStruct(rest[i].shape, rest[i].dtype) for i in at]

@@ -25,6 +25,8 @@ from jax import lax
 
 from jaxpeft import axes as digits
 from jaxpeft.axes import Dim
+from jaxpeft.exporting import exportable, exportable_node
+from jaxpeft.misuse import NotAnArray
 
 T = TypeVar("T")
 
@@ -71,8 +73,9 @@ def weight(cls: type[T]) -> type[T]:
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     meta = [f.name for f in fields if f.metadata.get("static")]
-    return jax.tree_util.register_dataclass(
-        cls, data_fields=[f.name for f in fields if f.name not in meta], meta_fields=meta
+    data = [f.name for f in fields if f.name not in meta]
+    return exportable_node(
+        jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta), meta
     )
 
 
@@ -402,6 +405,7 @@ def refold(x: jax.Array, shape: Sequence[int]) -> jax.Array:
 # --- Views ---------------------------------------------------------------------------------
 
 
+@exportable
 @dataclasses.dataclass(frozen=True)
 class Axis:
     """One axis of the array that a view replaces."""
@@ -416,9 +420,10 @@ Run = tuple[tuple[int, ...], tuple[int, int]]
 _KEY = jax.tree_util.GetAttrKey("weight")
 
 
+@exportable_node
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
-class View:
+class View(NotAnArray):
     """A weight at the place of an array.
 
     Attributes:
@@ -439,13 +444,27 @@ class View:
     path: str = ""
     natural: bool = True
 
+    def tree_flatten(self) -> tuple:
+        return (self.weight,), (self.axes, self.dims, self.dtype, self.path, self.natural)
+
     def tree_flatten_with_keys(self) -> tuple:
-        meta = (self.axes, self.dims, self.dtype, self.path, self.natural)
-        return ((_KEY, self.weight),), meta
+        (weight,), meta = self.tree_flatten()
+        return ((_KEY, weight),), meta
 
     @classmethod
     def tree_unflatten(cls, meta: tuple, children: tuple) -> "View":
         return cls(children[0], *meta)
+
+    def misuse(self, what: str) -> str:
+        inside = jax.tree.leaves(self.weight, is_leaf=lambda x: isinstance(x, NotAnArray))
+        if marks := [x for x in inside if isinstance(x, NotAnArray)]:
+            return marks[0].misuse(what)
+        return (
+            f"{what} on the parameter '{self.path}', where a `{type(self.weight).__name__}` stands "
+            "in the place of an array. Call the function through `lift`, which knows what to do "
+            "with it: `jaxpeft.lift(fn)(tree, ...)`. Where arrays are needed, as for export, "
+            "`jaxpeft.merge(tree)` makes them."
+        )
 
     @classmethod
     def of(cls, array: Any, axes: Sequence[Axis], path: str = "") -> "View":

@@ -12,7 +12,7 @@ import numpy as np
 from jaxpeft.method import Method
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.lora import LowRank, low_rank
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_whole, place, takes_sites
 from jaxpeft.methods.trained import options_of, taken_apart
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
@@ -52,6 +52,7 @@ class Triplets(Weight):
         return dense(self.w) + self.scale * (self.a * self.values) @ self.b
 
 
+@takes_sites
 def adalora(
     rank: int | Mapping[str, int],
     sites: Sites,

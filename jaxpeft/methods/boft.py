@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxpeft.method import Method
 from jaxpeft.methods.ia3 import ScaledOut
 from jaxpeft.methods.oft import RotatedIn, check_blocks, rotations
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_whole, place, takes_sites
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, View, Weight, axes, base, static, weight
@@ -54,6 +54,7 @@ class Butterfly(Weight):
         return rotations(skew, self.block).reshape(self.factors, -1, self.block)
 
 
+@takes_sites
 def boft(
     block: int | Mapping[str, int],
     sites: Sites,

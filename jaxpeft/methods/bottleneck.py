@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.dropping import check_rate, dropout_key, dropped
-from jaxpeft.methods.placing import bias_of, check_whole, place, vector_of
+from jaxpeft.methods.placing import bias_of, check_whole, place, takes_sites, vector_of
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import Unsupported, View, Weight, axes, base, static, weight
@@ -123,6 +123,7 @@ class Add(Weight):
         return x @ self.w + dropped(change, self.key, self.dropout)
 
 
+@takes_sites
 def bottleneck(
     width: int,
     sites: Sites,
@@ -232,6 +233,7 @@ def bottleneck(
     )
 
 
+@takes_sites
 def parallel(
     width: int,
     inputs: Sites,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.lift import lift
-from jaxpeft.methods.placing import place
+from jaxpeft.methods.placing import place, takes_sites
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train, combine, flatten, split
 from jaxpeft.weight import IN, View, Weight, axes, base, is_view, static, weight
@@ -86,6 +86,7 @@ class Observed(Weight):
         return _observed(x, moments, counted) @ self.w
 
 
+@takes_sites
 def input_moments(
     fn: Callable[[Any, Any], Any],
     params: Any,
@@ -165,6 +166,7 @@ def input_moments(
     return by_path
 
 
+@takes_sites
 def mean_gradients(
     loss_fn: Callable[[Any, Any], jax.Array],
     params: Any,

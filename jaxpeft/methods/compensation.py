@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from jaxpeft.methods.calibration import Moments, check_moments, chosen_arrays
 from jaxpeft.methods.masks import unpacked
-from jaxpeft.methods.placing import check_whole
+from jaxpeft.methods.placing import check_whole, takes_sites
 from jaxpeft.sites import Sites
 
 
+@takes_sites
 def compensate(
     params: Any,
     sites: Sites,

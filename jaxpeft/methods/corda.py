@@ -9,10 +9,12 @@ import numpy as np
 
 from jaxpeft.method import Method
 from jaxpeft.methods.calibration import Moments, check_moments, seems_finite
+from jaxpeft.methods.placing import takes_sites
 from jaxpeft.methods.shifting import starting_at
 from jaxpeft.sites import Site, Sites
 
 
+@takes_sites
 def corda(
     rank: int | Mapping[str, int],
     sites: Sites,

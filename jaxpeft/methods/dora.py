@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxpeft.method import Method
 from jaxpeft.methods.ia3 import ScaledOut
 from jaxpeft.methods.lora import LowRank, low_rank
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_whole, place, takes_sites
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import View, Weight, axes, base, dense, static, weight
@@ -61,6 +61,7 @@ class Decomposed(Weight):
         return magnitude / length
 
 
+@takes_sites
 def dora(
     rank: int | Mapping[str, int],
     sites: Sites,

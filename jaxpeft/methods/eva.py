@@ -13,12 +13,13 @@ import numpy as np
 from jaxpeft.method import Method
 from jaxpeft.methods.calibration import Moments, check_moments
 from jaxpeft.methods.lora import LowRank, lora, low_rank
-from jaxpeft.methods.placing import place
+from jaxpeft.methods.placing import place, takes_sites
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, View
 
 
+@takes_sites
 def eva(
     rank: int,
     sites: Sites,

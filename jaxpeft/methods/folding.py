@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxpeft.tree import Hole, flatten
+from jaxpeft.tree import Expected, Hole, flatten, unflatten
 from jaxpeft.weight import View, Weight, base_field, is_view
 
 
@@ -41,7 +41,9 @@ def fold(frozen: Any, adapter: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         made = dataclasses.replace(view, weight=_filled(w, adapter)).derived()
         names = {field: f"{path}/{field}" for field in made}
         rows.update({names[field]: array for field, array in made.items()})
-        return w.acting(**{field: Hole(name) for field, name in names.items()})
+        expects = {field: Expected.like(array, "fold") for field, array in made.items()}
+        holes = {field: Hole(name, expects=expects[field]) for field, name in names.items()}
+        return w.acting(**holes)
 
     for path, leaf in flat.items():
         if is_view(leaf):
@@ -52,7 +54,7 @@ def fold(frozen: Any, adapter: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
             "Nothing in this tree has an encoder that could be folded away. Prompts and prefixes "
             "have one where they were given it: `p_tuning(...)`, `prefix(hidden=...)`."
         )
-    folded = jax.tree.unflatten(treedef, list(flat.values()))
+    folded = unflatten(treedef, list(flat.values()))
     kept = {x.name for x in jax.tree.leaves(folded, is_leaf=_is_hole) if _is_hole(x)}
     return folded, {**{k: v for k, v in adapter.items() if k in kept}, **rows}
 

@@ -18,7 +18,7 @@ from jaxpeft.method import Method
 from jaxpeft.methods.ia3 import ScaledIn, ScaledOut
 from jaxpeft.methods.masks import Entrywise, Structure, block_of, spread
 from jaxpeft.methods.oft import as_sharded
-from jaxpeft.methods.placing import check_entries, check_whole, place
+from jaxpeft.methods.placing import check_entries, check_whole, place, takes_sites
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
 from jaxpeft.weight import IN, OUT, View, Weight, arrays, axes, base, dense, static, weight
@@ -134,6 +134,7 @@ class Gated(Weight):
         return gates.reshape(n // rows, m // columns)
 
 
+@takes_sites
 def gates(
     sites: Sites,
     *,
@@ -245,6 +246,7 @@ def _name(path: str, structure: Any) -> str:
     return f"{path}/gates/{structure}"
 
 
+@takes_sites
 def open_gates(
     method: Method, adapter: Mapping[str, Any], sites: Sites | None = None
 ) -> dict[str, jax.Array]:

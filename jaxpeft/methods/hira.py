@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxpeft.computed import Computed, matrix_of
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import LowRank, low_rank
-from jaxpeft.methods.placing import check_entries, check_whole, place
+from jaxpeft.methods.placing import check_entries, check_whole, place, takes_sites
 from jaxpeft.sites import Site, Sites
 from jaxpeft.weight import View, Weight, axes, base, dense, static, weight
 
@@ -57,6 +57,7 @@ class Hadamard(Weight):
         return Computed(change, {"a": self.a, "b": self.b, **operands})
 
 
+@takes_sites
 def hira(
     rank: int | Mapping[str, int],
     sites: Sites,

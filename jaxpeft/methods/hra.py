@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import LowRank
 from jaxpeft.methods.oft import as_sharded
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_whole, place, takes_sites
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, View, Weight, axes, base, dense, weight
@@ -61,6 +61,7 @@ class Reflected(Weight):
         )
 
 
+@takes_sites
 def hra(rank: int | Mapping[str, int], sites: Sites, *, dtype: Any = jnp.float32) -> Method:
     """Householder reflection adaptation: an orthogonal map of the inputs, r reflections long.
 

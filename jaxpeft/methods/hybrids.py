@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jaxpeft.method import Method, chain
 from jaxpeft.methods.bottleneck import Bottleneck, bottleneck, parallel
 from jaxpeft.methods.lora import low_rank
-from jaxpeft.methods.placing import place
+from jaxpeft.methods.placing import place, takes_sites
 from jaxpeft.methods.prefix import Prefix, prefix, slots_of
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, static, weight
 
 
+@takes_sites
 def mam(
     length: int,
     width: int,
@@ -138,6 +139,7 @@ class GatedBottleneck(Bottleneck):
         return (g * super().change(z)).astype(z.dtype)
 
 
+@takes_sites
 def unipelt(
     lora_sites: Sites,
     keys: Sites,

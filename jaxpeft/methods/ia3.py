@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.method import Method
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_whole, place, takes_sites
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
 from jaxpeft.weight import View, Weight, axes, base, dense, weight
@@ -59,6 +59,7 @@ class ScaledIn(Weight):
         return dense(self.w) * self.scale[:, None]
 
 
+@takes_sites
 def ia3(sites: Sites, feedforward: Sites | None = None, *, dtype: Any = jnp.float32) -> Method:
     """(IA)^3: scales keys, values and the inner activations of the feed-forward block.
 

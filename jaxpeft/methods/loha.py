@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxpeft.method import Method
 from jaxpeft.methods.dropping import check_rate, dropout_key
 from jaxpeft.methods.lora import LowRank
-from jaxpeft.methods.placing import check_rank, check_whole, place
+from jaxpeft.methods.placing import check_rank, check_whole, place, takes_sites
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, dense, static, weight
@@ -52,6 +52,7 @@ class HadamardProduct(Weight):
         return dense(self.w) + self.scale * (self.a1 @ self.b1) * (self.a2 @ self.b2)
 
 
+@takes_sites
 def loha(
     rank: int | Mapping[str, int],
     sites: Sites,

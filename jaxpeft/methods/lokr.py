@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.dropping import check_rate, dropout_key, dropped
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_whole, place, takes_sites
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, Operand, View, Weight, axes, base, dense, static, weight
@@ -114,6 +114,7 @@ def _by_row(x: jax.Array, op: Operand) -> jax.Array:
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
+@takes_sites
 def lokr(
     rank: int | Mapping[str, int],
     sites: Sites,

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method, chain
 from jaxpeft.methods.lora import lora
+from jaxpeft.methods.placing import takes_sites
 from jaxpeft.methods.selection import unfreeze
 from jaxpeft.sites import Sites
 
 
+@takes_sites
 def longlora(
     rank: int | Mapping[str, int],
     sites: Sites,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.dropping import check_rate, dropout_key, dropped
-from jaxpeft.methods.placing import check_rank, place
+from jaxpeft.methods.placing import check_rank, place, takes_sites
 from jaxpeft.sites import Part, Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, dense, static, weight
@@ -72,6 +72,7 @@ class LowRank(Weight):
         return blocks[..., part.index, :].reshape(*y.shape[:-1], -1)
 
 
+@takes_sites
 def lora(
     rank: int | Mapping[str, int],
     sites: Sites,

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import LowRank, low_rank
-from jaxpeft.methods.placing import place
+from jaxpeft.methods.placing import place, takes_sites
 from jaxpeft.sites import Site, Sites
 from jaxpeft.weight import View
 
 
+@takes_sites
 def lora_fa(
     rank: int | Mapping[str, int],
     sites: Sites,

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from jaxpeft.method import Method
 from jaxpeft.methods.calibration import seems_finite
 from jaxpeft.methods.pissa import leading
+from jaxpeft.methods.placing import takes_sites
 from jaxpeft.methods.shifting import starting_at
 from jaxpeft.sites import Site, Sites
 from jaxpeft.weight import OUT
 
 
+@takes_sites
 def lora_ga(
     rank: int | Mapping[str, int],
     sites: Sites,

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxpeft.computed import Computed, matrix_of
 from jaxpeft.method import Method
-from jaxpeft.methods.placing import check_entries, check_whole, place
+from jaxpeft.methods.placing import check_entries, check_whole, place, takes_sites
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, dense, weight
@@ -30,6 +30,7 @@ from jaxpeft.weight import IN, OUT, View, Weight, axes, base, dense, weight
 Structure = Literal["entry", "input", "output", "matrix"] | tuple[int | None, int | None]
 
 
+@takes_sites
 def keep(
     scores: Mapping[str, jax.Array],
     sites: Sites,
@@ -269,6 +270,7 @@ class Masked(Entrywise):
         return self.changed(rows, ids, jnp.where(self.mask[ids], 0, -rows), self.mask.site)
 
 
+@takes_sites
 def prune(masks: Mapping[str, Any], sites: Sites) -> Method:
     """Sets the entries to zero that the masks do not keep.
 

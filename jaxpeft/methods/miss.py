@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxpeft.method import Method
 from jaxpeft.methods.dropping import check_rate, dropout_key, dropped
 from jaxpeft.methods.lora import LowRank
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_whole, place, takes_sites
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, Operand, View, Weight, axes, base, dense, static, weight
@@ -65,6 +65,7 @@ def _one_hot(row: jax.Array, rank: int, dtype: Any) -> jax.Array:
     return jax.nn.one_hot(row, rank, dtype=dtype)
 
 
+@takes_sites
 def miss(
     rank: int | Mapping[str, int],
     sites: Sites,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import lora, low_rank
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_whole, place, takes_sites
 from jaxpeft.methods.trained import options_of, taken_apart
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
@@ -151,6 +151,7 @@ def skill_shares(logits: jax.Array) -> jax.Array:
     return open_ / jnp.sum(open_, axis=-1, keepdims=True)
 
 
+@takes_sites
 def moelora(
     rank: int,
     sites: Sites,
@@ -234,6 +235,7 @@ def moelora(
     )
 
 
+@takes_sites
 def poly(
     rank: int,
     sites: Sites,

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxpeft import compat
 from jaxpeft.method import Method
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_whole, place, takes_sites
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
 from jaxpeft.weight import (
@@ -165,6 +165,7 @@ def rotations(skew: jax.Array, block: int, terms: int | None = None) -> jax.Arra
         return inverse - q @ inverse
 
 
+@takes_sites
 def oft(
     block: int | Mapping[str, int],
     sites: Sites,

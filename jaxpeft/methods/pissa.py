@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.method import Method
+from jaxpeft.methods.placing import takes_sites
 from jaxpeft.methods.shifting import starting_at
 from jaxpeft.sites import Site, Sites
 
 
+@takes_sites
 def pissa(
     rank: int | Mapping[str, int],
     sites: Sites,
@@ -84,6 +86,7 @@ def leading(
     return (q @ u)[..., :r], s[..., :r], v[..., :r, :]
 
 
+@takes_sites
 def olora(
     rank: int | Mapping[str, int],
     sites: Sites,

@@ -1,13 +1,17 @@
 """How a method puts its weights into a tree: the one loop that all methods share."""
 
+import dataclasses
+import functools
+import inspect
+import typing
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from jaxpeft.sites import Site, Sites
-from jaxpeft.tree import Hole, Joined, Train, flatten, fold
+from jaxpeft.tree import Hole, Joined, Train, flatten, fold, unflatten
 from jaxpeft.weight import IN, OUT, View, is_view
 
 
@@ -34,8 +38,7 @@ def place(
       ValueError: Nothing is selected, a selected parameter is no matrix, or the tree has no
         such path or another shape there.
     """
-    if not sites:
-        raise ValueError(f"`{who}` selects no parameter. The sites given are empty.")
+    check_any(who, sites)
     flat, treedef = flatten(tree, is_leaf=lambda x: is_view(x) or isinstance(x, (Train, Joined)))
     for path, site in sites.items():
         if path not in flat:
@@ -56,8 +59,77 @@ def place(
             )
         if isinstance(flat[path], Joined):
             raise ValueError(f"`{who}`: '{path}' is trained in part by another method already.")
-        flat[path] = make(fold(key, path), site, site.view(flat[path]))
-    return jax.tree.unflatten(treedef, list(flat.values()))
+        flat[path] = signed(make(fold(key, path), site, site.view(flat[path])), who, path)
+    return unflatten(treedef, list(flat.values()))
+
+
+def signed(node: Any, who: str, path: str) -> Any:
+    """The node with the name of the method in the marks that it has made, for messages."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, Train) or x.method is not None:
+            return x
+        return dataclasses.replace(x, method=who, path=path)
+
+    return jax.tree.map(one, node, is_leaf=lambda x: isinstance(x, Train))
+
+
+def check_any(who: str, sites: Sites) -> None:
+    """Raises ValueError where nothing is selected; lists what there is to choose from."""
+    if sites:
+        return
+    known = [f"'{path}' ({', '.join(sorted(s.kinds))})" for path, s in sites.every.items()]
+    more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+    raise ValueError(
+        f"`{who}` selects no parameter. The sites given are empty: "
+        + (f"of {', '.join(known[:20])}{more} none was selected." if known else "none is known.")
+    )
+
+
+F = TypeVar("F", bound=Callable)
+
+
+def takes_sites(factory: F) -> F:
+    """A factory that says so where a selection of sites is something else, such as a path.
+
+    Raises:
+      TypeError: An argument annotated `Sites` is none; shows it and what to write.
+    """
+    signature = inspect.signature(factory)
+    names = [
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.annotation is Sites or Sites in typing.get_args(parameter.annotation)
+    ]
+
+    @functools.wraps(factory)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            given = {}  # the call itself says what is missing or unknown
+        for name in names:
+            value = given.get(name)
+            if value is not None and not isinstance(value, Sites):
+                raise TypeError(_no_sites(factory.__name__, name, value))
+        return factory(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]
+
+
+def _no_sites(who: str, name: str, value: Any) -> str:
+    patterns = [value] if isinstance(value, str) else value
+    if isinstance(value, Site):
+        patterns = [value.path]
+    if isinstance(patterns, (list, tuple, set)) and all(isinstance(p, str) for p in patterns):
+        way = f"sites.match({', '.join(map(repr, patterns))})"
+    else:
+        way = "sites.linear"
+    shown = repr(value) if isinstance(value, (str, int, list, tuple)) else "..."
+    return (
+        f"`{who}({name}={shown})`: give a selection of sites, not a {type(value).__name__}: "
+        f"`{way}`, with `sites = jaxpeft.sites(fn, params, *inputs)`."
+    )
 
 
 def check_whole(who: str, sites: Sites) -> None:

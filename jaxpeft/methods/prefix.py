@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.method import Method
-from jaxpeft.methods.placing import bias_of, place
+from jaxpeft.methods.placing import bias_of, place, takes_sites
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
 from jaxpeft.weight import OUT, View, Weight, axes, base, chain_of, static, weight
@@ -112,6 +112,7 @@ def _unrotate(rows: jax.Array, frequencies: np.ndarray, lengths: Sequence[int]) 
     return turned.reshape(rows.shape)
 
 
+@takes_sites
 def prefix(
     length: int | Sequence[int],
     keys: Sites,

@@ -12,7 +12,7 @@ import numpy as np
 from jaxpeft.lift import lift
 from jaxpeft.method import Method
 from jaxpeft.methods.encoders import ENCODERS, encode, init_encoder
-from jaxpeft.methods.placing import at_its_start, place
+from jaxpeft.methods.placing import at_its_start, place, takes_sites
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import (
@@ -90,6 +90,7 @@ def _extra(w: Any) -> int:
     return w.extra_rows if isinstance(w, Weight) else 0
 
 
+@takes_sites
 def prompt(
     length: int,
     sites: Sites,
@@ -166,6 +167,7 @@ def prompt(
     return Method("prompt", options, lambda key, tree: place(key, tree, sites, make, who="prompt"))
 
 
+@takes_sites
 def p_tuning(
     length: int | Sequence[int],
     sites: Sites,

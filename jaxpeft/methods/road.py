@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.oft import check_blocks
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_whole, place, takes_sites
 from jaxpeft.rules.contractions import ConvSite
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Hole, Train
@@ -123,6 +123,7 @@ class Turned(Weight):
         return groups[:, : self.group].reshape(-1)
 
 
+@takes_sites
 def road(
     sites: Sites,
     *,

@@ -28,11 +28,13 @@ from jaxpeft.methods.calibration import (
     taken,
     widened,
 )
+from jaxpeft.methods.placing import takes_sites
 from jaxpeft.sites import Sites
 
 Rule = Literal["snip", "taylor", "fisher", "obd", "grasp"]
 
 
+@takes_sites
 def magnitude(params: Any, sites: Sites) -> dict[str, jax.Array]:
     """|w|.
 
@@ -44,6 +46,7 @@ def magnitude(params: Any, sites: Sites) -> dict[str, jax.Array]:
     return {path: jnp.abs(w) for path, w in chosen.items()}
 
 
+@takes_sites
 def saliency(
     rule: Rule,
     loss_fn: Callable[[Any, Any], jax.Array],
@@ -139,6 +142,7 @@ def saliency(
     return mean
 
 
+@takes_sites
 def obs(
     params: Any, sites: Sites, moments: Mapping[str, Moments], *, damping: float = 0.01
 ) -> dict[str, jax.Array]:

@@ -7,11 +7,13 @@ from typing import Any
 import jax
 
 from jaxpeft.method import Method
+from jaxpeft.methods.placing import check_any, signed, takes_sites
 from jaxpeft.sites import Sites
-from jaxpeft.tree import Joined, Train, flatten
+from jaxpeft.tree import Joined, Train, flatten, unflatten
 from jaxpeft.weight import View, Weight, innermost, is_view, with_innermost
 
 
+@takes_sites
 def unfreeze(sites: Sites) -> Method:
     """Trains the selected arrays themselves.
 
@@ -36,11 +38,13 @@ def unfreeze(sites: Sites) -> Method:
     return Method("unfreeze", {"sites": sites}, apply)
 
 
+@takes_sites
 def full(sites: Sites) -> Method:
     """Full fine-tuning: every array of the program is trained."""
     return unfreeze(sites.every)
 
 
+@takes_sites
 def norm_tuning(sites: Sites) -> Method:
     """Trains the scales and biases of normalizations.
 
@@ -52,6 +56,7 @@ def norm_tuning(sites: Sites) -> Method:
     return unfreeze(sites.norm)
 
 
+@takes_sites
 def linear_probe(sites: Sites, *head: str) -> Method:
     """Trains the head and nothing below it.
 
@@ -77,6 +82,7 @@ _BITFIT = {
 }
 
 
+@takes_sites
 def bitfit(sites: Sites, subset: Sequence[str] | None = None) -> Method:
     """BitFit: trains biases only, those of normalizations included.
 
@@ -88,13 +94,20 @@ def bitfit(sites: Sites, subset: Sequence[str] | None = None) -> Method:
         field's conventions are served by `unfreeze(sites.bias.match(...))`.
 
     Raises:
-      ValueError: A name is none of the paper's, or no bias of the model goes by it.
+      ValueError: The model has no bias, a name is none of the paper's, or no bias of the model
+        goes by it.
 
     References:
       Ben Zaken et al., BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based
       Masked Language-models, 2021, section 3. https://arxiv.org/abs/2106.10199
     """
     biases = sites.every.bias
+    if not biases:
+        raise ValueError(
+            f"`bitfit` trains biases, and this model adds none to anything: of its "
+            f"{len(sites.every)} parameters {list(sites.every)[:20]} none is a bias. Use another "
+            "method, such as `lora(8, sites.linear)`."
+        )
     if subset is None:
         chosen = biases
     else:
@@ -120,6 +133,7 @@ def _bitfit_name(path: str) -> str | None:
     return None
 
 
+@takes_sites
 def last_layers(sites: Sites, k: int, pattern: str = "*layer*") -> Method:
     """Trains the last k layers.
 
@@ -193,11 +207,10 @@ def _trained(leaf: Any, path: str) -> Any:
 
 
 def _mark(tree: Any, sites: Sites, who: str, mark: Any) -> Any:
-    if not sites:
-        raise ValueError(f"`{who}` selects no parameter. The sites given are empty.")
+    check_any(who, sites)
     flat, treedef = flatten(tree, is_leaf=lambda x: is_view(x) or isinstance(x, (Train, Joined)))
     for path in sites:
         if path not in flat:
             raise ValueError(f"`{who}` selects '{path}', but the tree has {list(flat)[:20]}.")
-        flat[path] = mark(flat[path], path)
-    return jax.tree.unflatten(treedef, list(flat.values()))
+        flat[path] = signed(mark(flat[path], path), who, path)
+    return unflatten(treedef, list(flat.values()))

@@ -11,7 +11,7 @@ import numpy as np
 from jaxpeft.computed import Computed, matrix_of
 from jaxpeft.method import Method
 from jaxpeft.methods.masks import packed, unpacked
-from jaxpeft.methods.placing import check_entries, check_whole, place
+from jaxpeft.methods.placing import check_entries, check_whole, place, takes_sites
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, dense, static, weight
@@ -68,6 +68,7 @@ class SparseDelta(Weight):
         return Computed(total, {"values": self.values, "positions": self.positions, **operands})
 
 
+@takes_sites
 def sparse(masks: Mapping[str, Any] | float, sites: Sites, *, dtype: Any = jnp.float32) -> Method:
     """Trains chosen entries of each matrix: `w + delta`, delta zero but at these entries.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.method import Method
-from jaxpeft.methods.placing import place
+from jaxpeft.methods.placing import place, takes_sites
 from jaxpeft.methods.prompt import embeddings
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
@@ -46,6 +46,7 @@ class NewRows(Weight):
         return w.at[jnp.asarray(self.ids)].set(self.rows.astype(w.dtype))
 
 
+@takes_sites
 def trainable_tokens(ids: Sequence[int], sites: Sites, *, dtype: Any = jnp.float32) -> Method:
     """Trains the embeddings of chosen tokens, such as new ones, and of no others.
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.methods.placing import check_whole
+from jaxpeft.methods.placing import check_whole, takes_sites
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Joined, Train, flatten
 from jaxpeft.weight import IN, OUT, STACK, is_view
@@ -99,6 +99,7 @@ class Units:
         return (*self.stack, self.count)
 
 
+@takes_sites
 def units(
     count: int,
     *,

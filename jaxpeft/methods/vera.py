@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.dropping import check_rate, dropout_key, dropped
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_whole, place, takes_sites
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, dense, static, weight
@@ -49,6 +49,7 @@ class ScaledRandom(Weight):
         return dense(self.w) + (self.left * self.d) @ (self.right * self.b)
 
 
+@takes_sites
 def vera(
     rank: int,
     sites: Sites,

@@ -13,9 +13,9 @@ import numpy as np
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import lora
 from jaxpeft.methods.mixtures import Given
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_whole, place, takes_sites
 from jaxpeft.sites import Site, Sites
-from jaxpeft.tree import Hole, Train
+from jaxpeft.tree import Expected, Hole, Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, static, weight
 
 READS = ("hidden", "input")
@@ -228,6 +228,7 @@ def _expert(i: int, method: Any, adapter: Mapping[str, Any]) -> dict[str, tuple]
 # The method --------------------------------------------------------------------------------------
 
 
+@takes_sites
 def xlora(
     sites: Sites,
     ranks: Mapping[str, Sequence[int]],
@@ -311,11 +312,13 @@ def xlora(
     def make(key: jax.Array, site: Site, view: View) -> View:
         del key
         n = site.size(IN) if width is None else width
+        columns, sides = sum(ranks[site.path]), (site.size(IN), site.size(OUT))
+        a, b = (*site.stack, sides[0], columns), (*site.stack, columns, sides[1])
         # With names of their own: those of a LoRA on top of this weight would be the same.
         at = f"{site.path}/experts"
         fields: dict[str, Any] = dict(
-            a=Hole(f"{at}/a"),
-            b=Hole(f"{at}/b"),
+            a=Hole(f"{at}/a", expects=Expected(a, "floating", method="xlora")),
+            b=Hole(f"{at}/b", expects=Expected(b, "floating", method="xlora")),
             gate=Train(jnp.zeros((*site.stack, n, experts), dtype), name=f"{at}/gate"),
             bias=Train(jnp.zeros((*site.stack, experts), dtype), name=f"{at}/bias"),
             ranks=tuple(ranks[site.path]),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpeft.exporting import exportable
 from jaxpeft.quant.blocks import select
 
 #: The smallest normal float32. XLA takes what is smaller for zero, and so do the formats.
@@ -16,6 +17,7 @@ TINY = float(np.finfo(np.float32).tiny)
 GROUP = 256
 
 
+@exportable
 @dataclasses.dataclass(frozen=True)
 class Book:
     """Sixteen values in [-1, 1], by code."""

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import LowRank
-from jaxpeft.methods.placing import check_rank, place
+from jaxpeft.methods.placing import check_rank, place, takes_sites
 from jaxpeft.quant.quantize import check_finite, encoder
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import View, Weight
 
 
+@takes_sites
 def loftq(
     rank: int,
     sites: Sites,

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpeft import compat
 from jaxpeft.method import Method
-from jaxpeft.methods.placing import place
+from jaxpeft.methods.placing import place, takes_sites
 from jaxpeft.quant.fp4 import fp4
 from jaxpeft.quant.fp8 import fp8
 from jaxpeft.quant.int4 import int4
@@ -47,6 +47,7 @@ def encoder(format: str, **options: Any) -> Callable[[jax.Array], Weight]:
     return jax.jit(functools.partial(FORMATS[format], **options))
 
 
+@takes_sites
 def quantize(format: str, sites: Sites, **options: Any) -> Method:
     """Stores the selected matrices in fewer bits, under whatever other methods put on them.
 
@@ -109,7 +110,8 @@ def check_finite(array: Any, path: str, who: str) -> None:
     """Refuses infinities and NaNs in an array that is there, rather than traced."""
     if isinstance(array, jax.core.Tracer) or isinstance(array, jax.ShapeDtypeStruct):
         return
-    bad = int(jnp.sum(~jnp.isfinite(array)))
+    with jax.ensure_compile_time_eval():  # params that a traced function closes over are known
+        bad = int(jnp.sum(~jnp.isfinite(array)))
     if bad:
         raise ValueError(
             f"`{who}`: '{path}' has {bad} entries of {array.size} that are infinite or NaN. "

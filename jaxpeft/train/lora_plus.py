@@ -6,11 +6,13 @@ from typing import Any
 
 import optax
 
+from jaxpeft.methods.placing import takes_sites
 from jaxpeft.sites import Sites
 from jaxpeft.tree import Hole, flatten
 from jaxpeft.weight import IN, OUT, View, Weight, chain_of, is_view
 
 
+@takes_sites
 def lora_plus(
     optimizer: Callable[[Any], optax.GradientTransformation],
     rate: float | Callable[[Any], Any],
