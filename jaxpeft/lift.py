@@ -21,6 +21,7 @@ from jaxpeft import compat
 from jaxpeft.rules import COMPUTING, RULES
 from jaxpeft.rules.registry import Rule
 from jaxpeft.rules.residual import Frame, residual
+from jaxpeft.tree import check_filled
 from jaxpeft.weight import Unsupported, View, Weight, chain_of, innermost, is_view, map_views
 
 F = TypeVar("F", bound=Callable)
@@ -220,6 +221,8 @@ def lift(
     Raises:
       NotAMatrixError: A bottleneck adapter, a prompt or the like stands where the model does
         something with the weight that it cannot follow; names path, primitive and line.
+      ValueError: Something in the tree waits for `split` or `combine`; names it.
+      TypeError: `fn` is no function.
     """
     if not callable(fn):
         raise TypeError(
@@ -235,6 +238,7 @@ def lift(
 
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:
+        check_filled((args, kwargs), "lift")
         flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_view)
         at = [i for i, x in enumerate(flat) if is_view(x)]
         for i in at:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from jaxpeft import compat
+from jaxpeft.tree import arrays_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +64,13 @@ def memory(
       total               0.05 MiB
     """
     adapter = dict(adapter)
+    arrays, rebuilt = arrays_of(frozen)
     state = jax.eval_shape(tx.init, adapter) if tx is not None else ()
     return Memory(
         _bytes((adapter, frozen)),
         _bytes(adapter),
         _bytes(state),
-        _saved(lambda adapter, frozen, args: loss(adapter, frozen, *args), adapter, frozen, args),
+        _saved(lambda adapter, xs, args: loss(adapter, rebuilt(xs), *args), adapter, arrays, args),
     )
 
 

@@ -4,36 +4,36 @@ from typing import Any
 
 import jax
 
-#: What is done, by the name of the method that Python then calls.
+#: What is done, by the name of the method that Python, JAX or NumPy then calls.
 _BINARY = {
-    "add": "+",
-    "sub": "-",
-    "mul": "*",
-    "matmul": "@",
-    "truediv": "/",
-    "floordiv": "//",
-    "mod": "%",
-    "pow": "**",
-    "and": "&",
-    "or": "|",
-    "xor": "^",
+    "add": "`+`",
+    "sub": "`-`",
+    "mul": "`*`",
+    "matmul": "`@`",
+    "truediv": "`/`",
+    "floordiv": "`//`",
+    "mod": "`%`",
+    "pow": "`**`",
+    "and": "`&`",
+    "or": "`|`",
+    "xor": "`^`",
 }
 _OTHER = {
-    "neg": "-",
-    "pos": "+",
-    "abs": "abs",
-    "invert": "~",
-    "lt": "<",
-    "le": "<=",
-    "gt": ">",
-    "ge": ">=",
-    "getitem": "[...]",
-    "iter": "iter",
-    "float": "float",
-    "int": "int",
-    "complex": "complex",
-    "jax_array": "jnp.asarray",
-    "array": "np.asarray",
+    "neg": "`-`",
+    "pos": "`+`",
+    "abs": "`abs`",
+    "invert": "`~`",
+    "lt": "`<`",
+    "le": "`<=`",
+    "gt": "`>`",
+    "ge": "`>=`",
+    "getitem": "`[...]`",
+    "iter": "iteration",
+    "float": "`float`",
+    "int": "`int`",
+    "complex": "`complex`",
+    "jax_array": "an operation of JAX",
+    "array": "an operation of NumPy",
 }
 
 
@@ -47,7 +47,7 @@ class NotAnArray:
     __array_ufunc__ = None  # NumPy leaves operators to those below
 
     def misuse(self, what: str) -> str:
-        """What was forgotten, given what was done: "`@`", "`.T`" or "`merge`"."""
+        """What was forgotten, given what was done: "`@`", "`.T`" or "an operation of JAX"."""
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
@@ -59,7 +59,7 @@ class NotAnArray:
 def _refusing(what: str) -> Any:
     def refuse(self: NotAnArray, *args: Any, **kwargs: Any) -> Any:
         del args, kwargs
-        raise TypeError(self.misuse(f"`{what}`"))
+        raise TypeError(self.misuse(what))
 
     return refuse
 

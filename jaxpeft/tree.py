@@ -307,6 +307,20 @@ def _refusing(treedef: Any, leaves: list) -> tuple[Any, list]:
     return data and data[0], leaves
 
 
+def arrays_of(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The arrays of a tree, and the tree as a function of them; its other leaves are static."""
+    leaves, treedef = jax.tree.flatten(tree)
+    at = [i for i, x in enumerate(leaves) if is_array(x)]
+
+    def rebuilt(arrays: Sequence[Any]) -> Any:
+        values = list(leaves)
+        for i, x in zip(at, arrays, strict=True):
+            values[i] = x
+        return jax.tree.unflatten(treedef, values)
+
+    return [leaves[i] for i in at], rebuilt
+
+
 def fold(key: jax.Array, path: str) -> jax.Array:
     """A key for a path, whatever else the tree holds: selecting more changes no other init."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))

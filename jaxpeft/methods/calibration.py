@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxpeft.lift import lift
 from jaxpeft.methods.placing import place, takes_sites
 from jaxpeft.sites import Site, Sites
-from jaxpeft.tree import Hole, Train, combine, flatten, split
+from jaxpeft.tree import Hole, Train, arrays_of, combine, flatten, split
 from jaxpeft.weight import IN, View, Weight, axes, base, is_view, static, weight
 
 
@@ -136,10 +136,12 @@ def input_moments(
 
     tree = place(jax.random.key(0), params, sites, make, who="input_moments")
     frozen, zeros = split(tree)
+    arrays, rebuilt = arrays_of(frozen)
     lifted = lift(fn)
 
     @jax.jit
-    def sums(zeros: Any, frozen: Any, batch: Any) -> Any:
+    def sums(zeros: Any, arrays: Any, batch: Any) -> Any:
+        frozen = rebuilt(arrays)
         call = {} if counted is None else {"counted": counted(batch)}
 
         def total(moments: Any) -> jax.Array:
@@ -151,7 +153,7 @@ def input_moments(
 
     found = zeros
     for number, batch in enumerate(taken(batches, steps, "input_moments")):
-        new = sums(zeros, frozen, batch)
+        new = sums(zeros, arrays, batch)
         check_finite(new, number, "the inputs of", "input_moments")
         found = jax.tree.map(jnp.add, found, new)
     by_path = {
@@ -191,15 +193,17 @@ def mean_gradients(
         weight and the batch); a selected weight is no plain array, or not in the tree.
     """
     chosen, with_chosen = chosen_arrays(params, sites, "mean_gradients")
+    arrays, rebuilt = arrays_of(params)
     lifted = lift(loss_fn)
 
     @jax.jit
-    def gradients(chosen: Any, rest: Any, batch: Any) -> Any:
+    def gradients(chosen: Any, arrays: Any, batch: Any) -> Any:
+        rest = rebuilt(arrays)
         return widened(jax.grad(lambda chosen: lifted(with_chosen(chosen, rest), batch))(chosen))
 
     found, count = None, 0
     for number, batch in enumerate(taken(batches, steps, "mean_gradients")):
-        new = gradients(chosen, params, batch)
+        new = gradients(chosen, arrays, batch)
         check_finite(new, number, "the gradient of", "mean_gradients")
         found = new if found is None else jax.tree.map(jnp.add, found, new)
         count = number + 1

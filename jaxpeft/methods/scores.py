@@ -30,6 +30,7 @@ from jaxpeft.methods.calibration import (
 )
 from jaxpeft.methods.placing import takes_sites
 from jaxpeft.sites import Sites
+from jaxpeft.tree import arrays_of
 
 Rule = Literal["snip", "taylor", "fisher", "obd", "grasp"]
 
@@ -103,10 +104,13 @@ def saliency(
     if rule == "obd" and key is None:
         raise ValueError("`saliency('obd')` draws random signs: give it a key.")
     chosen, with_chosen = chosen_arrays(params, sites, "saliency")
+    arrays, rebuilt = arrays_of(params)
     lifted = lift(loss_fn)
 
     @jax.jit
-    def scored(chosen: Any, rest: Any, batch: Any, key: Any, direction: Any) -> Any:
+    def scored(chosen: Any, arrays: Any, batch: Any, key: Any, direction: Any) -> Any:
+        rest = rebuilt(arrays)
+
         def gradient(chosen: Any) -> Any:
             return jax.grad(lambda chosen: lifted(with_chosen(chosen, rest), batch))(chosen)
 
@@ -132,7 +136,7 @@ def saliency(
     total, count = None, 0
     start = jax.random.key(0) if key is None else key
     for number, batch in enumerate(found):
-        new = scored(chosen, params, batch, jax.random.fold_in(start, number), direction)
+        new = scored(chosen, arrays, batch, jax.random.fold_in(start, number), direction)
         check_finite(new, number, "the scores of", "saliency")
         total = new if total is None else jax.tree.map(jnp.add, total, new)
         count = number + 1

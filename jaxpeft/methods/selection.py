@@ -31,9 +31,15 @@ def unfreeze(sites: Sites) -> Method:
       ['b']
     """
 
+    return _unfrozen(sites, "unfreeze")
+
+
+def _unfrozen(sites: Sites, who: str) -> Method:
+    """`unfreeze` under the name of the method that is built on it, which its messages say."""
+
     def apply(key: jax.Array, tree: Any) -> Any:
         del key  # nothing is drawn
-        return _mark(tree, sites, "unfreeze", _trained)
+        return _mark(tree, sites, who, _trained)
 
     return Method("unfreeze", {"sites": sites}, apply)
 
@@ -41,7 +47,7 @@ def unfreeze(sites: Sites) -> Method:
 @takes_sites
 def full(sites: Sites) -> Method:
     """Full fine-tuning: every array of the program is trained."""
-    return unfreeze(sites.every)
+    return _unfrozen(sites.every, "full")
 
 
 @takes_sites
@@ -53,7 +59,7 @@ def norm_tuning(sites: Sites) -> Method:
       Models, 2022. https://arxiv.org/abs/2211.08682
       Zhao et al., Tuning LayerNorm in Attention, 2023. https://arxiv.org/abs/2312.11420
     """
-    return unfreeze(sites.norm)
+    return _unfrozen(sites.norm, "norm_tuning")
 
 
 @takes_sites
@@ -64,7 +70,7 @@ def linear_probe(sites: Sites, *head: str) -> Method:
       sites: The parameters of the program.
       head: Path patterns of the head's arrays.
     """
-    return unfreeze(sites.every.match(*head))
+    return _unfrozen(sites.every.match(*head), "linear_probe")
 
 
 #: The names of the BitFit paper and the path patterns under which the field keeps these
@@ -121,7 +127,7 @@ def bitfit(sites: Sites, subset: Sequence[str] | None = None) -> Method:
                     f"{list(biases)}. Select them yourself: `unfreeze(sites.bias.match(...))`."
                 )
         chosen = biases.match(lambda site: named[site.path] in subset)
-    return unfreeze(chosen)
+    return _unfrozen(chosen, "bitfit")
 
 
 def _bitfit_name(path: str) -> str | None:
