@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxpeft.models.layers import check_floating
 from jaxpeft.train.finite import all_finite, stays_finite
 from jaxpeft.train.loss_scale import SMALLEST, scale_of
 
@@ -122,6 +123,7 @@ def train_step(
         raise ValueError(f"`accumulate` counts microbatches, at least 1; got {accumulate}.")
     if clip is not None and not clip > 0:
         raise ValueError(f"`clip` is the largest norm, above 0; got {clip}. None clips nothing.")
+    check_floating("compute_dtype", compute_dtype)
     if on_nan not in ("stop", "skip"):
         raise ValueError(f'`on_nan` is "stop" or "skip", got {on_nan!r}.')
 
