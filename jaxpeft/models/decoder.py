@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +39,15 @@ from jaxpeft.io import safetensors
 from jaxpeft.io.formats import Formats
 from jaxpeft.io.stacked import Stack
 from jaxpeft.models import folders
-from jaxpeft.models.layers import Embed, Linear, RMSNorm, cast, check_remat, checkpointed
+from jaxpeft.models.layers import (
+    Embed,
+    Linear,
+    RMSNorm,
+    cast,
+    check_floating,
+    check_remat,
+    checkpointed,
+)
 
 __all__ = ["Cache", "Config", "Decoder", "Place", "Rope", "attention", "init", "init_cache", "load"]
 __all__ += ["plan", "pure", "save", "shapes"]
@@ -103,7 +112,7 @@ class Config:
     qk_norm: bool = False  # RMS norm of each query and key head (Qwen3).
     window: int | None = None  # A token sees itself and the window - 1 tokens before it.
     full_layers: tuple[int, ...] = ()  # Layers without the window (Qwen's max_window_layers).
-    # Longest sequence of pretraining. Nothing here depends on it.
+    # Longest sequence of pretraining. What is computed does not depend on it; see `longest`.
     context: int = _hf("max_position_embeddings", 2048)
     bos: int | None = _hf("bos_token_id", None)
     eos: tuple[int, ...] = ()
@@ -115,6 +124,12 @@ class Config:
                 f"`heads` must be a multiple of `kv_heads` and `head_dim` even, got heads="
                 f"{self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}."
             )
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a row whose positions the model knows: the context, or as many times
+        that as linear RoPE interpolates."""
+        return int(self.context * (self.rope.factor if self.rope.kind == "linear" else 1))
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Config:
@@ -462,6 +477,9 @@ class Decoder(nnx.Module):
         attention_fn: Callable[..., Array] = attention,
     ):
         check_remat(remat)
+        check_floating("param_dtype", param_dtype)
+        check_floating("dtype", dtype)
+        check_floating("logits_dtype", logits_dtype)
         self.config, self.remat, self.unroll = config, remat, unroll
         self.logits_dtype = logits_dtype
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
@@ -511,7 +529,8 @@ class Decoder(nnx.Module):
         Args:
           tokens: Ids (B, T). With a cache, those that follow the ones in it.
           positions: (B, T), for the rotary embedding. `None` counts the earlier tokens of the
-            same segment, so padding on the left and packing need nothing more.
+            same segment, so padding on the left and packing need nothing more, and warns where
+            there are more tokens than `Config.longest`.
           segment_ids: (B, T). Tokens see only their own segment. 0 is padding.
           mask: (B, T), true for tokens, false for padding, on whichever side.
           cache: From `init_cache`, or from the call before. It must have T free slots,
@@ -526,6 +545,14 @@ class Decoder(nnx.Module):
             raise ValueError(
                 f"{tokens.shape[1]} tokens do not fit in the {room} free slots of the cache. Make "
                 "a longer one: init_cache(config, rows, length)."
+            )
+        if positions is None and cache is None and tokens.shape[1] > self.config.longest:
+            warnings.warn(
+                f"{tokens.shape[1]} tokens are more than the {self.config.longest} positions that "
+                f"this {self.config.family} knows (context={self.config.context}): its answers get "
+                f"worse from there on. Cut the rows; or interpolate, with "
+                f"Rope(kind='linear', factor=...), and tune; or pass `positions`.",
+                stacklevel=1,
             )
         queries, keys, cache = _places(tokens, segment_ids, mask, cache)
         positions = queries.order if positions is None else positions
@@ -599,8 +626,33 @@ def shapes(config: Config, dtype: Any = jnp.float32) -> Params:
     return nnx.to_pure_dict(nnx.state(_abstract(config, param_dtype=dtype)))
 
 
-def init_cache(config: Config, rows: int, length: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache with `length` slots for each of `rows` rows."""
+def init_cache(
+    config: Config,
+    rows: int,
+    length: int,
+    dtype: Any = jnp.float32,
+    *,
+    beyond_context: bool = False,
+) -> Cache:
+    """An empty cache with `length` slots for each of `rows` rows.
+
+    Args:
+      config: Of the model.
+      rows: B.
+      length: S; for generation the tokens of the prompt, padding included, and those to write.
+      dtype: Of keys and values.
+      beyond_context: Allows more slots than `Config.longest`, whose positions the model does not
+        know.
+    Raises:
+      ValueError: More slots than that, or a dtype of no real floating-point numbers.
+    """
+    check_floating("dtype", dtype)
+    if length > config.longest and not beyond_context:
+        raise ValueError(
+            f"A cache of {length} tokens is longer than the {config.longest} positions that this "
+            f"{config.family} knows (context={config.context}). Shorten the prompt or write fewer "
+            f"tokens, or pass beyond_context=True to init_cache."
+        )
     kv = (config.layers, rows, length, config.kv_heads, config.head_dim)
     slots = jnp.zeros((rows, length), jnp.int32)
     return Cache(jnp.zeros(kv, dtype), jnp.zeros(kv, dtype), slots, slots, jnp.int32(0))
@@ -650,7 +702,8 @@ def load(
       FileNotFoundError: The folder, its `config.json` or a weights file is not there.
       ValueError: The files are damaged, hold other tensors than `config.json` asks for (all are
         named), or describe a model that this decoder does not compute. A format is unknown, or
-        does not fit `sharding`; a weight is quantized already, or not finite.
+        does not fit `sharding`; a weight is quantized already, or not finite; `dtype` is not one
+        of real floating-point numbers.
     """
     hf, tensors = folders.open(folder)
     config = Config.from_hf(hf)
@@ -669,23 +722,39 @@ def load(
 
 
 def save(
-    folder: str | Path, config: Config, params: Params, *, shard_bytes: int = 5_000_000_000
+    folder: str | Path,
+    config: Config,
+    params: Params,
+    *,
+    shard_bytes: int = 5_000_000_000,
+    tokenizer_from: str | Path | None = None,
 ) -> None:
     """Writes a Hugging Face folder that `load` and transformers read.
 
     Args:
-      folder: Where to. Other files in it (a tokenizer) stay, weights of an earlier save do not.
+      folder: Where to. Other files in it stay, weights of an earlier save do not.
       config: Of the model.
       params: Plain arrays; what a method made of them must be merged first. Weights in NF4 or FP4
         of layout "flat" are written as they are, for bitsandbytes.
       shard_bytes: Size at which a file ends and the next begins.
+      tokenizer_from: The folder whose tokenizer, chat template and generation config are copied,
+        in the place of those there: the one that the model was loaded from. Without them the
+        folder cannot be trained on text again.
     Raises:
+      FileNotFoundError: `tokenizer_from` holds no tokenizer.
       ValueError: The arrays are not those that `config` asks for, or are weights that no such
         folder holds (all are named).
       OSError: The disk is full.
     """
     hf = config.to_hf() | {"torch_dtype": np.dtype(params["embed"]["embedding"].dtype).name}
-    folders.write(folder, hf, params, plan(config), shard_bytes=shard_bytes)
+    folders.write(
+        folder,
+        hf,
+        params,
+        plan(config),
+        shard_bytes=shard_bytes,
+        tokenizer_from=tokenizer_from,
+    )
 
 
 def _abstract(config: Config, **options: Any) -> Decoder:

@@ -35,7 +35,14 @@ from jax import Array
 from jaxpeft.io.formats import Formats
 from jaxpeft.io.stacked import Stack
 from jaxpeft.models import folders
-from jaxpeft.models.layers import Embed, LayerNorm, Linear, check_remat, checkpointed
+from jaxpeft.models.layers import (
+    Embed,
+    LayerNorm,
+    Linear,
+    check_floating,
+    check_remat,
+    checkpointed,
+)
 
 __all__ = ["Config", "Encoder", "attention", "init", "load", "plan", "pure", "save", "shapes"]
 
@@ -290,6 +297,8 @@ class Encoder(nnx.Module):
         attention_fn: Callable[..., Array] = attention,
     ):
         check_remat(remat)
+        check_floating("param_dtype", param_dtype)
+        check_floating("dtype", dtype)
         self.config, self.remat, self.unroll = config, remat, unroll
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.embed = Embed(config.vocab, config.width, rngs=rngs, **dtypes)
@@ -482,7 +491,8 @@ def load(
       FileNotFoundError: The folder, its `config.json` or a weights file is not there.
       ValueError: The files are damaged, hold other tensors than `config.json` asks for (all are
         named), or describe a model that this encoder does not compute. A format is unknown, or
-        does not fit `sharding`; a weight is quantized already, or not finite.
+        does not fit `sharding`; a weight is quantized already, or not finite; `dtype` is not one
+        of real floating-point numbers.
     """
     hf, tensors = folders.open(folder)
     config = Config.from_hf(hf)
@@ -501,25 +511,41 @@ def load(
 
 
 def save(
-    folder: str | Path, config: Config, params: Params, *, shard_bytes: int = 5_000_000_000
+    folder: str | Path,
+    config: Config,
+    params: Params,
+    *,
+    shard_bytes: int = 5_000_000_000,
+    tokenizer_from: str | Path | None = None,
 ) -> None:
     """Writes a Hugging Face folder that `load` and transformers read.
 
     Its config.json leaves the rates of dropout to the defaults of transformers.
 
     Args:
-      folder: Where to. Other files in it (a tokenizer) stay, weights of an earlier save do not.
+      folder: Where to. Other files in it stay, weights of an earlier save do not.
       config: Of the model.
       params: Plain arrays; what a method made of them must be merged first. Weights in NF4 or FP4
         of layout "flat" are written as they are, for bitsandbytes.
       shard_bytes: Size at which a file ends and the next begins.
+      tokenizer_from: The folder whose tokenizer, chat template and generation config are copied,
+        in the place of those there: the one that the model was loaded from. Without them the
+        folder cannot be trained on text again.
     Raises:
+      FileNotFoundError: `tokenizer_from` holds no tokenizer.
       ValueError: The arrays are not those that `config` asks for, or are weights that no such
         folder holds (all are named).
       OSError: The disk is full.
     """
     hf = config.to_hf() | {"torch_dtype": np.dtype(params["embed"]["embedding"].dtype).name}
-    folders.write(folder, hf, params, plan(config), shard_bytes=shard_bytes)
+    folders.write(
+        folder,
+        hf,
+        params,
+        plan(config),
+        shard_bytes=shard_bytes,
+        tokenizer_from=tokenizer_from,
+    )
 
 
 def plan(config: Config) -> dict[str, Stack]:

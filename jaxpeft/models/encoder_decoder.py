@@ -44,7 +44,15 @@ from jaxpeft.io import safetensors
 from jaxpeft.io.formats import Formats
 from jaxpeft.io.stacked import Stack
 from jaxpeft.models import folders
-from jaxpeft.models.layers import Embed, Linear, RMSNorm, cast, check_remat, checkpointed
+from jaxpeft.models.layers import (
+    Embed,
+    Linear,
+    RMSNorm,
+    cast,
+    check_floating,
+    check_remat,
+    checkpointed,
+)
 
 __all__ = ["Cache", "Config", "EncoderDecoder", "attention", "init", "init_cache", "load", "plan"]
 __all__ += ["pure", "save", "shapes", "shift_right"]
@@ -449,6 +457,9 @@ class EncoderDecoder(nnx.Module):
         attention_fn: Callable[..., Array] = attention,
     ):
         check_remat(remat)
+        check_floating("param_dtype", param_dtype)
+        check_floating("dtype", dtype)
+        check_floating("logits_dtype", logits_dtype)
         self.config, self.logits_dtype = config, logits_dtype
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         how = {"attention_fn": attention_fn, "remat": remat, "unroll": unroll}
@@ -625,6 +636,7 @@ def shapes(config: Config, dtype: Any = jnp.float32) -> Params:
 
 def init_cache(config: Config, rows: int, length: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache with `length` slots for the targets of each of `rows` rows."""
+    check_floating("dtype", dtype)
     kv = (config.decoder_layers, rows, length, config.heads, config.head_dim)
     order, real = jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows, length), bool)
     return Cache(jnp.zeros(kv, dtype), jnp.zeros(kv, dtype), order, real, jnp.int32(0), None, None)
@@ -710,7 +722,8 @@ def load(
       FileNotFoundError: The folder, its `config.json` or a weights file is not there.
       ValueError: The files are damaged, hold other tensors than `config.json` asks for (all are
         named), or describe a model that this one does not compute. A format is unknown, or does
-        not fit `sharding`; a weight is quantized already, or not finite.
+        not fit `sharding`; a weight is quantized already, or not finite; `dtype` is not one of
+        real floating-point numbers.
     """
     hf, tensors = folders.open(folder)
     config = Config.from_hf(hf)
@@ -736,23 +749,39 @@ def load(
 
 
 def save(
-    folder: str | Path, config: Config, params: Params, *, shard_bytes: int = 5_000_000_000
+    folder: str | Path,
+    config: Config,
+    params: Params,
+    *,
+    shard_bytes: int = 5_000_000_000,
+    tokenizer_from: str | Path | None = None,
 ) -> None:
     """Writes a Hugging Face folder that `load` and transformers read.
 
     Args:
-      folder: Where to. Other files in it (a tokenizer) stay, weights of an earlier save do not.
+      folder: Where to. Other files in it stay, weights of an earlier save do not.
       config: Of the model.
       params: Plain arrays; what a method made of them must be merged first. Weights in NF4 or FP4
         of layout "flat" are written as they are, for bitsandbytes.
       shard_bytes: Size at which a file ends and the next begins.
+      tokenizer_from: The folder whose tokenizer, chat template and generation config are copied,
+        in the place of those there: the one that the model was loaded from. Without them the
+        folder cannot be trained on text again.
     Raises:
+      FileNotFoundError: `tokenizer_from` holds no tokenizer.
       ValueError: The arrays are not those that `config` asks for, or are weights that no such
         folder holds (all are named).
       OSError: The disk is full.
     """
     hf = config.to_hf() | {"torch_dtype": np.dtype(params["embed"]["embedding"].dtype).name}
-    folders.write(folder, hf, params, plan(config), shard_bytes=shard_bytes)
+    folders.write(
+        folder,
+        hf,
+        params,
+        plan(config),
+        shard_bytes=shard_bytes,
+        tokenizer_from=tokenizer_from,
+    )
 
 
 def plan(config: Config) -> dict[str, Stack]:

@@ -6,6 +6,7 @@ A model says with a table what each kind of array is called in a file; the rest 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,34 @@ from flax.traverse_util import flatten_dict
 from jaxpeft.io import bitsandbytes, safetensors
 from jaxpeft.io.formats import Formats, encoders
 from jaxpeft.io.stacked import Stack, assemble
+from jaxpeft.models.layers import check_floating
 
-__all__ = ["Table", "open", "plan", "read", "write"]
+__all__ = ["TOKENIZER_FILES", "Table", "open", "plan", "read", "write"]
 
 Params = dict[str, Any]
 
 #: One row per kind of array: pattern of our path, the tensor in the file (with `{}` where layers
 #: that are stacked here have their number), and whether it is (out, in) there.
 Table = tuple[tuple[str, str, bool], ...]
+
+
+#: What a folder holds beside the model itself, for text to become tokens and back.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    # What tokenizer.json was made from: BPE, WordPiece, SentencePiece.
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 def open(folder: str | Path) -> tuple[dict[str, Any], dict[str, safetensors.Tensor]]:
@@ -56,8 +77,10 @@ def read(
     """The parameters, read straight into stacked arrays and codes.
 
     Raises:
-      ValueError: As `jaxpeft.io.stacked.assemble`, or a weight is quantized already.
+      ValueError: As `jaxpeft.io.stacked.assemble`, or a weight is quantized already, or `dtype` is
+        of no floating-point numbers.
     """
+    check_floating("dtype", dtype)
     # What `sites.hidden` selects.
     hidden = [path for path, stack in plan.items() if stack.stacked and stack.transposed]
     encode = encoders(quantize, plan, hidden)
@@ -85,11 +108,30 @@ def write(
     plan: Mapping[str, Stack],
     *,
     shard_bytes: int,
+    tokenizer_from: str | Path | None,
 ) -> None:
     """Writes `config.json` and the tensors; `Flat` weights in four bits as bitsandbytes does.
 
     Raises:
+      FileNotFoundError: `tokenizer_from` holds no tokenizer.
       ValueError: The arrays are not those of the plan, or are weights that no such folder holds.
     """
+    carried = [] if tokenizer_from is None else _tokenizer_files(Path(tokenizer_from))
     tensors, more = bitsandbytes.written(params, plan)
     safetensors.write_folder(folder, {**hf, **more}, tensors, shard_bytes=shard_bytes)
+    if carried and Path(folder).resolve() != Path(tokenizer_from or "").resolve():
+        # Files of two tokenizers do not fit together.
+        for name in TOKENIZER_FILES:
+            (Path(folder) / name).unlink(missing_ok=True)
+        for file in carried:
+            shutil.copyfile(file, Path(folder) / file.name)
+
+
+def _tokenizer_files(source: Path) -> list[Path]:
+    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not any(file.name not in ("generation_config.json",) for file in files):
+        raise FileNotFoundError(
+            f"`tokenizer_from`: {source} holds no tokenizer, none of {', '.join(TOKENIZER_FILES)}. "
+            f"Name the folder that the model was loaded from, or leave it out."
+        )
+    return files

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 __all__ = ["Embed", "LayerNorm", "Linear", "RMSNorm", "cast"]
-__all__ += ["check_remat", "checkpointed", "normal"]
+__all__ += ["check_floating", "check_remat", "checkpointed", "normal"]
 
 
 class Linear(nnx.Module):
@@ -71,12 +71,34 @@ class Embed(nnx.Module):
 
 def normal(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     """Normal(0, 0.02 ** 2), drawn in float32 whatever the dtype."""
+    check_floating("dtype", dtype)
     return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
 def cast(weight: Any, dtype: Any) -> Array:
     """The array of a parameter in `dtype`, or in its own."""
     return weight[...] if dtype is None else weight[...].astype(dtype)
+
+
+def check_floating(name: str, dtype: Any) -> None:
+    """Raises ValueError where the option `name` is no dtype of real floating-point numbers.
+
+    Weights of 0.02 would all be 0 in integers.
+    """
+    if dtype is None:
+        return
+    try:
+        kind = jnp.dtype(dtype)
+    except TypeError:
+        raise ValueError(
+            f"`{name}={dtype!r}` is no dtype. Give one such as jnp.bfloat16."
+        ) from None
+    if not jnp.issubdtype(kind, jnp.floating):
+        raise ValueError(
+            f"`{name}={kind}` holds no weights: these are real floating-point "
+            f"numbers. Give one such as jnp.float32 or jnp.bfloat16; integers come by "
+            f"`quantize`, as in load(folder, quantize='int8')."
+        )
 
 
 def check_remat(how: Any) -> None:

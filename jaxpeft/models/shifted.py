@@ -16,7 +16,7 @@ def shifted_sparse(group: int) -> Callable[..., Array]:
     those of its group that are not after it; the half groups at both ends, which shifting puts
     into one, do not see each other. T tokens cost T g instead of T^2. Used in training alone: the
     tuned model runs with full attention and, where the context has grown, with interpolated
-    positions (`Rope("linear", factor=...)`), which training has too.
+    positions (`Rope(kind="linear", factor=...)`), which training has too.
 
         train_fn = decoder.pure(config, attention_fn=shifted_sparse(2048), remat="full")
         model = decoder.pure(config)

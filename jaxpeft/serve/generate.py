@@ -36,7 +36,8 @@ def generator(
       forward: `forward(params, tokens, mask=None, cache=) -> (logits, cache)` with tokens and
         mask (B, T) and logits (B, T, V), as `decoder.pure` gives, or `jaxpeft.lift` of it.
       init_cache: `init_cache(rows, length)` gives an empty cache, as
-        `functools.partial(decoder.init_cache, config)` does.
+        `functools.partial(decoder.init_cache, config)` does. That refuses a prompt which, with
+        `max_new`, is longer than the model's context; `beyond_context=True` there allows it.
       max_new: Most tokens to write per row.
       temperature: 0 takes the likeliest token. Otherwise tokens are drawn from the softmax of
         logits / temperature.
@@ -49,7 +50,8 @@ def generator(
       best on the left; the key is needed at a temperature. It is compiled once per shape, so keep
       it, and keep what `lift` returned: another function object is another program.
     Raises:
-      ValueError: Options out of range, or that a temperature of 0 would ignore; no key.
+      ValueError: Options out of range, or that a temperature of 0 would ignore; no key; in a call,
+        a prompt too long for the model.
     Example:
       >>> from functools import partial
       >>> from jaxpeft.models import decoder

@@ -15,6 +15,7 @@ from jaxpeft.train.errors import UserError, one_line_errors
 from jaxpeft.train.loop import Evaluation, Run, evaluate, fit
 from jaxpeft.train.lora_plus import lora_plus
 from jaxpeft.train.loss import cross_entropy, next_token
+from jaxpeft.train.loss_scale import LossScaleState, loss_scaled
 from jaxpeft.train.paging import paged, to_host
 from jaxpeft.train.pruning import masked_entries, pruned, rigl
 from jaxpeft.train.rank_budget import rank_budget
@@ -30,6 +31,7 @@ __all__ = [
     "Evaluation",
     "Examples",
     "LossFn",
+    "LossScaleState",
     "Metrics",
     "Run",
     "State",
@@ -46,6 +48,7 @@ __all__ = [
     "init",
     "lora_plus",
     "loss_figure",
+    "loss_scaled",
     "masked_entries",
     "next_token",
     "one_line_errors",

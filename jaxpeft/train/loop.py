@@ -14,8 +14,9 @@ from jax.experimental import multihost_utils
 
 from jaxpeft.train.checkpoint import Checkpoints
 from jaxpeft.train.errors import UserError
+from jaxpeft.train.loss_scale import scale_of
 from jaxpeft.train.report import MetricsFile, Progress, loss_figure
-from jaxpeft.train.step import LossFn, State, in_dtype, init, train_step
+from jaxpeft.train.step import LossFn, State, check_dtypes, in_dtype, init, train_step
 
 
 class Evaluation(NamedTuple):
@@ -154,6 +155,8 @@ def fit(
     )
     eval_loss = jax.jit(in_dtype(loss_fn, compute_dtype))
     state = init(adapter, tx)
+    # Before the first evaluation, which may take long.
+    check_dtypes(adapter, frozen, compute_dtype, scale_of(state.opt_state) is not None)
     evaluation = None
     last = False
 
@@ -185,11 +188,18 @@ def fit(
             loss, norm, tokens = (float(x) for x in measured[:3])
             bad = bool(measured.nonfinite)
             if bad and on_nan == "stop":
+                told = f"not finite at step {step_number} (loss {loss}, gradient norm {norm})"
+                if math.isfinite(loss) and math.isfinite(norm):
+                    raise UserError(
+                        f"the optimizer's update is {told}. It was not made. Adapters and "
+                        f"optimizer states are best kept in float32; else look at the optimizer's "
+                        f"own options and its schedule."
+                    )
                 raise UserError(
-                    f"the loss is not finite at step {step_number} (loss {loss}, gradient norm "
-                    f"{norm}). The step was not taken. Lower the learning rate, clip the "
-                    f'gradient, look at the data of that step, or pass on_nan="skip".'
+                    f"the loss is {told}. The step was not taken. Lower the learning rate, clip "
+                    f'the gradient, look at the data of that step, or pass on_nan="skip".'
                 )
+            bad |= bool(measured.overflow)
             if metrics and (bad or step_number % log_every == 0):
                 skipped = {"skipped": True} if bad else {}
                 metrics.write(step=step_number, loss=loss, grad_norm=norm, tokens=tokens, **skipped)

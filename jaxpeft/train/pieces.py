@@ -13,6 +13,7 @@ from jax.extend import core as jex
 from jax.extend.core.primitives import jit_p
 
 from jaxpeft import compat
+from jaxpeft.train.finite import stays_finite
 
 
 def in_pieces(
@@ -33,7 +34,8 @@ def in_pieces(
       update: `(updates, state, params) -> (updates, state)`, traced once.
       updates, state, params: Its arguments; the paged leaves of `state` in host memory.
       on_host: Tree of bools like `state`: which leaves are paged.
-      unless: bool[]; where true the updates are zeros and the state stays. `None`: never.
+      unless: bool[]; where true the updates are zeros and the state stays. `None`: never. With
+        it, a piece whose state would no longer be finite keeps it, and makes updates of NaN.
       in_flight: How many pieces may be on the device at once.
     Returns:
       What `update` returns, the paged leaves of the new state in host memory.
@@ -90,7 +92,13 @@ def in_pieces(
         made = {number for call in calls for number in call.outputs}
         own = [x for x in program.outputs[: len(program.outputs) - len(old)] if x in made]
         leaves = [kept(i, value(new[i])) for i in changed]
-        own_values, leaves = jax.lax.optimization_barrier(([known[x] for x in own], leaves))
+        own_values = [known[x] for x in own]
+        if unless is not None and changed:
+            before = [known[old[i]] for i in changed]
+            good = stays_finite(before, leaves)
+            leaves = [jnp.where(good, n, o) for n, o in zip(leaves, before, strict=True)]
+            own_values = [jnp.where(good, x, jnp.nan).astype(x.dtype) for x in own_values]
+        own_values, leaves = jax.lax.optimization_barrier((own_values, leaves))
         known.update(zip(own, own_values, strict=True))
         paged.update(zip(changed, jax.device_put(leaves, jax.memory.Space.Host), strict=True))
         done.append(mine)

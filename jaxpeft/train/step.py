@@ -4,6 +4,8 @@ Only the adapter is differentiated, clipped and updated. The frozen tree is an a
 the batch: it has no gradient, no optimizer state, and is never part of what is donated.
 """
 
+import functools
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxpeft.models.layers import check_floating
+from jaxpeft.train.finite import all_finite, stays_finite
+from jaxpeft.train.loss_scale import SMALLEST, scale_of
 
 LossFn = Callable[[Any, Any, Any, Any], tuple[jax.Array, jax.Array]]
 """`loss_fn(adapter, frozen, batch, key) -> (loss_sum, weight)`, two scalars."""
@@ -32,7 +38,10 @@ class Metrics(NamedTuple):
     loss: jax.Array  # mean over the target tokens of all microbatches and devices
     grad_norm: jax.Array  # global norm over the adapter, before clipping
     weight: jax.Array  # sum of the weights: the number of target tokens
-    nonfinite: jax.Array  # bool[], the loss or the norm was NaN or infinite
+    # bool[], loss, gradient, update or new state was NaN or infinite: the update was not made
+    nonfinite: jax.Array
+    # bool[], the gradient overflowed under `loss_scaled`: the scale was halved, no update made
+    overflow: jax.Array | bool = False
 
 
 def init(adapter: Any, tx: optax.GradientTransformation) -> State:
@@ -94,32 +103,39 @@ def train_step(
       compute_dtype: Dtype that the adapter is cast to for the forward and backward pass,
         `jnp.bfloat16` say; gradients, moments and the adapter itself keep their own dtype.
         The frozen tree and the batch are passed as they are: store the base in the dtype it
-        is to compute in, since a cast here would be a second copy of it.
-      on_nan: What the step returns where loss or gradient is not finite (flagged in the
-        metrics): "stop" the state as it was, "skip" the same with the step counted.
-        In both cases adapter and optimizer state stay as they were.
+        is to compute in, since a cast here would be a second copy of it. `jnp.float16` needs
+        the optimizer `loss_scaled(tx)`.
+      on_nan: What the step returns where the loss, the gradient, the new adapter or a number of
+        the optimizer's state that was finite is not finite (flagged in the metrics): "stop" the
+        state as it was, "skip" the same with the step counted. In both cases adapter and
+        optimizer state stay as they were. With a state in host memory (`paged`) this holds for
+        loss and gradient; where an update alone is not finite, those arrays stay as they were.
     Returns:
       `step(state, frozen, batch, key) -> (state, metrics)`. Each leaf of `batch` has the rows
       as its first axis. `key` is the same for all steps: the step number, the position on
       `axis_name` and the microbatch are folded in. `None` reaches `loss_fn` as `None`.
     Raises:
       ValueError: for an option out of its range, for a batch that `accumulate` does not
-        divide, and for a `loss_fn` that does not return two scalars.
+        divide, for a `loss_fn` that does not return two scalars, for an adapter of integers, and
+        for `compute_dtype=jnp.float16` without `loss_scaled`.
     """
     if accumulate < 1:
         raise ValueError(f"`accumulate` counts microbatches, at least 1; got {accumulate}.")
     if clip is not None and not clip > 0:
         raise ValueError(f"`clip` is the largest norm, above 0; got {clip}. None clips nothing.")
+    check_floating("compute_dtype", compute_dtype)
     if on_nan not in ("stop", "skip"):
         raise ValueError(f'`on_nan` is "stop" or "skip", got {on_nan!r}.')
 
     def step(state, frozen, batch, key):
+        scale = scale_of(state.opt_state)
+        check_dtypes(state.adapter, frozen, compute_dtype, scale is not None)
         if key is not None:
             key = jax.random.fold_in(key, state.step)
             if axis_name is not None:
                 key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
-        gradient = _summed_gradient(loss_fn, compute_dtype)
+        gradient = _summed_gradient(loss_fn, compute_dtype, scale)
         adapter = _varying(state.adapter, axis_name)
         sums = _over_microbatches(gradient, adapter, frozen, batch, key, accumulate)
         if axis_name is not None:
@@ -130,41 +146,123 @@ def train_step(
         mean = jax.tree.map(lambda x: x / tokens.astype(x.dtype), sums)
         norm = optax.tree.norm(mean.gradient)
         bad = ~(jnp.isfinite(mean.loss) & jnp.isfinite(norm))
+        overflow = jnp.zeros_like(bad)
+        if scale is not None:
+            overflow = jnp.isfinite(mean.loss) & ~jnp.isfinite(norm) & (scale > SMALLEST)
 
         grads = mean.gradient
         if clip is not None:
             grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.adapter)
-        if any(map(_on_host, jax.tree.leaves(state.opt_state))):
-            updates, opt_state = _paged_update(tx, grads, state, bad)
-        else:
-            updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
-        new = State(state.step + 1, optax.apply_updates(state.adapter, updates), opt_state)
-
-        old = state if on_nan == "stop" else state._replace(step=new.step)
-        # Selected there, an array on the host would be computed on the host.
-        new = jax.tree.map(lambda n, o: n if _on_host(n) else jnp.where(bad, o, n), new, old)
-        return new, Metrics(mean.loss, norm, weight, bad)
+        paged = any(map(_on_host, jax.tree.leaves(state.opt_state)))
+        adapter, opt_state, bad = (_paged_update if paged else _update)(tx, grads, state, bad)
+        if scale is not None:
+            after = state.opt_state.after_overflow()
+            opt_state = opt_state._replace(
+                scale=jnp.where(overflow, after.scale, opt_state.scale),
+                finite_steps=jnp.where(overflow, after.finite_steps, opt_state.finite_steps),
+            )
+        bad = bad & ~overflow
+        number = state.step + 1
+        if on_nan == "stop":
+            number = jnp.where(bad, state.step, number)
+        return State(number, adapter, opt_state), Metrics(mean.loss, norm, weight, bad, overflow)
 
     return step
+
+
+def check_dtypes(adapter: Any, frozen: Any, compute_dtype: Any, scaled: bool) -> None:
+    """Refuses what cannot be trained in its dtype, and warns of what float16 would round away."""
+    leaves = {f"adapter{_key(path)}": x.dtype for path, x in _with_paths(adapter)}
+    for name, dtype in leaves.items():
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise ValueError(
+                f"only floating-point arrays can be trained, but {name} is {dtype}. Leave it to "
+                f"the frozen tree."
+            )
+        if dtype.itemsize == 1:
+            raise ValueError(
+                f"{name} is {dtype}, which no update can be added to. Keep the adapter in float32 "
+                f"and cast it in `loss_fn`."
+            )
+    if compute_dtype is not None and _is_narrow(compute_dtype) and not scaled:
+        raise ValueError(
+            f"`compute_dtype={jnp.dtype(compute_dtype)}` makes zeros of most gradients. Scale the "
+            f"loss, with the optimizer loss_scaled(tx), or compute in bfloat16."
+        )
+    if narrow := [name for name, dtype in leaves.items() if _is_narrow(dtype)]:
+        warnings.warn(
+            f"{narrow[0]} is float16, in which small updates, second moments and an eps of 1e-8 "
+            f"are 0. Keep the adapter in float32 and pass compute_dtype=jnp.float16.",
+            stacklevel=1,
+        )
+    for path, x in _with_paths(frozen):
+        if not scaled and getattr(x, "dtype", None) == jnp.float16 and jnp.ndim(x) > 1:
+            warnings.warn(
+                f"frozen{_key(path)} is float16: gradients that pass through it become zeros "
+                f"below 6e-8. Scale the loss, with the optimizer loss_scaled(tx), or keep the "
+                f"base in bfloat16.",
+                stacklevel=1,
+            )
+            return
+
+
+_with_paths, _key = jax.tree_util.tree_leaves_with_path, jax.tree_util.keystr
+
+
+def _is_narrow(dtype: Any) -> bool:
+    """Whether a dtype lacks the small numbers that gradients are (float16, float8)."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).tiny > 1e-30
+
+
+def _update(tx: Any, grads: Any, state: State, bad: jax.Array) -> tuple[Any, Any, jax.Array]:
+    """The adapter and the optimizer's state after a step, as they were where it is bad.
+
+    XLA computes an elementwise update twice, for the question whether it is finite and for its
+    result, so that a donated state is still updated in place.
+    """
+    updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
+    new = optax.apply_updates(state.adapter, updates), opt_state
+    bad = bad | ~(all_finite(new[0]) & stays_finite(state.opt_state, opt_state))
+    old = state.adapter, state.opt_state
+    return *jax.tree.map(lambda n, o: jnp.where(bad, o, n), new, old), bad
 
 
 def _on_host(x: Any) -> bool:
     return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
-def _paged_update(tx: Any, grads: Any, state: State, bad: jax.Array) -> tuple[Any, Any]:
-    """The update of a state in host memory, which keeps itself where there is no step to take.
+def _paged_update(tx: Any, grads: Any, state: State, bad: jax.Array) -> tuple[Any, Any, jax.Array]:
+    """The same for a state in host memory, which keeps itself where there is no step to take.
 
     Selected afterwards, both states would lie on the host and be selected there. Should
     something around `paged` not pass `unless` on, a gradient of zeros does least harm.
+
+    Whether an update is finite is known piece by piece, when others have gone. So each array keeps
+    itself, and `paged` makes updates of NaN where it keeps a state for that reason.
     """
     grads = jax.tree.map(lambda g: jnp.where(bad, 0, g), grads)
     update = optax.with_extra_args_support(tx).update
     updates, opt_state = update(grads, state.opt_state, state.adapter, unless=bad)
-    # -0.0 and not 0.0: it leaves a parameter of -0.0 as it is.
-    updates = jax.tree.map(lambda u: jnp.where(bad, jnp.asarray(-0.0, u.dtype), u), updates)
-    return updates, opt_state
+    good = []
+
+    def unless_bad(update, parameter):
+        finite = all_finite(optax.apply_updates(parameter, update))
+        good.append(finite)
+        # -0.0 and not 0.0: it leaves a parameter of -0.0 as it is.
+        return jnp.where(bad | ~finite, jnp.asarray(-0.0, update.dtype), update)
+
+    def kept(new, old):
+        if _on_host(new):
+            return new
+        finite = stays_finite(old, new)
+        good.append(finite)
+        return jnp.where(finite, new, old)
+
+    updates = jax.tree.map(unless_bad, updates, state.adapter)
+    opt_state = jax.tree.map(kept, opt_state, state.opt_state)
+    bad = bad | ~functools.reduce(jnp.logical_and, good)
+    return optax.apply_updates(state.adapter, updates), opt_state, bad
 
 
 def in_dtype(loss_fn: LossFn, compute_dtype: Any) -> LossFn:
@@ -204,8 +302,12 @@ class _Sums(NamedTuple):
     weight: jax.Array
 
 
-def _summed_gradient(loss_fn, compute_dtype):
-    """`(adapter, frozen, batch, key) -> _Sums`, each at least in float32."""
+def _summed_gradient(loss_fn, compute_dtype, scale=None):
+    """`(adapter, frozen, batch, key) -> _Sums`, each at least in float32.
+
+    With a scale, what is differentiated is about the mean times it, so that the scale need not
+    follow the number of tokens. Powers of two alone change no digit of the gradient.
+    """
 
     cast_loss_fn = in_dtype(loss_fn, compute_dtype)
 
@@ -217,13 +319,22 @@ def _summed_gradient(loss_fn, compute_dtype):
                 f"`loss_fn` must return (loss_sum, weight), two scalars: the sum of the losses "
                 f"and of the tokens' weights. Got {type(out).__name__} of shapes {shapes}."
             )
-        return jnp.asarray(out[0]), jax.lax.stop_gradient(jnp.asarray(out[1]))
+        loss_sum, weight = jnp.asarray(out[0]), jax.lax.stop_gradient(jnp.asarray(out[1]))
+        if scale is None:
+            return loss_sum, (loss_sum, weight, None)
+        factor = jnp.ldexp(scale, -jnp.frexp(weight.astype(scale.dtype))[1])
+        return loss_sum * factor.astype(_wide(loss_sum.dtype)), (loss_sum, weight, factor)
 
     def gradient(adapter, frozen, batch, key):
-        (loss_sum, weight), grads = jax.value_and_grad(loss, has_aux=True)(
+        (_, (loss_sum, weight, factor)), grads = jax.value_and_grad(loss, has_aux=True)(
             adapter, frozen, batch, key
         )
-        return jax.tree.map(_widen, _Sums(grads, loss_sum, weight))
+        sums = jax.tree.map(_widen, _Sums(grads, loss_sum, weight))
+        if factor is None:
+            return sums
+        return sums._replace(
+            gradient=jax.tree.map(lambda g: g / factor.astype(g.dtype), sums.gradient)
+        )
 
     return gradient
 
@@ -292,4 +403,8 @@ def _axes(kind):
 
 
 def _widen(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(_wide(x.dtype))
+
+
+def _wide(dtype):
+    return jnp.promote_types(dtype, jnp.float32)
