@@ -1,0 +1,67 @@
+"""Folders that earlier versions wrote load, and give what they gave."""
+
+import numpy as np
+import pytest
+
+from jaxpeft.io.adapter import factories, load_adapter
+from jaxpeft.quant.quantize import FORMATS
+from tests.io.saved import BASES, CASES, FOLDERS, outputs
+
+#: Of each kind of weight, of format and of sites one; `make conformance` has the others.
+EVERYDAY = set(
+    "lora dora vera oft ia3 prompt trainable_tokens prefix bottleneck moelora sparse_masks bitfit "
+    "full nf4_dq int8 lora_in_half lora_under_scan lora_on_tied lora_on_conv lora_on_ragged "
+    "lora_on_mixed lora_on_gathered lora_on_groups lora_on_ensemble lora_on_parts".split()
+)
+
+folders = pytest.mark.parametrize(
+    "folder",
+    [
+        pytest.param(
+            folder,
+            id=f"{folder.parent.name}-{folder.name}",
+            marks=() if folder.name in EVERYDAY else pytest.mark.conformance,
+        )
+        for folder in sorted(FOLDERS.glob("format*/*"))
+    ],
+)
+
+
+@folders
+@pytest.mark.filterwarnings("ignore::jaxpeft.MaterializedWarning")
+def test_a_folder_of_any_format_gives_what_it_gave(folder):
+    case = CASES[folder.name]
+    params = BASES[case.base]().params
+    loaded = load_adapter(folder, params)
+    want = np.load(folder / "outputs.npy")
+    got = outputs(case, loaded.frozen, loaded.adapter)
+    # Bases in bfloat16 have outputs of three digits, whose last one is XLA's to choose.
+    near = dict(rtol=2e-2, atol=2e-2) if case.base == "half" else dict(rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(got, want, **near)
+
+
+def test_every_method_and_every_format_has_a_folder():
+    """A new one needs its case in `tests/io/saved.py`, and that to be run."""
+    text = "".join((f / "adapter.json").read_text() for f in FOLDERS.glob("format*/*"))
+    text = " ".join(text.split())
+    missing = {name for name in factories() if f'"method": "{name}"' not in text}
+    # What starts from data, of which no folder has any, is saved as LoRA, and the selections
+    # as what they select; their cases are there all the same.
+    assert missing == {"corda", "eva", "lora_ga"} | {
+        "bitfit",
+        "norm_tuning",
+        "linear_probe",
+        "full",
+    }
+    assert all(any(name in case for case in CASES) for name in missing)
+    assert not {name for name in FORMATS if f'"format": "{name}"' not in text}
+    assert {f.name for f in FOLDERS.glob("format1/*")} <= CASES.keys()
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_the_adapter_of_a_folder_does_something(name):
+    """Else one that is not read would pass."""
+    folder = max(FOLDERS.glob(f"format*/{name}"))
+    base = BASES[CASES[name].base]()
+    plain = base.fn(base.params, *CASES[name].args(base))
+    assert np.abs(np.load(folder / "outputs.npy") - plain).max() > 1e-2
