@@ -72,7 +72,8 @@ class Columns(Coded):
 
     def forward(self, x):
         """x @ (codes * scale) = (x @ codes) * scale."""
-        return (x @ self._codes() * self.scale).astype(x.dtype)
+        y = x @ self._codes()
+        return (y * self.scale).astype(y.dtype)
 
     def transposed(self, y):
         """y @ (codes * scale).T = (y * scale) @ codes.T."""
