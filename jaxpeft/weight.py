@@ -235,7 +235,8 @@ class Site:
     """How one place in the program multiplies: the ordinary product. Subclasses do others.
 
     Args:
-      dtype: Floating dtype the program has given the weight at this place.
+      dtype: What the program multiplies in at this place. Inputs come in it, as the program's
+        own product would promote them, and so does the base.
       precision: As in `jax.lax.dot_general`.
       preferred: `preferred_element_type` of the program's own product, for the base only.
       salt: Number of this place, so that two uses of a weight draw different dropout masks.
@@ -374,6 +375,48 @@ class BaseOperand(Operand):
         return self.site.product(x.astype(self.array.dtype), self)
 
 
+def holds(wide: Any, narrow: Any) -> bool:
+    """Whether a dtype of real or complex numbers has every value of another dtype.
+
+    Integers count as held: a program that makes floats of them means the floats.
+    """
+    if jnp.issubdtype(narrow, jnp.complexfloating) and not jnp.issubdtype(
+        wide, jnp.complexfloating
+    ):
+        return False
+    if not jnp.issubdtype(narrow, jnp.inexact):
+        return True
+    a, b = jnp.finfo(wide), jnp.finfo(narrow)
+    return a.nmant >= b.nmant and a.maxexp >= b.maxexp and a.minexp <= b.minexp
+
+
+def computing(dtype: Any) -> Any:
+    """The dtype in which sums with an array of this dtype are taken: itself, if JAX promotes it.
+
+    float32 for integers and for floats of 8 bits or fewer, with which JAX mixes nothing.
+    """
+    if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits > 8:
+        return jnp.dtype(dtype)
+    return jnp.dtype(jnp.float32)
+
+
+def as_program(x: jax.Array, dtype: Any, path: str) -> jax.Array:
+    """x in the dtype that the program has in its place.
+
+    Raises:
+      ValueError: That would drop imaginary parts, or fractions; names the weight.
+    """
+    kinds = (jnp.complexfloating, "imaginary parts"), (jnp.inexact, "fractions")
+    for kind, what in kinds:
+        if jnp.issubdtype(x.dtype, kind) and not jnp.issubdtype(dtype, kind):
+            raise ValueError(
+                f"What stands at '{path}' gives {x.dtype} where the program has {dtype}, which "
+                f"would drop the {what}. Cast the parameter before the method is applied, or "
+                "give `merge` a dtype that holds the sum."
+            )
+    return x.astype(dtype)
+
+
 def bind(w: Any, site: Site, base_roles: Sequence[str], cast: Any = None) -> Any:
     """The weight with its fields as operands of a site; stack axes are gone already."""
     if not isinstance(w, Weight):
@@ -435,6 +478,8 @@ class View(NotAnArray):
       dtype: Of the current value, as the program sees it.
       path: Name of the parameter, for messages.
       natural: Whether the base lies in the program's own layout.
+      rounded_from: The dtypes from which the program has rounded it, one after the other, on
+        its way to `dtype`.
     """
 
     weight: Any
@@ -443,9 +488,14 @@ class View(NotAnArray):
     dtype: Any
     path: str = ""
     natural: bool = True
+    rounded_from: tuple[Any, ...] = ()
 
     def tree_flatten(self) -> tuple:
-        return (self.weight,), (self.axes, self.dims, self.dtype, self.path, self.natural)
+        meta = (
+            *(self.axes, self.dims, self.dtype),
+            *(self.path, self.natural, self.rounded_from),
+        )
+        return (self.weight,), meta
 
     def tree_flatten_with_keys(self) -> tuple:
         (weight,), meta = self.tree_flatten()
@@ -507,6 +557,44 @@ class View(NotAnArray):
         """What the program sees: an array of this shape and dtype."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
+    def astype(self, dtype: Any) -> "View | None":
+        """The view in another dtype, or `None` where its entries are needed for that.
+
+        A weight that is rounded stays one for products in the dtype that it was rounded to, as
+        in mixed precision: there the sum with a delta is as exact as that dtype. A wider dtype
+        shows the rounding of the sum itself, which no sum of parts has.
+        """
+        if dtype == self.dtype:
+            return self
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            return None
+        if jnp.issubdtype(self.dtype, jnp.complexfloating) > jnp.issubdtype(
+            dtype, jnp.complexfloating
+        ):
+            return None
+        rounded_from = self.rounded_from
+        if rounded_from and not holds(self.dtype, dtype):
+            return None
+        if not holds(dtype, self.dtype):
+            rounded_from = (*rounded_from, self.dtype)
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype), rounded_from=rounded_from)
+
+    @property
+    def exact(self) -> "View":
+        """The view as it was before the program has rounded it."""
+        first = (*self.rounded_from, self.dtype)[0]
+        return dataclasses.replace(self, dtype=first, rounded_from=())
+
+    def rounded(self, x: jax.Array) -> jax.Array:
+        """Entries of the `exact` view, rounded as the program has done it.
+
+        Raises:
+          ValueError: The program's dtype does not hold entries of this kind.
+        """
+        for dtype in (*self.rounded_from, self.dtype):
+            x = as_program(x, dtype, self.path)
+        return x
+
     def canonical(self) -> Any:
         """The weight with its base as (*stack, in, out)."""
         if not self.natural:
@@ -523,8 +611,12 @@ class View(NotAnArray):
         return dataclasses.replace(self, weight=self.canonical(), natural=False)
 
     def materialize(self) -> jax.Array:
-        """The array this stands for, in the shape and dtype that the program sees."""
-        view = self.unfolded().refined()
+        """The array this stands for, in the shape and dtype that the program sees.
+
+        Raises:
+          ValueError: That dtype does not hold its entries, such as integers a sum with floats.
+        """
+        view = self.summable().unfolded().refined()
         plain = dataclasses.replace(view, weight=view.canonical(), natural=False)
         matrix = plain.over_stack(lambda w, _: dense(w), None)
         order = [i for role in (STACK, IN, OUT) for i in view.indices(role)]
@@ -534,14 +626,24 @@ class View(NotAnArray):
         # Axes of size 1 that a reshape has dropped from the dims.
         dropped = [axis for axis in where if axis not in wanted]
         array = jnp.transpose(array, [where[axis] for axis in wanted + dropped])
-        return array.reshape(view.shape).astype(view.dtype)
+        return view.rounded(array.reshape(view.shape))
 
     def decoded(self) -> "View":
         """The same weight over the array that the codes at its bottom stand for."""
         codes = dataclasses.replace(self, weight=innermost(self.weight))
-        matrix = codes.over_stack(lambda w, _: dense(w), None).astype(self.dtype)
+        matrix = codes.over_stack(lambda w, _: dense(w), None).astype(self.exact.dtype)
         weight = with_innermost(self.weight, lambda _: matrix)
         return dataclasses.replace(self, weight=weight, natural=False)
+
+    def summable(self) -> "View":
+        """The same view over an array with which JAX sums others, if it stands on one."""
+        base = innermost(self.weight)
+        if not isinstance(self.weight, Weight) or isinstance(base, Weight):
+            return self
+        if not jnp.issubdtype(base.dtype, jnp.inexact) or computing(base.dtype) == base.dtype:
+            return self
+        weight = with_innermost(self.weight, lambda w: w.astype(computing(w.dtype)))
+        return dataclasses.replace(self, weight=weight)
 
     # Layout ------------------------------------------------------------------------------
 
@@ -586,7 +688,7 @@ class View(NotAnArray):
         weight = jax.tree.unflatten(
             treedef, [split(x, m) for x, m in zip(leaves, where, strict=True)]
         )
-        return View(weight, tuple(axes), dims, self.dtype, self.path, self.natural)
+        return dataclasses.replace(self, weight=weight, axes=tuple(axes), dims=dims)
 
     def _stack_marks(self) -> list[str | None]:
         """Per leaf of the weight: "base", "field" (has the stack axes), or None (shared)."""
@@ -622,7 +724,7 @@ class View(NotAnArray):
             for dim in dims
         )
         axes = tuple(a for i, a in enumerate(self.axes) if i != axis)
-        return View(weight, axes, kept, self.dtype, self.path, self.natural)
+        return dataclasses.replace(self, weight=weight, axes=axes, dims=kept)
 
     def over_stack(self, f: Callable[[Any, Any], Any], x: Any) -> Any:
         """f(weight, x), mapped over the stack axes of the weight and the leading axes of x."""
@@ -763,9 +865,8 @@ class View(NotAnArray):
         dims = tuple(
             tuple(d._replace(size=size) if d.axis == axis else d for d in dim) for dim in self.dims
         )
-        return View(
-            jax.tree.unflatten(treedef, out), axes, dims, self.dtype, self.path, self.natural
-        )
+        weight = jax.tree.unflatten(treedef, out)
+        return dataclasses.replace(self, weight=weight, axes=axes, dims=dims)
 
     def redim(self, dims: Sequence[Dim | None]) -> "View | None":
         """The same weight with other dimensions, or `None` where one of them is unknown."""
@@ -776,7 +877,8 @@ class View(NotAnArray):
 
 def _derived(view: View) -> dict[str, jax.Array]:
     roles = [axis.role for axis in view.axes] if view.natural else [IN, OUT]
-    return bind(view.weight, Site(view.dtype), roles, view.dtype).derived()
+    dtype = computing(view.dtype)
+    return bind(view.weight, Site(dtype), roles, dtype).derived()
 
 
 def is_view(x: Any) -> bool:

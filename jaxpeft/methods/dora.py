@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxpeft.method import Method
 from jaxpeft.methods.ia3 import ScaledOut
 from jaxpeft.methods.lora import LowRank, low_rank
-from jaxpeft.methods.placing import check_whole, place, takes_sites
+from jaxpeft.methods.placing import check_floating, check_whole, place, takes_sites
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import View, Weight, axes, base, dense, static, weight
@@ -101,6 +101,7 @@ def dora(
     def make(key: jax.Array, site: Site, view: View) -> View:
         del key
         old: Any = view.weight
+        check_floating("dora", site.path, view.dtype)
         if any(isinstance(x, Train) for x in jax.tree.leaves(old.w, is_leaf=_is_trained)):
             raise ValueError(
                 f"`dora`: '{site.path}' is trained by another method already, so the lengths of "

@@ -9,6 +9,7 @@ from numbers import Integral
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Joined, Train, flatten, fold, unflatten
@@ -161,6 +162,22 @@ def check_entries(who: str, site: Site, view: View) -> None:
             f"`{who}`: '{site.path}' holds {type(view.weight).__name__}, which is no matrix and "
             f"has no entries to change. Put that method behind `{who}` in the `chain`, or leave "
             "the weight out."
+        )
+
+
+def check_floating(who: str, path: str, dtype: Any, *, instead: str = "use `lora`") -> None:
+    """Raises ValueError where a weight is of complex numbers or integers; names it.
+
+    Args:
+      who: The call as the user wrote it.
+      path: Of the weight.
+      dtype: Of the weight.
+      instead: What to do other than to leave it out.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"`{who}`: '{path}' is {dtype}, but the method computes with floating-point numbers "
+            f"and would drop a part of it. Leave the weight out of the sites, or {instead}."
         )
 
 

@@ -12,11 +12,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxpeft import compat
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import LowRank, lora, low_rank
-from jaxpeft.methods.placing import check_whole, place
+from jaxpeft.methods.placing import check_floating, check_whole, place
 from jaxpeft.methods.trained import options_of, taken_apart
 from jaxpeft.sites import Site, Sites, by_pattern
 from jaxpeft.tree import Train
-from jaxpeft.weight import View, Weight, dense
+from jaxpeft.weight import View, Weight, computing, dense
 
 #: The methods whose base has given something up: what `as_lora` takes.
 SHIFTING = ("pissa", "olora", "corda", "lora_ga")
@@ -43,6 +43,7 @@ def starting_at(start: Start, sites: Sites, options: Mapping[str, Any], who: str
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         old: LowRank = view.weight
+        check_floating(who, site.path, view.dtype)
         if any(isinstance(x, Train) for x in jax.tree.leaves(old.w, is_leaf=_is_train)):
             raise ValueError(
                 f"`{who}`: '{site.path}' is trained by another method already, so that there is "
@@ -69,7 +70,7 @@ def _matrices(view: View) -> jax.Array:
     view = view.unfolded()
     w = dataclasses.replace(view, weight=view.canonical(), natural=False)
     matrices = w.over_stack(lambda x, _: dense(x), None)
-    return matrices.astype(jnp.promote_types(matrices.dtype, jnp.float32))
+    return matrices.astype(jnp.promote_types(computing(matrices.dtype), jnp.float32))
 
 
 def _without(base: Any, site: Site, w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> Any:

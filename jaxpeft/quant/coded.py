@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxpeft.computed import Computed
 from jaxpeft.quant.blocks import cut, join
-from jaxpeft.weight import Weight, axes, static, weight
+from jaxpeft.weight import Weight, axes, computing, static, weight
 
 
 class Coded(Weight):
@@ -72,7 +72,8 @@ class Columns(Coded):
 
     def forward(self, x):
         """x @ (codes * scale) = (x @ codes) * scale."""
-        return (x @ self._codes() * self.scale).astype(x.dtype)
+        y = x @ self._codes()
+        return (y * self.scale).astype(y.dtype)
 
     def transposed(self, y):
         """y @ (codes * scale).T = (y * scale) @ codes.T."""
@@ -165,8 +166,17 @@ def _values(codes: jax.Array, dtype: Any, wanted: Any) -> jax.Array:
 
 
 def wide(matrix: jax.Array) -> jax.Array:
-    """The matrix in the dtype that codes are computed in: float32, or wider if it is."""
-    return matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    """The matrix in the dtype that codes are computed in: float32, or wider if it is.
+
+    Raises:
+      ValueError: It is of complex numbers.
+    """
+    if jnp.issubdtype(matrix.dtype, jnp.complexfloating):
+        raise ValueError(
+            f"A matrix of {matrix.dtype}, of shape {matrix.shape}, has no codes: formats are of "
+            "real numbers. Keep real and imaginary parts as two matrices."
+        )
+    return matrix.astype(jnp.promote_types(computing(matrix.dtype), jnp.float32))
 
 
 def checked_block(block: int) -> int:

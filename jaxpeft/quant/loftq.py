@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import LowRank
-from jaxpeft.methods.placing import check_rank, place, takes_sites
+from jaxpeft.methods.placing import check_floating, check_rank, place, takes_sites
 from jaxpeft.quant.quantize import check_finite, encoder
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
@@ -73,6 +73,7 @@ def loftq(
                 f"`loftq`: '{site.path}' holds {type(view.weight).__name__} already, but the "
                 "factors start at what this weight loses in quantization. Put loftq first."
             )
+        check_floating("loftq", site.path, view.dtype)
         check_finite(view.weight, site.path, "loftq")
         q, a, b = _alternate(view.canonical(), encode, rank, steps, start)
         factors = Train(a.astype(dtype)), Train(b.astype(dtype))

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpeft import compat
 from jaxpeft.method import Method
-from jaxpeft.methods.placing import place, takes_sites
+from jaxpeft.methods.placing import check_floating, place, takes_sites
 from jaxpeft.quant.fp4 import fp4
 from jaxpeft.quant.fp8 import fp8
 from jaxpeft.quant.int4 import int4
@@ -60,9 +60,9 @@ def quantize(format: str, sites: Sites, **options: Any) -> Method:
       options: Of the format, such as `block=128`.
 
     Raises:
-      ValueError: The format is unknown, a selected array is trained or quantized already, or
-        has entries that are no finite numbers (unless it is traced, when they cannot be seen:
-        their whole block then decodes to NaN).
+      ValueError: The format is unknown, a selected array is trained or quantized already, is not
+        of floating-point numbers, or has entries that are no finite numbers (unless it is traced,
+        when they cannot be seen: their whole block then decodes to NaN).
     """
     encode = encoder(format, **options)
 
@@ -74,7 +74,9 @@ def quantize(format: str, sites: Sites, **options: Any) -> Method:
             raise ValueError(
                 f"`quantize('{format}')`: '{site.path}' is {what}. Leave it out of the sites."
             )
-        check_finite(inner, site.path, f"quantize('{format}')")
+        who = f"quantize('{format}')"
+        check_floating(who, site.path, view.dtype, instead="cast or split it first")
+        check_finite(inner, site.path, who)
         return encoded(view, encode)
 
     return Method(

@@ -19,7 +19,10 @@ from jaxpeft.weight import (
     Site,
     Unsupported,
     View,
+    as_program,
     bind,
+    computing,
+    holds,
     is_view,
     permute,
     refold,
@@ -29,15 +32,33 @@ from jaxpeft.weight import (
 def site_of(run: Any, view: View, eqn: Any, kind: type[Site] = Site, **more: Any) -> Site:
     """The site at which a view meets this equation."""
     refuse_parts(run, view, eqn)
+    preferred = eqn.params.get("preferred_element_type")
+    if preferred is not None and not holds(preferred, view.dtype):
+        preferred = None  # a narrower result: the whole sum is rounded to it once
     return kind(
         view.dtype,
         precision=eqn.params.get("precision"),
-        preferred=eqn.params.get("preferred_element_type"),
+        preferred=preferred,
         salt=run.number(),
         # Under vmap over a stack, what one weight leaves could not be met by another.
         taps=None if view.indices(STACK) else run.taps,
         **more,
     )
+
+
+def promoted(view: Any, x: Any, eqn: Any) -> tuple[View, jax.Array] | None:
+    """The view and x in the dtype in which the program multiplies the two.
+
+    `jnp` leaves the promotion of two dtypes to the product, which takes that of its result.
+    `None` where the entries of the weight are needed: integers are multiplied, floats of 8 bits,
+    or what the program has rounded meets something wider.
+    """
+    wanted = eqn.outvars[0].aval.dtype
+    same = x.dtype == view.dtype and computing(x.dtype) == x.dtype
+    dtype = view.dtype if same else wanted
+    view = view.astype(dtype)
+    sums = jnp.issubdtype(wanted, jnp.inexact) and computing(dtype) == dtype
+    return (view, x.astype(dtype)) if sums and view is not None else None
 
 
 def bound(view: View, w: Any, site: Site) -> Any:
@@ -85,7 +106,10 @@ def _contract(
       x_dims: Those of x, pairwise the same.
       first: Whether the weight is the equation's first operand.
     """
-    view = view.refined()
+    both = promoted(view, x, eqn)
+    if both is None:
+        return None
+    view, x = both[0].refined(), both[1]
     (vc, vb), (xc, xb) = dims, x_dims
     orientation = _orientation(view, vc, vb)
     if orientation is None:
@@ -149,7 +173,8 @@ def dot_general(run: Any, eqn: Any, lhs: Any, rhs: Any) -> list | None:
                 y,
                 [*range(batch), *range(batch + x_free, y.ndim), *range(batch, batch + x_free)],
             )
-    return None if y is None else [y.astype(aval.dtype)]
+    path = (rhs if is_view(rhs) else lhs).path
+    return None if y is None else [as_program(y, aval.dtype, path)]
 
 
 class RaggedSite(Site):
@@ -195,9 +220,10 @@ def ragged_dot(run: Any, eqn: Any, x: Any, view: Any, groups: Any) -> list | Non
         return None
     if numbers.dot_dimension_numbers != (((1,), (1,)), ((), ())) or view.ndim != 3:
         return None
-    if tuple(numbers.lhs_ragged_dimensions) != (0,):
+    both = promoted(view, x, eqn)
+    if tuple(numbers.lhs_ragged_dimensions) != (0,) or both is None:
         return None
-    view = view.refined()
+    view, x = both[0].refined(), both[1]
     if _orientation(view, [1], list(numbers.rhs_group_dimensions)) != (IN, OUT):
         return None
     if len(view.indices(STACK)) != 1:
@@ -207,7 +233,7 @@ def ragged_dot(run: Any, eqn: Any, x: Any, view: Any, groups: Any) -> list | Non
     site = site_of(run, view, eqn, RaggedSite, groups=groups, tokens=x.shape[0])
     site.taps = run.taps  # tokens stay together, unlike under vmap over a stack
     y = x @ bind(view.weight, site, (STACK, IN, OUT), view.dtype)
-    return [y.astype(eqn.outvars[0].aval.dtype)]
+    return [as_program(y, eqn.outvars[0].aval.dtype, view.path)]
 
 
 class ConvSite(Site):
@@ -294,7 +320,10 @@ def convolution(run: Any, eqn: Any, x: Any, view: Any) -> list | None:
     """Kernels whose dimensions are one axis each; none in a batch-grouped convolution."""
     if is_view(x) or eqn.params["batch_group_count"] != 1:
         return None
-    view = view.refined()
+    both = promoted(view, x, eqn)
+    if both is None:
+        return None
+    view, x = both[0].refined(), both[1]
     numbers = eqn.params["dimension_numbers"]
     if any(len(dim) != 1 for dim in view.dims) or len(view.axes) != view.ndim:
         return None
@@ -307,4 +336,4 @@ def convolution(run: Any, eqn: Any, x: Any, view: Any) -> list | None:
     # (batch, *space, channels) back into the program's layout
     place = [numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]]
     y = permute(y, [place.index(i) for i in range(y.ndim)])
-    return [y.astype(eqn.outvars[0].aval.dtype)]
+    return [as_program(y, eqn.outvars[0].aval.dtype, view.path)]

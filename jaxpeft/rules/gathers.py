@@ -10,7 +10,7 @@ from jax.extend.core import primitives as p
 from jaxpeft.rules.contractions import bound, site_of
 from jaxpeft.rules.registry import cut_dims, row_dims, rule
 from jaxpeft.rules.views import dynamic_slice as pick_from_stack
-from jaxpeft.weight import IN, OUT, STACK, View, Weight, is_view, permute, refold
+from jaxpeft.weight import IN, OUT, STACK, View, Weight, computing, is_view, permute, refold
 
 
 def _rows_dim(view: View, dim: int) -> bool:
@@ -21,8 +21,16 @@ def _rows_dim(view: View, dim: int) -> bool:
     return rest == {i for i in view.indices(OUT) + view.indices(STACK) if view.axes[i].size > 1}
 
 
-def _rows(run: Any, eqn: Any, view: View, ids: jax.Array, mode: str, fill: Any) -> jax.Array:
-    """Rows (*stack, *ids, out) of the table, where ids beyond it meet the gather's own mode."""
+def _rows(
+    run: Any, eqn: Any, given: View, ids: jax.Array, mode: str, fill: Any
+) -> jax.Array | None:
+    """Rows (*stack, *ids, out) of the table, where ids beyond it meet the gather's own mode.
+
+    A table that the program has rounded gives rounded rows. `None` where its dtype has no sums.
+    """
+    view = given.exact
+    if computing(view.dtype) != view.dtype:
+        return None
     site = site_of(run, view, eqn)
     site.rows = view.size(IN)
     extra = view.weight.extra_rows if isinstance(view.weight, Weight) else 0
@@ -37,7 +45,7 @@ def _rows(run: Any, eqn: Any, view: View, ids: jax.Array, mode: str, fill: Any) 
             y = jnp.where(valid[..., None], y, jnp.nan if fill is None else fill)
         return y
 
-    return view.over_stack(lookup, ids)
+    return given.rounded(view.over_stack(lookup, ids))
 
 
 def _as_dims(view: View, y: jax.Array, lead: int, keep: list[int]) -> jax.Array:
@@ -80,6 +88,8 @@ def gather(run: Any, eqn: Any, view: Any, indices: Any) -> list | None:
         eqn.params["mode"].name,
         eqn.params["fill_value"],
     )
+    if y is None:
+        return None
     y = _as_dims(view, y, ids.ndim, keep)
     y = permute(
         y, [*((front + others).index(i) for i in range(ids.ndim)), *range(ids.ndim, y.ndim)]
@@ -94,7 +104,7 @@ def gather(run: Any, eqn: Any, view: Any, indices: Any) -> list | None:
     place = [i for i in range(aval.ndim) if i not in numbers.offset_dims]
     place += list(numbers.offset_dims)
     y = permute(y, [place.index(i) for i in range(aval.ndim)])
-    return [y.astype(aval.dtype)]
+    return [y]
 
 
 @rule(p.dynamic_slice_p)
@@ -112,7 +122,9 @@ def dynamic_slice(run: Any, eqn: Any, view: Any, *starts: Any) -> list | None:
     # An index below zero counts from the end, then the run is clamped into the table.
     start = jnp.clip(jnp.where(start < 0, start + rows, start), 0, rows - count)
     y = _rows(run, eqn, view, start + jnp.arange(count), "CLIP", None)
+    if y is None:
+        return None
     keep = [i for i in range(view.ndim) if i != cut[0]]
     y = jnp.moveaxis(_as_dims(view, y, 1, keep), 0, cut[0])
     assert math.prod(y.shape) == math.prod(aval.shape)
-    return [y.astype(aval.dtype)]
+    return [y]

@@ -8,43 +8,71 @@ import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from jaxpeft.rules.registry import rule
-from jaxpeft.weight import View, Weight, axes, base, base_of, dense, is_view, weight
+from jaxpeft.weight import (
+    Operand,
+    View,
+    Weight,
+    axes,
+    base,
+    base_of,
+    dense,
+    is_view,
+    static,
+    weight,
+)
 
 
 @weight
 class Scaled(Weight):
-    """The matrix `factor * w`."""
+    """The matrix `factor * w`, or `w / factor`."""
 
     w: Any = base()
     factor: Any = axes(shared=True)
+    divides: bool = static(False)
+    rounded_to: tuple[Any, ...] = static(())  # what the program has cast `w` to before, in turn
 
     local_in = local_out = True
 
     def forward(self, x):
         """x @ (factor * w) = (x @ w) * factor."""
-        return x @ self.w * self.factor
+        return self._times(x @ self.w)
 
     def transposed(self, y):
         """y @ (factor * w).T = (y @ w.T) * factor."""
-        return y @ self.w.T * self.factor
+        return self._times(y @ self.w.T)
 
     def lookup(self, ids):
         """(factor * w)[ids] = w[ids] * factor."""
-        return self.w[ids] * self.factor
+        return self._times(self._rounded(self.w[ids]))
 
     def materialize(self) -> jax.Array:
-        return dense(self.w) * self.factor
+        return self._times(self._rounded(dense(self.w)))
+
+    def _times(self, y):
+        return y / _number(self.factor) if self.divides else y * self.factor
+
+    def _rounded(self, entries):
+        for dtype in self.rounded_to:
+            entries = entries.astype(dtype)
+        return entries
 
 
-def _scaled(w: Any, factor: Any) -> Any:
+def _number(factor: Any) -> jax.Array:
+    return factor.matrix if isinstance(factor, Operand) else factor
+
+
+def _scaled(w: Any, *how: Any) -> Any:
     """The number goes around the largest part that is a matrix: an adapter sees the product."""
     if isinstance(w, Weight) and not w.is_matrix:
-        return dataclasses.replace(w, w=_scaled(base_of(w), factor))  # type: ignore
-    return Scaled(w, factor)
+        return dataclasses.replace(w, w=_scaled(base_of(w), *how))  # type: ignore
+    return Scaled(w, *how)
 
 
-def _times(view: View, factor: Any) -> list:
-    return [dataclasses.replace(view, weight=_scaled(view.weight, jnp.asarray(factor)))]
+def _times(view: View, factor: Any, divides: bool = False) -> list:
+    """The product is rounded to the view's dtype, which a wider one would show."""
+    before = (*view.rounded_from, view.dtype)
+    weight = _scaled(view.weight, jnp.asarray(factor), divides, before)
+    return [dataclasses.replace(view, weight=weight, rounded_from=before)]
 
 
 @rule(p.mul_p)
@@ -56,11 +84,12 @@ def multiply(run: Any, eqn: Any, a: Any, b: Any) -> list | None:
 
 @rule(p.div_p)
 def divide(run: Any, eqn: Any, a: Any, b: Any) -> list | None:
-    """By one number, as a product with its inverse."""
-    return None if is_view(b) or jnp.ndim(b) else _times(a, 1 / b)
+    """By one number."""
+    return None if is_view(b) or jnp.ndim(b) else _times(a, b, divides=True)
 
 
 @rule(p.neg_p)
 def negate(run: Any, eqn: Any, view: View) -> list:
-    """A product with -1."""
-    return _times(view, jnp.asarray(-1, view.dtype))
+    """A product with -1, which rounds nothing."""
+    weight = _scaled(view.weight, jnp.asarray(-1, view.dtype), False, ())
+    return [dataclasses.replace(view, weight=weight)]

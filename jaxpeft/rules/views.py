@@ -52,11 +52,16 @@ def expand_dims(run: Any, eqn: Any, view: View) -> list | None:
 
 @rule(p.convert_element_type_p)
 def astype(run: Any, eqn: Any, view: View) -> list | None:
-    """To a dtype of floats: what products are taken in, and no copy."""
-    dtype = eqn.params["new_dtype"]
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return None
-    return [dataclasses.replace(view, dtype=jnp.dtype(dtype))]
+    """What products are taken in, and no copy, where that does not show a rounding."""
+    return _one(view.astype(eqn.params["new_dtype"]))
+
+
+@rule(p.reduce_precision_p)
+def reduce_precision(run: Any, eqn: Any, view: View) -> list | None:
+    """Nothing, where as many bits are kept as the dtype has."""
+    bits, params = jnp.finfo(view.dtype), eqn.params
+    whole = params["exponent_bits"] >= bits.nexp and params["mantissa_bits"] >= bits.nmant
+    return [view] if whole else None
 
 
 @rule(p.copy_p, p.name_p)
