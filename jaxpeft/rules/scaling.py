@@ -1,4 +1,4 @@
-"""A weight times a number is a weight."""
+"""A weight times a number is a weight; times numbers along one side, a composite."""
 
 import dataclasses
 from typing import Any
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
+from jaxpeft.rules.composites import scaled
 from jaxpeft.rules.registry import rule
 from jaxpeft.weight import View, Weight, axes, base, base_of, dense, is_view, weight
 
@@ -49,15 +50,17 @@ def _times(view: View, factor: Any) -> list:
 
 @rule(p.mul_p)
 def multiply(run: Any, eqn: Any, a: Any, b: Any) -> list | None:
-    """By one number; by an array it is no weight any more."""
+    """By one number, or by numbers along a side; by an array it is no weight any more."""
     view, factor = (a, b) if is_view(a) else (b, a)
-    return None if is_view(factor) or jnp.ndim(factor) else _times(view, factor)
+    if is_view(factor):
+        return None
+    return scaled(eqn, view, factor) if jnp.ndim(factor) else _times(view, factor)
 
 
 @rule(p.div_p)
 def divide(run: Any, eqn: Any, a: Any, b: Any) -> list | None:
-    """By one number, as a product with its inverse."""
-    return None if is_view(b) or jnp.ndim(b) else _times(a, 1 / b)
+    """By numbers, as a product with their inverse."""
+    return None if is_view(b) else multiply(run, eqn, a, 1 / b)
 
 
 @rule(p.neg_p)
