@@ -174,7 +174,9 @@ def _through(
         return a.moved([a.dims[i] for i in params["permutation"]])
     if primitive is p.reshape_p:
         dims = digits.reshape(a.dims, old, new)
-        return a.moved(_nothing(n, i) if d is None else d for i, (d, n) in enumerate(zip(dims, new)))
+        return a.moved(
+            _nothing(n, i) if d is None else d for i, (d, n) in enumerate(zip(dims, new))
+        )
     if primitive is p.squeeze_p:
         return a.moved(d for i, d in enumerate(a.dims) if i not in params["dimensions"])
     if primitive is p.broadcast_in_dim_p:
@@ -193,7 +195,9 @@ def _through(
     if primitive in (p.slice_p, p.dynamic_slice_p, compat.split_p):
         return a.moved(a.dims, False).resized(new)
     joining = (p.concatenate_p, p.pad_p, p.dynamic_update_slice_p, p.all_gather_p)
-    if len(old) == len(new) and (primitive in joining or primitive is not p.gather_p and _fits(old, new)):
+    if len(old) == len(new) and (
+        primitive in joining or primitive is not p.gather_p and _fits(old, new)
+    ):
         return a.resized(new)
     return a.moved(_nothing(n, i) for i, n in enumerate(new))
 
