@@ -47,7 +47,7 @@ class Ancestor:
 
     def resized(self, shape: Sequence[int]) -> "Ancestor":
         """In a value of which some dimensions are longer or shorter."""
-        return self.moved(map(_resized, self.dims, shape))
+        return self.moved(tuple(map(_resized, self.dims, shape)))
 
 
 def _nothing(size: int, axis: int = 0) -> Dim:
@@ -144,7 +144,8 @@ def _depends(eqn: Any, values: list, mine: list) -> int:
 def _is_full(ancestor: Ancestor, shape: Sequence[int]) -> bool:
     """Whether every dimension is one of the parameter's, and there are two at least."""
     own = [dim for dim in ancestor.dims if any(d.of == ancestor.param for d in dim)]
-    return len(own) >= 2 and all(n == 1 for dim, n in zip(ancestor.dims, shape) if dim not in own)
+    pairs = zip(ancestor.dims, shape, strict=True)
+    return len(own) >= 2 and all(n == 1 for dim, n in pairs if dim not in own)
 
 
 def _reads_rows(eqn: Any) -> bool:
@@ -173,12 +174,10 @@ def _through(
     if primitive is p.transpose_p:
         return a.moved([a.dims[i] for i in params["permutation"]])
     if primitive is p.reshape_p:
-        dims = digits.reshape(a.dims, old, new)
-        return a.moved(
-            _nothing(n, i) if d is None else d for i, (d, n) in enumerate(zip(dims, new))
-        )
+        folded = enumerate(digits.reshape(a.dims, old, new))
+        return a.moved([_nothing(new[i], i) if dim is None else dim for i, dim in folded])
     if primitive is p.squeeze_p:
-        return a.moved(d for i, d in enumerate(a.dims) if i not in params["dimensions"])
+        return a.moved([d for i, d in enumerate(a.dims) if i not in params["dimensions"]])
     if primitive is p.broadcast_in_dim_p:
         dims = [_nothing(n, i) for i, n in enumerate(new)]
         for i, j in enumerate(params["broadcast_dimensions"]):
@@ -189,9 +188,10 @@ def _through(
         dims.insert(params["axis"] % len(new), ())
         return a.moved(dims).resized(new)
     if primitive is compat.tile_p and "reps" in params:
-        return a.moved((*_nothing(n), *d) for n, d in zip(params["reps"], a.dims, strict=True))
+        pairs = zip(params["reps"], a.dims, strict=True)
+        return a.moved([(*_nothing(n), *dim) for n, dim in pairs])
     if primitive in _REDUCING:
-        return a.moved((d for i, d in enumerate(a.dims) if i not in params["axes"]), False)
+        return a.moved([d for i, d in enumerate(a.dims) if i not in params["axes"]], False)
     if primitive in (p.slice_p, p.dynamic_slice_p, compat.split_p):
         return a.moved(a.dims, False).resized(new)
     joining = (p.concatenate_p, p.pad_p, p.dynamic_update_slice_p, p.all_gather_p)
@@ -199,7 +199,7 @@ def _through(
         primitive in joining or primitive is not p.gather_p and _fits(old, new)
     ):
         return a.resized(new)
-    return a.moved(_nothing(n, i) for i, n in enumerate(new))
+    return a.moved([_nothing(n, i) for i, n in enumerate(new)])
 
 
 def _fits(old: Sequence[int], new: Sequence[int]) -> bool:

@@ -7,7 +7,7 @@ the parts, each of which follows the rule of its own weight.
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jax import lax
 from jaxpeft import axes as digits
 from jaxpeft.axes import Digit, Dim
 from jaxpeft.weight import STACK, Axis, View, is_view, permute, refold
+
+T = TypeVar("T")
 
 
 class Composite:
@@ -57,11 +59,13 @@ class Composite:
         raise NotImplementedError
 
 
-def _node(cls: Any) -> Any:
+@dataclass_transform(frozen_default=True)
+def _node(cls: type[T]) -> type[T]:
     """Registers a composite as a JAX pytree: its parts are the data."""
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-    meta = [f.name for f in dataclasses.fields(cls) if f.name not in cls.names]
-    return jax.tree_util.register_dataclass(cls, data_fields=list(cls.names), meta_fields=meta)
+    names: tuple[str, ...] = cls.names  # type: ignore[attr-defined]
+    meta = [f.name for f in dataclasses.fields(cls) if f.name not in names]  # type: ignore
+    return jax.tree_util.register_dataclass(cls, data_fields=list(names), meta_fields=meta)
 
 
 @_node

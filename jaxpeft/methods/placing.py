@@ -35,7 +35,7 @@ def place(
         such path or another shape there.
     """
     if not sites:
-        raise ValueError(f"`{who}` selects no parameter. The sites given are empty.")
+        raise ValueError(f"`{who}` selects no parameter. {sites.what_there_is()}")
     flat, treedef = flatten(tree, is_leaf=lambda x: is_view(x) or isinstance(x, (Train, Joined)))
     for path, site in sites.items():
         if path not in flat:

@@ -194,7 +194,7 @@ def _trained(leaf: Any, path: str) -> Any:
 
 def _mark(tree: Any, sites: Sites, who: str, mark: Any) -> Any:
     if not sites:
-        raise ValueError(f"`{who}` selects no parameter. The sites given are empty.")
+        raise ValueError(f"`{who}` selects no parameter. {sites.what_there_is()}")
     flat, treedef = flatten(tree, is_leaf=lambda x: is_view(x) or isinstance(x, (Train, Joined)))
     for path in sites:
         if path not in flat:

@@ -22,7 +22,6 @@ from jaxpeft.composite import (
     Concatenation,
     Repetition,
     Scaling,
-    is_composite,
     is_structured,
 )
 from jaxpeft.rules import control
@@ -262,8 +261,7 @@ def _reshaped(run: Any, eqn: Any, x: Composite, shape: Sequence[int]) -> list | 
 
 def _refolded(factor: jax.Array, old: Sequence[int], new: Sequence[int]) -> jax.Array:
     """The numbers of a scaling after a reshape of what they scale: constant where they were."""
-    dims: list = [() if n == 1 else d for n, d in zip(factor.shape, digits.whole(0, old))]
-    kept = {d.axis for dim in dims for d in dim}
+    kept = {i for i, n in enumerate(factor.shape) if n > 1}
     # A dimension of the result is constant if nothing in it comes from one that is not.
     moved = digits.reshape(digits.whole(0, old), old, new)
     shape = [
@@ -364,7 +362,7 @@ def dot_general(run: Any, eqn: Any, lhs: Any, rhs: Any) -> list | None:
     (xc, wc), (xb, wb) = (
         tuple(map(list, reversed(d) if first else d)) for d in (contracted, batch)
     )
-    write = {
+    write: dict[type, Callable] = {
         Concatenation: _joined_product,
         Scaling: _scaled_product,
         Repetition: _repeated_product,
@@ -473,7 +471,7 @@ def _repeated_product(
         in_x += parts([met[i]]) if i in met else [("free", i)]
     mine, free = parts(_free(w_dims, w.ndim)), [("free", i) for i in x_free]
     order = [*parts(wb), *(mine + free if first else free + mine)]
-    counted = [d for d in order if d not in in_x and w.is_copy(d)]
+    counted = [d for d in order if isinstance(d, Digit) and w.is_copy(d) and d not in in_x]
 
     def program(x: jax.Array, weight: jax.Array) -> jax.Array:
         sizes = [d.size if isinstance(d, Digit) else x.shape[d[1]] for d in in_x]
