@@ -65,7 +65,7 @@ def reshape(
     todo = significant(
         digit
         for axis, (dim, size) in enumerate(zip(dims, old, strict=True))
-        for digit in (dim if _fills(dim, size) else (Digit(unknown, axis, 1, size),))
+        for digit in _filled(dim, Digit(unknown, axis, 1, size))
     )
     todo.reverse()  # popped from the end, most significant first
     out: list[Dim | None] = []
@@ -88,8 +88,10 @@ def reshape(
     return tuple(out)
 
 
-def _fills(dim: Dim | None, size: int) -> bool:
-    return dim is not None and math.prod(d.size for d in dim) == size
+def _filled(dim: Dim | None, unknown: Digit) -> Dim:
+    """The dimension, or the unknown digit where it does not say what the whole length is."""
+    known = dim is not None and math.prod(d.size for d in dim) == unknown.size
+    return dim if dim is not None and known else (unknown,)
 
 
 def cuts(dims: Iterable[Dim], axis: int, size: int) -> list[Digit]:
