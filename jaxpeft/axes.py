@@ -59,7 +59,8 @@ def reshape(
     """Dimensions after a row-major reshape from shape `old` to shape `new`.
 
     A new dimension that mixes known with unknown digits is `None`; where a digit
-    would be cut unevenly, every dimension is.
+    would be cut unevenly, every dimension is. An old one whose digits are more or
+    fewer than it is long is unknown.
     """
     if math.prod(new) == 0:
         return (None,) * len(new)
@@ -67,7 +68,7 @@ def reshape(
     todo = significant(
         digit
         for axis, (dim, size) in enumerate(zip(dims, old, strict=True))
-        for digit in ((Digit(unknown, axis, 1, size),) if dim is None else dim)
+        for digit in _filled(dim, Digit(unknown, axis, 1, size))
     )
     todo.reverse()  # popped from the end, most significant first
     out: list[Dim | None] = []
@@ -88,6 +89,12 @@ def reshape(
             return (None,) * len(new)
         out.append(None if any(d.of is unknown for d in dim) else join(dim))
     return tuple(out)
+
+
+def _filled(dim: Dim | None, unknown: Digit) -> Dim:
+    """The dimension, or the unknown digit where it does not say what the whole length is."""
+    known = dim is not None and math.prod(d.size for d in dim) == unknown.size
+    return dim if dim is not None and known else (unknown,)
 
 
 def cuts(dims: Iterable[Dim], axis: int, size: int) -> list[Digit]:

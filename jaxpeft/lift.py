@@ -18,7 +18,8 @@ import numpy as np
 from jax.extend import core as jex
 
 from jaxpeft import compat
-from jaxpeft.rules import COMPUTING, RULES
+from jaxpeft.composite import is_composite, is_structured
+from jaxpeft.rules import COMPOSITES, COMPUTING, RULES
 from jaxpeft.rules.registry import Rule
 from jaxpeft.rules.residual import Frame, residual
 from jaxpeft.tree import check_filled
@@ -56,12 +57,14 @@ class Evaluation:
       taps: What weights of this scope have left for each other, by name.
       sites: How many places a weight has acted at so far.
       frames: The jaxprs of this scope that are under way, the innermost last.
+      within: The model's own equation, while a rule's program for it is under way.
     """
 
     report: Callable[[Materialized], None]
     taps: dict[str, Any] = dataclasses.field(default_factory=dict)
     sites: list[int] = dataclasses.field(default_factory=lambda: [0])
     frames: list[Frame] = dataclasses.field(default_factory=list)
+    within: Any = None
 
     def number(self) -> int:
         """A number for the next place where a weight acts."""
@@ -69,11 +72,13 @@ class Evaluation:
         return self.sites[0]
 
     def dense(self, x: Any, eqn: Any, why: str = "") -> Any:
-        """x itself, or the array that a view stands for."""
+        """x itself, or the array that a view or a composite stands for."""
+        if is_composite(x):
+            return x.array(*[self.dense(part, eqn, why) for part in x.parts])
         if not is_view(x):
             return x
         primitive = (eqn.primitive.name if eqn is not None else "return") + why
-        where = compat.source(eqn) if eqn is not None else "the end of the function"
+        where = self.source(eqn) if eqn is not None else "the end of the function"
         for w in chain_of(x.weight):
             if not w.is_matrix:
                 raise NotAMatrixError(
@@ -88,8 +93,12 @@ class Evaluation:
         """The view over the array that its codes stand for, if it stands on codes."""
         if not isinstance(innermost(view.weight), Weight):
             return view
-        self.report(Materialized(view.path, eqn.primitive.name + why, compat.source(eqn)))
+        self.report(Materialized(view.path, eqn.primitive.name + why, self.source(eqn)))
         return view.decoded()
+
+    def source(self, eqn: Any) -> str:
+        """Where in the model an equation comes from."""
+        return compat.source(self.within or eqn)
 
     def materialized(self, view: View, eqn: Any) -> jax.Array:
         """The array of a view, sharded as the program's types say."""
@@ -103,7 +112,7 @@ class Evaluation:
 
     def inner(self) -> "Evaluation":
         """For a jaxpr whose values must not leave it, such as the body of a loop."""
-        return Evaluation(self.report, {}, self.sites)
+        return Evaluation(self.report, {}, self.sites, within=self.within)
 
     def closed(self, what: str) -> None:
         """Says that a scope has ended; whatever was left in it can never be met."""
@@ -127,7 +136,7 @@ class Evaluation:
         self.frames.append(frame)
         for frame.at, eqn in enumerate(jaxpr.eqns):
             values = [read(v) for v in eqn.invars]
-            if any(is_view(v) for v in values):
+            if any(map(is_structured, values)):
                 outs = self.apply(eqn, values)
             else:
                 outs = compat.bind(eqn, values)
@@ -135,27 +144,45 @@ class Evaluation:
         self.frames.pop()
         return [read(v) for v in jaxpr.outvars]
 
+    def program(self, fn: Callable, eqn: Any, *values: Any) -> Any:
+        """fn(*values), one result, as what the model's equation does; values may be structured."""
+        outer, self.within = self.within, self.within or eqn
+        try:
+            (out,) = self.run(jax.make_jaxpr(fn)(*map(_type, values)), values)
+        finally:
+            self.within = outer
+        return out
+
     def residual(self, path: str, row: int | None) -> list[jax.Array]:
         """The stream that the model adds to the product under evaluation, maybe with a bias."""
         return residual(self.frames, path, row)
 
     def apply(self, eqn: jex.JaxprEqn, values: list) -> list:
-        """One equation with views among its operands."""
-        rule = RULES.get(eqn.primitive)
+        """One equation with views or composites among its operands."""
         name = str(eqn.source_info.name_stack)
         scope = jax.named_scope(name) if name else contextlib.nullcontext()
         # The maths of a weight mixes dtypes and ranks on purpose, whatever the caller forbids.
         promote = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
         with eqn.ctx.manager, scope, promote[0], promote[1]:
-            try:
-                outs = self._run_rule(rule, eqn, values) if rule is not None else None
-            except Unsupported:
-                outs = None
+            outs = None
+            if any(map(is_composite, values)):
+                outs = self._run_rule(COMPOSITES.get(eqn.primitive), eqn, values)
+                if outs is None:
+                    values = [self.dense(v, eqn) if is_composite(v) else v for v in values]
+            if outs is None and any(map(is_view, values)):
+                outs = self._run_rule(RULES.get(eqn.primitive), eqn, values)
         if outs is None:
             outs = compat.bind(eqn, [self.dense(v, eqn) for v in values])
         return outs
 
-    def _run_rule(self, rule: Rule, eqn: Any, values: list) -> list | None:
+    def _run_rule(self, rule: Rule | None, eqn: Any, values: list) -> list | None:
+        """A rule's results; `None` where there is none or it does not cover the case."""
+        try:
+            return None if rule is None else self._in_context(rule, eqn, values)
+        except Unsupported:
+            return None
+
+    def _in_context(self, rule: Rule, eqn: Any, values: list) -> list | None:
         """A rule, under the compiler's choice of shardings where these are part of the types."""
         shardings = [compat.typed_sharding(v.aval) for v in eqn.outvars]
         if eqn.primitive not in COMPUTING or None in shardings:
@@ -298,6 +325,13 @@ def _on_mesh(mesh: Any) -> Any:
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic))
+
+
+def _type(x: Any) -> jax.ShapeDtypeStruct:
+    """What a program sees of a value, structured or not."""
+    if is_structured(x):
+        return x.abstract
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
 def _abstract(view: View) -> jax.ShapeDtypeStruct:

@@ -268,7 +268,9 @@ class Sites(Mapping[str, Site]):
     def override(self, path: str, *roles: str) -> "Sites":
         """The same sites with other roles for the axes of one parameter.
 
-        For what no program reveals: an ensemble under `vmap` looks like heads.
+        For what no program reveals: an ensemble under `vmap` looks like heads. With an input
+        and an output side it is a matrix from then on, also where the model computes something
+        of it before it uses it; `lift` forms the array there, with a warning.
 
         Raises:
           ValueError: A role is not "stack", "in" or "out", or their number differs.
@@ -281,7 +283,28 @@ class Sites(Mapping[str, Site]):
             )
         axes = tuple(Axis(n, r) for n, r in zip(site.shape, roles, strict=True))
         changed = dataclasses.replace(site, axes=axes)
+        if {IN, OUT} <= set(roles) and not changed.is_matrix:
+            uses = (*site.uses, Use("linear", source="as `override` says"))
+            changed = dataclasses.replace(changed, uses=uses)
         return Sites({**self._selected, path: changed}, {**self._every, path: changed})
+
+    def what_there_is(self) -> str:
+        """The parameters to choose from, for who was given an empty selection of them."""
+        if not self._every:
+            return "The sites given are empty, and no parameter is known to choose from."
+        others = [site for site in self._every.values() if not site.is_matrix]
+        names = [f"'{s.path}' {s.shape} ({', '.join(sorted(s.kinds)) or 'unused'})" for s in others]
+        matrices = [f"'{path}'" for path in self._every if path not in {s.path for s in others}]
+        told = f"The sites given are empty. The model has the matrices {_some(matrices)}"
+        told += f", and beside them {_some(names)}."
+        wide = next((site for site in others if len(site.shape) > 1), None)
+        if wide is None:
+            return told
+        roles = ", ".join(f"'{r}'" for r in (*[STACK] * (len(wide.shape) - 2), IN, OUT))
+        return (
+            f"{told} If another one acts as a matrix, say which of its axes are inputs and "
+            f"outputs: `sites.override('{wide.path}', {roles}).match('{wide.path}')`."
+        )
 
     # Printing and storing ------------------------------------------------------------------
 
@@ -377,6 +400,12 @@ def _show(pattern: Pattern) -> str:
     if isinstance(pattern, str):
         return f"'{pattern}'"
     return repr(pattern.pattern) if isinstance(pattern, re.Pattern) else repr(pattern)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first twenty, and how many more."""
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + more if names else "none"
 
 
 def _nearest(name: str, paths: Iterable[str]) -> str:

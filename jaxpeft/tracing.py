@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ import jax
 from jax.extend import core as jex
 from jax.extend.core import primitives as p
 
+from jaxpeft import ancestry, compat
 from jaxpeft import axes as digits
-from jaxpeft import compat
+from jaxpeft.ancestry import FIXED, GIVEN, Ancestor
 from jaxpeft.axes import Digit, Dim
 from jaxpeft.rules.registry import cut_dims, row_dims
 
@@ -53,6 +55,8 @@ class Value:
       fixed: The index was part of the program (`w[0]`), so it is no lookup.
       normed: Was divided by a standard deviation since the last product.
       one_hot: Comes from a comparison.
+      depends: On what: `ancestry.FIXED`, `GIVEN` or `ACTIVE`.
+      ancestors: The parameters that this is computed from, if it is no activation.
     """
 
     dims: tuple[Dim | None, ...]
@@ -63,6 +67,8 @@ class Value:
     fixed: bool = False
     normed: bool = False
     one_hot: bool = False
+    depends: int = FIXED
+    ancestors: tuple[Ancestor, ...] = ()
 
     def digits(self, dims: Sequence[int]) -> frozenset[Digit]:
         """The digits of some dimensions."""
@@ -79,11 +85,13 @@ def trace(
     """The uses of each parameter in `fn(arrays, data)`."""
     closed = jax.make_jaxpr(fn)(list(shapes), list(data))
     jaxpr, _ = compat.open_jaxpr(closed)
-    walk = _Walk()
+    walk = _Walk({path: tuple(x.shape) for path, x in zip(paths, shapes, strict=True)})
     params = [
         Value(digits.whole(path, x.shape), path) for path, x in zip(paths, shapes, strict=True)
     ]
-    others = [unknown(v.aval) for v in jaxpr.invars[len(params) :]]
+    others = [
+        dataclasses.replace(unknown(v.aval), depends=GIVEN) for v in jaxpr.invars[len(params) :]
+    ]
     for value in walk.run(jaxpr, [*params, *others]):
         walk.settled(jaxpr.eqns[-1] if jaxpr.eqns else None, value)
     return {path: walk.uses[path] for path in paths}
@@ -116,7 +124,8 @@ _PRODUCTS = {p.mul_p, p.div_p}
 
 
 class _Walk:
-    def __init__(self) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
         self.uses: dict[str, list[Use]] = collections.defaultdict(list)
 
     def run(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
@@ -136,7 +145,62 @@ class _Walk:
         if use not in self.uses[value.param]:
             self.uses[value.param].append(use)
 
+    def ancestors(self, value: Value, aval: Any) -> tuple[Ancestor, ...]:
+        """The parameters that a value of this type is computed from."""
+        return ancestry.ancestors_of(value, getattr(aval, "shape", ()), self.shapes)
+
     def step(self, eqn: Any, values: list[Value]) -> list[Value]:
+        if any(isinstance(x, (jex.Jaxpr, jex.ClosedJaxpr)) for x in _parameters(eqn)):
+            return self.equation(eqn, values)
+        self.computed(eqn, values)
+        return ancestry.inherited(eqn, values, self.equation(eqn, values), self.shapes)
+
+    def computed(self, eqn: Any, values: list[Value]) -> None:
+        """Records what weights are that were computed from parameters and meet a product here."""
+        if eqn.primitive in _SUMS and len(values) == 2:
+            self.vectors(eqn, values)
+        if eqn.primitive not in ancestry.PRODUCTS | {p.gather_p}:
+            return
+        for i, value in enumerate(values[:2]):
+            other = values[1 - i]
+            if value.param is not None or other.param is not None or other.ancestors:
+                continue
+            for ancestor in value.ancestors:
+                # Where it stands, its parameter stood.
+                alone = _Walk(self.shapes)
+                stand = Value(ancestor.dims, ancestor.param)
+                _STEPS[eqn.primitive](alone, eqn, [stand if v is value else v for v in values])
+                self.adopt(ancestor, alone.uses[ancestor.param])
+
+    def adopt(self, ancestor: Ancestor, uses: list[Use]) -> None:
+        """Records the uses of what is computed from a parameter as uses of the parameter."""
+        param, shape = ancestor.param, self.shapes[ancestor.param]
+        stacked = {d.axis for use in self.uses[param] for d in use.stack}
+        for use in uses:
+            stack = ancestry.own(param, shape, use.stack)
+            stacked |= {d.axis for d in stack}
+            found = ancestry.sides(ancestor, shape, use.rows, use.cols, stacked)
+            if use.kind == "other" or found is None or use.kind == "expert" and not stack:
+                continue
+            rows, cols = found if use.kind != "expert" else (use.rows, use.cols)
+            use = dataclasses.replace(use, rows=rows, cols=cols, stack=stack)
+            if use not in self.uses[param]:
+                self.uses[param].append(use)
+
+    def vectors(self, eqn: Any, values: list[Value]) -> None:
+        """Vectors that were joined or computed, and are added to an activation."""
+        for value, other in zip(values, values[::-1], strict=True):
+            if other.depends != ancestry.ACTIVE or value.param is not None:
+                continue
+            for ancestor in value.ancestors:
+                stand = Value(ancestor.dims, ancestor.param)
+                cols = stand.digits(range(len(stand.dims)))
+                cols = ancestry.own(ancestor.param, self.shapes[ancestor.param], cols)
+                if len(digits.significant(cols)) == 1:
+                    self.note(stand, "added", eqn, cols=cols)
+
+    def equation(self, eqn: Any, values: list[Value]) -> list[Value]:
+        """One equation: what it does with parameters, and what is known of its results."""
         primitive = eqn.primitive
         if primitive not in _SUMS | _PRODUCTS | _KEEP | _LAYOUT | _CALLS:
             values = [self.settled(eqn, v) for v in values]
@@ -180,7 +244,8 @@ class _Walk:
             found = [v for v in values if v.param]
             if len(found) == 1 and any(found[0].dims):
                 other = values[values[0] is found[0]]
-                return [self.meet(eqn, found[0], other)]
+                if not _is_computed(found[0], other):
+                    return [_as_wide(self.meet(eqn, found[0], other), shape)]
         for value in values:
             self.note(value, "other", eqn, cols=value.digits(range(len(value.dims))))
         shapes = [getattr(x.aval, "shape", None) for x in eqn.invars]
@@ -215,6 +280,27 @@ class _Walk:
         of = () if other.normed else other.after
         self.note(param, kind, eqn, cols=cols - stack, stack=stack, of=of)
         return other.data(after=())
+
+
+def _parameters(eqn: Any) -> list:
+    """The parameters of an equation, those in tuples too."""
+    nested = [x if isinstance(x, (tuple, list)) else (x,) for x in eqn.params.values()]
+    return [x for some in nested for x in some]
+
+
+def _is_computed(param: Value, other: Value) -> bool:
+    """Whether a matrix meets what is no activation: the result is another matrix."""
+    wide = [dim for dim in param.dims if dim is None or digits.significant(dim)]
+    return len(wide) > 1 and other.depends == FIXED
+
+
+def _as_wide(value: Value, shape: Sequence[int]) -> Value:
+    """The value, of which nothing is known where it was as long as 1 and is longer now."""
+    dims = tuple(
+        None if dim is not None and math.prod(d.size for d in dim) != n else dim
+        for dim, n in zip(value.dims, shape, strict=True)
+    )
+    return dataclasses.replace(value, dims=dims)
 
 
 def _is_vector_use(other: Value) -> bool:
@@ -415,7 +501,12 @@ def _scan(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     slices = []
     for x in xs:
         walk.note(x, "stack", eqn, stack=frozenset(x.dims[0] or ()))
-        slices.append(dataclasses.replace(x, dims=x.dims[1:]))
+        for a in x.ancestors:
+            lead = ancestry.own(a.param, walk.shapes[a.param], frozenset(a.dims[0]))
+            if lead:
+                walk.note(Value((), a.param), "stack", eqn, stack=lead)
+        rest = tuple(a.moved(a.dims[1:]) for a in x.ancestors)
+        slices.append(dataclasses.replace(x, dims=x.dims[1:], ancestors=rest))
     passed = {i: j for i, v in enumerate(body.outvars) for j, w in enumerate(body.invars) if v is w}
     start = []
     for i, value in enumerate(carry):
@@ -423,13 +514,20 @@ def _scan(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
             start.append(value)
         else:
             walk.note(value, "other", eqn)
-            start.append(value.data(after=()))
+            made = walk.ancestors(value, eqn.invars[n_const + i].aval)
+            start.append(value.data(after=(), ancestors=made))
     outs = [walk.settled(eqn, v) for v in walk.run(body, [*consts, *start, *slices])]
     stacked = []
     for i in range(n_carry, len(outs)):
         source = passed.get(i, -1) - n_const - n_carry
         known = xs[source] if source >= 0 else None
-        stacked.append(known or outs[i].data(dims=(None, *outs[i].dims), after=()))
+        if known:
+            stacked.append(known)
+            continue
+        made = walk.ancestors(outs[i], body.outvars[i].aval)
+        made = tuple(a.moved(((), *a.dims)).resized(eqn.outvars[i].aval.shape) for a in made)
+        dims = (None, *outs[i].dims)
+        stacked.append(outs[i].data(dims=dims, after=(), ancestors=made))
     return [*outs[:n_carry], *stacked]
 
 
@@ -447,10 +545,16 @@ def _while(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
 
 def _cond(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     outs = [walk.run(branch, values[1:]) for branch in eqn.params["branches"]]
-    return [
-        same[0] if all(x == same[0] for x in same) else unknown(v.aval)
-        for same, v in zip(zip(*outs, strict=True), eqn.outvars, strict=True)
-    ]
+    results = []
+    for each, v in zip(zip(*outs, strict=True), eqn.outvars, strict=True):
+        if all(x == each[0] for x in each):
+            results.append(each[0])
+            continue
+        for value in each:
+            walk.note(value, "other", eqn)
+        depends, made = ancestry.either(each, v.aval, walk.shapes)
+        results.append(dataclasses.replace(unknown(v.aval), depends=depends, ancestors=made))
+    return results
 
 
 def _shard_map(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:

@@ -274,7 +274,7 @@ def test_bitfit_needs_a_bias():
     ],
 )
 def test_an_empty_selection_lists_what_there_is(method, who):
-    with says(ValueError, f"`{who}` selects no parameter", "'b' (bias)", "'w' (linear) none was"):
+    with says(ValueError, f"`{who}` selects no parameter", "the matrices 'w'", "(bias)"):
         method()(KEY, P)
 
 

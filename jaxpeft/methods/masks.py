@@ -66,7 +66,7 @@ def keep(
     if scope not in ("all", "matrix"):
         raise ValueError(f"`keep(scope='{scope}')`: choose 'all' or 'matrix'.")
     if not sites:
-        raise ValueError("`keep` selects no parameter. The sites given are empty.")
+        raise ValueError(f"`keep` selects no parameter. {sites.what_there_is()}")
     grouped = {
         path: np.asarray(group_means(_checked(scores, site), site, structure), np.float64)
         for path, site in sites.items()

@@ -77,14 +77,8 @@ def signed(node: Any, who: str, path: str) -> Any:
 
 def check_any(who: str, sites: Sites) -> None:
     """Raises ValueError where nothing is selected; lists what there is to choose from."""
-    if sites:
-        return
-    known = [f"'{path}' ({', '.join(sorted(s.kinds))})" for path, s in sites.every.items()]
-    more = f" and {len(known) - 20} more" if len(known) > 20 else ""
-    raise ValueError(
-        f"`{who}` selects no parameter. The sites given are empty: "
-        + (f"of {', '.join(known[:20])}{more} none was selected." if known else "none is known.")
-    )
+    if not sites:
+        raise ValueError(f"`{who}` selects no parameter. {sites.what_there_is()}")
 
 
 F = TypeVar("F", bound=Callable)

@@ -10,6 +10,7 @@ from jax.extend import core as jex
 from jax.extend.core import primitives as p
 
 from jaxpeft import compat
+from jaxpeft.composite import Concatenation, is_composite
 from jaxpeft.rules.registry import rule
 from jaxpeft.rules.sharding import constrain
 from jaxpeft.weight import STACK, View, chain_of, is_view
@@ -219,6 +220,9 @@ def custom_jvp(run: Any, eqn: Any, *args: Any) -> list:
 
 def _scanned(run: Any, eqn: Any, x: Any) -> tuple[Any, Callable[[Any], Any]]:
     """An operand of a scan as the tree to scan over, and what one slice of it stands for."""
+    if is_composite(x):
+        joined = x.stacked() if isinstance(x, Concatenation) and x.dim == 0 else None
+        x = run.dense(x, eqn, " across an axis that is no stack") if joined is None else joined
     if not is_view(x):
         return x, lambda slice_: slice_
     view, lead = x.refined(), None

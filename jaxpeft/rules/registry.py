@@ -35,6 +35,20 @@ def rule(*primitives: jex.Primitive | None, computes: bool = False) -> Callable[
     return register
 
 
+#: What primitives do where a composite is among the operands, in the same form.
+COMPOSITES: dict[jex.Primitive, Rule] = {}
+
+
+def composite_rule(*primitives: jex.Primitive | None) -> Callable[[Rule], Rule]:
+    """Registers what these primitives do with composites. `None` is one this JAX does not have."""
+
+    def register(f: Rule) -> Rule:
+        COMPOSITES.update({primitive: f for primitive in primitives if primitive is not None})
+        return f
+
+    return register
+
+
 def cut_dims(eqn: Any) -> list[int]:
     """The dimensions that a slice of an array shortens."""
     old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape

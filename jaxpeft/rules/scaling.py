@@ -1,4 +1,4 @@
-"""A weight times a number is a weight."""
+"""A weight times a number is a weight; times numbers along one side, a composite."""
 
 import dataclasses
 from typing import Any
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
+from jaxpeft.rules.composites import scaled
 from jaxpeft.rules.registry import rule
 from jaxpeft.weight import (
     Operand,
@@ -77,15 +78,19 @@ def _times(view: View, factor: Any, divides: bool = False) -> list:
 
 @rule(p.mul_p)
 def multiply(run: Any, eqn: Any, a: Any, b: Any) -> list | None:
-    """By one number; by an array it is no weight any more."""
+    """By one number, or by numbers along a side; by an array it is no weight any more."""
     view, factor = (a, b) if is_view(a) else (b, a)
-    return None if is_view(factor) or jnp.ndim(factor) else _times(view, factor)
+    if is_view(factor):
+        return None
+    return scaled(eqn, view, factor) if jnp.ndim(factor) else _times(view, factor)
 
 
 @rule(p.div_p)
 def divide(run: Any, eqn: Any, a: Any, b: Any) -> list | None:
-    """By one number."""
-    return None if is_view(b) or jnp.ndim(b) else _times(a, b, divides=True)
+    """By one number, or by numbers along a side."""
+    if is_view(b):
+        return None
+    return scaled(eqn, a, 1 / b) if jnp.ndim(b) else _times(a, b, divides=True)
 
 
 @rule(p.neg_p)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpeft import compat
 from jaxpeft.axes import Dim
+from jaxpeft.composite import is_composite
 from jaxpeft.rules.registry import rule
 from jaxpeft.weight import IN, OUT, Axis, View, chain_of, is_view
 
@@ -82,7 +83,7 @@ def followed(view: View, sharding: NamedSharding) -> list[PartitionSpec] | None:
 
 def constrain(x: Any, sharding: Any) -> Any:
     """x under a sharding constraint, if there is one; a view's fields each get their part."""
-    if not isinstance(sharding, NamedSharding):
+    if not isinstance(sharding, NamedSharding) or is_composite(x):
         return x
     if not is_view(x):
         return lax.with_sharding_constraint(x, sharding)

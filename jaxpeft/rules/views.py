@@ -11,6 +11,7 @@ from jax.extend.core import primitives as p
 
 from jaxpeft import axes as digits
 from jaxpeft import compat
+from jaxpeft.rules.composites import repeated
 from jaxpeft.rules.registry import cut_dims, rule
 from jaxpeft.weight import IN, OUT, STACK, Axis, View, chain_of, is_view
 
@@ -40,10 +41,10 @@ def squeeze(run: Any, eqn: Any, view: View) -> list | None:
 
 @rule(p.broadcast_in_dim_p)
 def expand_dims(run: Any, eqn: Any, view: View) -> list | None:
-    """Dimensions of size 1 come; a broadcast that repeats entries is no view."""
+    """Dimensions of size 1 come; a broadcast that repeats entries makes a composite."""
     shape = eqn.params["shape"]
     if math.prod(shape) != math.prod(view.shape):
-        return None  # a true broadcast
+        return repeated(eqn, view)
     dims: list = [()] * len(shape)
     for i, j in enumerate(eqn.params["broadcast_dimensions"]):
         dims[j] = view.dims[i]

@@ -301,7 +301,7 @@ def masked_entries(
 
 def _check_sites(who: str, sites: Sites) -> None:
     if not sites:
-        raise ValueError(f"`{who}` selects no weight. The sites given are empty.")
+        raise ValueError(f"`{who}` selects no weight. {sites.what_there_is()}")
     check_whole(who, sites)
 
 

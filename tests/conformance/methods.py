@@ -316,6 +316,7 @@ _CUT = (
     "shard_map, layers scanned and gathered one by one",
     "weight sliced into parts before use",
     "weight split into parts before use",
+    "kernels joined by heads, then split apart",
 )
 
 METHODS = [

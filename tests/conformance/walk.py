@@ -222,7 +222,7 @@ def _follow(jaxpr, owners, seen):
             outs = ins
         elif name in _LAYOUT and ins[0] is not None:
             outs = [ins[0]] * len(outs)
-        elif (name in ("mul", "div")) and eqn.invars[1].aval.shape == ():
+        elif name in ("mul", "div") and ins[0] is not None and _is_constant_along_a_side(eqn):
             outs = ins[:1]
         for v, own in zip(eqn.outvars, outs, strict=True):
             if own is not None:
@@ -235,6 +235,12 @@ def _follow(jaxpr, owners, seen):
         if get(v) is not None:
             seen.weights[get(v)].add(count(v))
     return [get(v) for v in jaxpr.outvars]
+
+
+def _is_constant_along_a_side(eqn) -> bool:
+    """Whether a weight comes first and what scales it is smaller: a number, or one for each row."""
+    weight, factor = (v.aval.shape for v in eqn.invars)
+    return factor == () or len(factor) == len(weight) and factor != weight
 
 
 def parameter_footprint(fn, params, args, chosen: Collection[str]) -> Footprint:
