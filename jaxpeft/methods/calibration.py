@@ -133,7 +133,7 @@ def input_moments(
         weight = Observed(view.weight, second, first, rows, told, site.path)
         return dataclasses.replace(view, weight=weight)
 
-    tree = place(jax.random.key(0), params, sites, make, who="input_moments")
+    tree = place(jax.random.key(0), params, sites, make, who="input_moments", parts=True)
     frozen, zeros = split(tree)
     lifted = lift(fn)
 

@@ -19,6 +19,7 @@ def place(
     *,
     who: str,
     vectors: bool = False,
+    parts: bool = False,
 ) -> Any:
     """The tree with `make(key, site, view)` at the place of every selected matrix.
 
@@ -29,6 +30,7 @@ def place(
       make: The new view from the old one, which may hold another method's weight.
       who: The call as the user wrote it, for messages.
       vectors: Whether biases and scales may be among them.
+      parts: Whether `make` minds `site.part`; if not, a part of the outputs is refused.
 
     Raises:
       ValueError: Nothing is selected, a selected parameter is no matrix, or the tree has no
@@ -36,6 +38,8 @@ def place(
     """
     if not sites:
         raise ValueError(f"`{who}` selects no parameter. The sites given are empty.")
+    if not parts:
+        check_whole(who, sites)
     flat, treedef = flatten(tree, is_leaf=lambda x: is_view(x) or isinstance(x, (Train, Joined)))
     for path, site in sites.items():
         if path not in flat:
@@ -66,7 +70,7 @@ def check_whole(who: str, sites: Sites) -> None:
         if site.part is not None:
             raise ValueError(
                 f"`{who}`: a part of the columns of '{site.path}' is selected ({site.part}), but "
-                "the method acts on all of them. Select the weight, or use `lora`."
+                "the method acts on all of them. Select the weight, or use `lora` or `ia3`."
             )
 
 

@@ -190,7 +190,7 @@ def prefix(
             f"`prefix(hidden={hidden}, embed={embed})`: widths are positive, and `embed` is the "
             "width of the table which the network of `hidden` units reads."
         )
-    if twice := list(keys & values):
+    if twice := [path for path in keys if path in values]:
         raise ValueError(
             f"`prefix`: {twice} are among the keys and among the values. A weight that gives both "
             "at once cannot have a prefix; split it into one for each."
@@ -221,11 +221,6 @@ def prefix(
     def make(key: jax.Array, site: Site, view: View) -> View:
         if "linear" not in site.kinds or "embedding" in site.kinds:
             raise ValueError(f"`prefix`: '{site.path}' is no projection but {sorted(site.kinds)}.")
-        if site.part is not None:
-            raise ValueError(
-                f"`prefix`: a part of the columns of '{site.path}' is selected ({site.part}), but "
-                "rows stand in the place of all of its outputs."
-            )
         if any(_same(w, slots) for w in chain_of(view.weight)):
             raise ValueError(
                 f"`prefix`: '{site.path}' has a prefix at the positions '{slots}' already, which "

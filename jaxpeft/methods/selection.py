@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jaxpeft.method import Method
+from jaxpeft.methods.placing import check_whole
 from jaxpeft.sites import Sites
 from jaxpeft.tree import Joined, Train, flatten
 from jaxpeft.weight import View, Weight, innermost, is_view, with_innermost
@@ -195,6 +196,7 @@ def _trained(leaf: Any, path: str) -> Any:
 def _mark(tree: Any, sites: Sites, who: str, mark: Any) -> Any:
     if not sites:
         raise ValueError(f"`{who}` selects no parameter. The sites given are empty.")
+    check_whole(who, sites)
     flat, treedef = flatten(tree, is_leaf=lambda x: is_view(x) or isinstance(x, (Train, Joined)))
     for path in sites:
         if path not in flat:
