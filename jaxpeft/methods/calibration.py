@@ -15,7 +15,17 @@ from jaxpeft.lift import lift
 from jaxpeft.methods.placing import place
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train, combine, flatten, split
-from jaxpeft.weight import IN, View, Weight, axes, base, is_view, static, weight
+from jaxpeft.weight import (
+    IN,
+    PositionsError,
+    View,
+    Weight,
+    axes,
+    base,
+    is_view,
+    static,
+    weight,
+)
 
 
 class Moments(NamedTuple):
@@ -73,12 +83,13 @@ class Observed(Weight):
     path: str = static("")
 
     is_matrix = False  # a use as an array would be missed
+    positions = "counted"
 
     def forward(self, x):
         moments = Moments(self.second.array, self.first.array, self.rows.array)
         counted = None if self.counted is None else self.counted.array
         if counted is not None and counted.shape != x.shape[:-1]:
-            raise ValueError(
+            raise PositionsError(
                 f"`input_moments` is told which inputs count as {counted.shape}, but those of "
                 f"'{self.path}' have leading axes {x.shape[:-1]}: the model merges or moves them "
                 "before this product. Leave `counted` out, or give batches without padding."
