@@ -23,7 +23,16 @@ from jaxpeft.rules import COMPOSITES, COMPUTING, RULES
 from jaxpeft.rules.registry import Rule
 from jaxpeft.rules.residual import Frame, residual
 from jaxpeft.tree import check_filled
-from jaxpeft.weight import Unsupported, View, Weight, chain_of, innermost, is_view, map_views
+from jaxpeft.weight import (
+    PositionsError,
+    Unsupported,
+    View,
+    Weight,
+    chain_of,
+    innermost,
+    is_view,
+    map_views,
+)
 
 F = TypeVar("F", bound=Callable)
 
@@ -286,6 +295,8 @@ def lift(
         jaxpr = jax.make_jaxpr(with_arrays)(*[_abstract(flat[i]) for i in at])
         evaluation = Evaluation(report)
         views = [flat[i].unfolded().acting(_whole) for i in at]
+        if _ambiguous(views):
+            _retrace_with_fewer_examples(lifted, args, kwargs)
         outs = iter(evaluation.run(jaxpr, views))
         evaluation.closed("the function")
         given = {id(view): flat[i] for view, i in zip(views, at, strict=True)}
@@ -296,6 +307,61 @@ def lift(
         return jax.tree.unflatten(result["tree"], values)
 
     return lifted  # type: ignore[return-value]
+
+
+def _positions(view: View) -> list[Any]:
+    """Arrays (batch, time) that weights of the view are told of."""
+    fields = [(w, w.positions) for w in chain_of(view.weight) if w.positions is not None]
+    return [x for w, name in fields if (x := getattr(w, name)) is not None]
+
+
+def _ambiguous(views: Sequence[View]) -> bool:
+    """Whether batch and time are of one length, so that a shape does not tell them apart."""
+    return any(x.ndim == 2 and x.shape[0] == x.shape[1] for v in views for x in _positions(v))
+
+
+def _retrace_with_fewer_examples(lifted: Callable, args: tuple, kwargs: dict) -> None:
+    """Traces the call without its last example, where batch and time have different lengths.
+
+    A model with time first would else take the positions of one example for those of a time.
+
+    Raises:
+      PositionsError: A weight is told of other axes than its input has.
+    """
+    views = [x for x in jax.tree.leaves((args, kwargs), is_leaf=is_view) if is_view(x)]
+    rows = next(x.shape[0] for v in views for x in _positions(v) if x.shape[0] == x.shape[1])
+
+    def fewer(x: Any) -> Any:
+        if not _is_array(x) or not x.shape or x.shape[0] != rows:
+            return x
+        return jax.ShapeDtypeStruct((rows - 1, *x.shape[1:]), x.dtype)
+
+    def fewer_positions(view: View) -> View:
+        mine = {id(x) for x in _positions(view)}
+        return jax.tree.map(lambda x: fewer(x) if id(x) in mine else x, view)
+
+    def smaller(arg: Any) -> Any:
+        if any(is_view(x) for x in jax.tree.leaves(arg, is_leaf=is_view)):
+            return map_views(fewer_positions, arg)  # parameters have no examples
+        return jax.tree.map(fewer, arg)
+
+    given = [smaller(x) for x in args], {name: smaller(x) for name, x in kwargs.items()}
+    flat, treedef = jax.tree.flatten(given)
+    at = [i for i, x in enumerate(flat) if isinstance(x, jax.ShapeDtypeStruct)]
+
+    def call(shapes: list) -> None:
+        values = list(flat)
+        for i, x in zip(at, shapes, strict=True):
+            values[i] = x
+        args, kwargs = jax.tree.unflatten(treedef, values)
+        lifted(*args, **kwargs)
+
+    try:
+        jax.eval_shape(call, [flat[i] for i in at])
+    except PositionsError:
+        raise
+    except Exception:
+        return  # a model of this many examples alone: nothing is learned
 
 
 def _whole(f: Callable[[View], Any], view: View) -> Any:

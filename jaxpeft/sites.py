@@ -43,6 +43,14 @@ class Part:
         """How many of `out` columns belong to the part."""
         return out // self.of
 
+    def spread(self, y: jax.Array, rest: float) -> jax.Array:
+        """Columns y (..., size) of the part at their places among all, the others `rest`."""
+        blocks = y.reshape(*y.shape[:-1], self.groups, 1, -1)
+        pad = [(0, 0, 0)] * blocks.ndim
+        pad[-2] = (self.index, self.of - self.index - 1, 0)
+        whole = jax.lax.pad(blocks, jax.numpy.asarray(rest, y.dtype), pad)
+        return whole.reshape(*y.shape[:-1], y.shape[-1] * self.of)
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -236,24 +244,44 @@ class Sites(Mapping[str, Site]):
         return out
 
     def __or__(self, other: "Sites") -> "Sites":
+        self._same_parts(other, "|")
         both = {**self._selected, **other._selected}
         # A selection that was read from a file knows no other parameters.
         every = {**self._every, **{p: s for p, s in other._every.items() if p not in self._every}}
         return Sites({path: both[path] for path in every if path in both}, every)
 
     def __and__(self, other: "Sites") -> "Sites":
+        self._same_parts(other, "&")
         return self._keep(lambda site: site.path in other)
 
     def __sub__(self, other: "Sites") -> "Sites":
+        self._same_parts(other, "-")
         return self._keep(lambda site: site.path not in other)
+
+    def _same_parts(self, other: "Sites", sign: str) -> None:
+        """A selection holds each weight once, so it cannot say what two parts of it make."""
+        for path, site in self.items():
+            if path in other and other[path].part != site.part:
+                raise ValueError(
+                    f"`{sign}` of two selections with different columns of '{path}': "
+                    f"{site.part or 'all'} and {other[path].part or 'all'}. Give each selection a "
+                    "method of its own, and `chain` the methods."
+                )
 
     def columns(self, index: int, of: int, groups: int = 1) -> "Sites":
         """The same weights, but only a part of their output axis: see `Part`.
 
         Raises:
-          ValueError: The output axis does not divide into `of * groups` equal blocks.
+          ValueError: The output axis does not divide into `of * groups` equal blocks, or is a
+            part already.
         """
         for site in self.values():
+            if site.part is not None:
+                raise ValueError(
+                    f"Of '{site.path}', {site.part} is selected already, and a part of a part is "
+                    f"none. Take one with a larger `of` from the whole weight: `.columns({index}, "
+                    f"{of * site.part.of}, ...)`."
+                )
             out = site.size(OUT)
             if not 0 <= index < of or groups < 1 or out % (of * groups):
                 raise ValueError(

@@ -102,6 +102,8 @@ class Weight:
     local_in: ClassVar[bool] = False
     #: Whether it is right on a shard of `out`.
     local_out: ClassVar[bool] = False
+    #: The field whose axes are (batch, time), those of its input, if there is one.
+    positions: ClassVar[str | None] = None
     #: Whether what it derives may stay in its place for good, as after training (`fold`).
     folds: ClassVar[bool] = False
 
@@ -186,6 +188,10 @@ class _Transposed:
 
 class Unsupported(Exception):
     """Raised by a weight or an operand where a site asks for what it cannot do."""
+
+
+class PositionsError(ValueError):
+    """Raised by a weight whose input does not have the axes (batch, time) that it is told of."""
 
 
 def dense(w: Any) -> jax.Array:

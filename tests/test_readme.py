@@ -22,7 +22,7 @@ def test_the_table_has_every_method_and_no_other():
     table = README.split("## Methods")[1].split("##")[0]
     first = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
     named = {name.split("(")[0] for cell in first for name in re.findall(r"`([^`]+)`", cell)}
-    helpers = {"check_ids", "check_prompt", "fold", "template", "virtual_ids"}
+    helpers = {"check_ids", "check_prefix", "check_prompt", "fold", "template", "virtual_ids"}
     helpers |= {"with_prefixes", "with_virtual", "without_virtual"}
     helpers |= {"Moments", "as_lora", "input_moments", "mean_gradients"}
     helpers |= {"orthogonality", "ranks", "shrunk"}

@@ -25,6 +25,7 @@ from jaxpeft.methods.miss import miss
 from jaxpeft.methods.mixtures import for_task, moelora, poly
 from jaxpeft.methods.oft import oft
 from jaxpeft.methods.pissa import olora, pissa
+from jaxpeft.methods.placeholders import check_prefix
 from jaxpeft.methods.prefix import prefix, with_prefixes, with_virtual, without_virtual
 from jaxpeft.methods.prompt import (
     check_ids,
@@ -53,6 +54,7 @@ __all__ = [
     "boft",
     "bottleneck",
     "check_ids",
+    "check_prefix",
     "check_prompt",
     "compensate",
     "corda",

@@ -15,7 +15,17 @@ from jaxpeft.lift import lift
 from jaxpeft.methods.placing import place, takes_sites
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train, arrays_of, combine, flatten, split
-from jaxpeft.weight import IN, View, Weight, axes, base, is_view, static, weight
+from jaxpeft.weight import (
+    IN,
+    PositionsError,
+    View,
+    Weight,
+    axes,
+    base,
+    is_view,
+    static,
+    weight,
+)
 
 
 class Moments(NamedTuple):
@@ -73,12 +83,13 @@ class Observed(Weight):
     path: str = static("")
 
     is_matrix = False  # a use as an array would be missed
+    positions = "counted"
 
     def forward(self, x):
         moments = Moments(self.second.array, self.first.array, self.rows.array)
         counted = None if self.counted is None else self.counted.array
         if counted is not None and counted.shape != x.shape[:-1]:
-            raise ValueError(
+            raise PositionsError(
                 f"`input_moments` is told which inputs count as {counted.shape}, but those of "
                 f"'{self.path}' have leading axes {x.shape[:-1]}: the model merges or moves them "
                 "before this product. Leave `counted` out, or give batches without padding."
@@ -134,7 +145,7 @@ def input_moments(
         weight = Observed(view.weight, second, first, rows, told, site.path)
         return dataclasses.replace(view, weight=weight)
 
-    tree = place(jax.random.key(0), params, sites, make, who="input_moments")
+    tree = place(jax.random.key(0), params, sites, make, who="input_moments", parts=True)
     frozen, zeros = split(tree)
     arrays, rebuilt = arrays_of(frozen)
     lifted = lift(fn)

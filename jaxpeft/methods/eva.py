@@ -101,7 +101,7 @@ def eva(
         )
 
     def apply(key: jax.Array, tree: Any) -> Any:
-        return place(key, low(key, tree), chosen, make, who="eva")
+        return place(key, low(key, tree), chosen, make, who="eva", parts=True)
 
     return dataclasses.replace(low, apply=apply)
 

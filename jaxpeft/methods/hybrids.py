@@ -108,6 +108,7 @@ class GatedLowRank(Weight):
     path: str = static("")
 
     is_matrix = False
+    positions = "slots"
 
     def forward(self, x):
         g = gate(x, self.gate, self.gate_bias, self.slots, self.path)
@@ -133,6 +134,8 @@ class GatedBottleneck(Bottleneck):
     gate_bias: Any = axes("one", optional=True)
     slots: Any = axes(shared=True, optional=True)
     path: str = static("")
+
+    positions = "slots"
 
     def change(self, z):
         g = gate(z, self.gate, self.gate_bias, self.slots, self.path)

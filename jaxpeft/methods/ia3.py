@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from jaxpeft.method import Method
 from jaxpeft.methods.placing import check_whole, place, takes_sites
-from jaxpeft.sites import Site, Sites
+from jaxpeft.sites import Part, Site, Sites
 from jaxpeft.tree import Hole, Train
-from jaxpeft.weight import View, Weight, axes, base, dense, weight
+from jaxpeft.weight import OUT, Operand, View, Weight, axes, base, dense, static, weight
 
 
 @weight
@@ -36,6 +36,38 @@ class ScaledOut(Weight):
 
     def materialize(self):
         return dense(self.w) * self.scale
+
+
+@weight
+class ScaledPart(Weight):
+    """The matrix `w` with each output of a part of them times a number."""
+
+    w: Any = base()
+    scale: Any = axes("part")
+    part: Part = static()
+
+    local_in = True
+
+    def forward(self, x):
+        """(x @ w) * scale, where the scale of every other output is 1."""
+        return x @ self.w * self._whole()
+
+    def transposed(self, y):
+        """(y * scale) @ w.T."""
+        return (y * self._whole()).astype(y.dtype) @ self.w.T
+
+    def lookup(self, ids):
+        """w[ids] * scale."""
+        return self.w[ids] * self._whole()
+
+    def materialize(self):
+        return dense(self.w) * self.part.spread(self.scale, 1)
+
+    def _whole(self):
+        """The scale of all outputs, as an operand of the site."""
+        scale: Operand = self.scale
+        roles = [OUT if role == scale.rows else role for role in scale.roles]
+        return Operand(self.part.spread(scale.array, 1), roles, OUT, OUT, scale.site)
 
 
 @weight
@@ -65,31 +97,46 @@ def ia3(sites: Sites, feedforward: Sites | None = None, *, dtype: Any = jnp.floa
 
     y = l * (x @ w + b) for the weights of `sites`, and y = (l * x) @ w + b for those of
     `feedforward`, with one vector l of ones each, so that training starts at the base model.
-    A bias that follows a weight of `sites` is scaled with it, so both can be merged.
+    A bias that follows a weight of `sites` is scaled with it, so both can be merged. In a fused
+    kernel, `chain` scales the keys and the values:
+
+        jp.chain(jp.ia3(fused.columns(1, 3)), jp.ia3(fused.columns(2, 3), feedforward))
 
     Args:
-      sites: Weights whose outputs are scaled: the key and value projections.
+      sites: Weights whose outputs are scaled: the key and value projections; with
+        `Sites.columns`, a part of their outputs.
       feedforward: Weights whose inputs are scaled: the second of the feed-forward block.
       dtype: Of the vectors.
 
     Returns:
-      A method with `out` trained numbers for each of `sites`, `in` for each of `feedforward`.
+      A method with `out` trained numbers for each of `sites` (those of its part), `in` for each
+      of `feedforward`.
 
     Raises:
-      ValueError: A part of the outputs is selected.
+      ValueError: A part of the outputs is selected in `feedforward`, whose inputs are scaled.
 
     References:
       Liu et al., Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
       In-Context Learning, 2022, section 3.3. https://arxiv.org/abs/2205.05638
     """
 
-    check_whole("ia3", sites if feedforward is None else sites | feedforward)
+    check_whole("ia3(feedforward=...)", feedforward or Sites({}))
+
+    def name(site: Site) -> str:
+        """Of the scale, which the bias shares; parts of one weight are told apart."""
+        part = site.part
+        which = "" if part is None else f"_{part.index}_of_{part.of}"
+        return f"{site.path}/scale{which}"
+
+    def scaled(view: View, scale: Train | Hole, part: Part | None) -> View:
+        w = ScaledOut(view.weight, scale) if part is None else ScaledPart(view.weight, scale, part)
+        return dataclasses.replace(view, weight=w)
 
     def scaled_out(key: jax.Array, site: Site, view: View) -> View:
         del key
-        ones = jnp.ones((*site.stack, site.size("out")), dtype)
-        scale = Train(ones, name=f"{site.path}/scale")  # the bias shares it
-        return dataclasses.replace(view, weight=ScaledOut(view.weight, scale))
+        size = site.size(OUT) if site.part is None else site.part.size(site.size(OUT))
+        ones = jnp.ones((*site.stack, size), dtype)
+        return scaled(view, Train(ones, name=name(site)), site.part)
 
     def scaled_in(key: jax.Array, site: Site, view: View) -> View:
         del key
@@ -98,12 +145,12 @@ def ia3(sites: Sites, feedforward: Sites | None = None, *, dtype: Any = jnp.floa
 
     def apply(key: jax.Array, tree: Any) -> Any:
         if sites:
-            tree = place(key, tree, sites, scaled_out, who="ia3")
-            biases = {site.bias: path for path, site in sites.items() if site.bias}
+            tree = place(key, tree, sites, scaled_out, who="ia3", parts=True)
+            biases = {site.bias: site for site in sites.values() if site.bias}
 
             def scaled_bias(key: jax.Array, site: Site, view: View) -> View:
-                shared = Hole(f"{biases[site.path]}/scale")
-                return dataclasses.replace(view, weight=ScaledOut(view.weight, shared))
+                owner = biases[site.path]
+                return scaled(view, Hole(name(owner)), owner.part)
 
             if biases:
                 found = sites.every.match(lambda site: site.path in biases)

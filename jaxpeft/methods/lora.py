@@ -33,6 +33,10 @@ class LowRank(Weight):
 
     local_in = local_out = True
 
+    def grain(self, field, axis):
+        # A run of the matrix's outputs is no run of those of a part.
+        return (0, 0) if field == "b" and axis == OUT and self.part is not None else (1, 1)
+
     def forward(self, x):
         """x @ (w + scale * a @ b) = x @ w + scale * (x @ a) @ b."""
         y = x @ self.w
@@ -56,12 +60,7 @@ class LowRank(Weight):
         """The columns of the part, at their place among zeros."""
         if self.part is None:
             return y
-        part = self.part
-        blocks = y.reshape(*y.shape[:-1], part.groups, 1, -1)
-        pad = [(0, 0, 0)] * blocks.ndim
-        pad[-2] = (part.index, part.of - part.index - 1, 0)
-        out = jax.lax.pad(blocks, jnp.zeros((), y.dtype), pad)
-        return out.reshape(*y.shape[:-1], y.shape[-1] * part.of)
+        return self.part.spread(y, 0)
 
     def _chosen(self, y):
         """The columns of the part out of all."""
@@ -181,7 +180,9 @@ def low_rank(
         init=init,
         dtype=dtype,
     )
-    return Method(who, options, lambda key, tree: place(key, tree, sites, make, who=who))
+    return Method(
+        who, options, lambda key, tree: place(key, tree, sites, make, who=who, parts=True)
+    )
 
 
 def _factors(

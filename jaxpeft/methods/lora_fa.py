@@ -58,6 +58,6 @@ def lora_fa(
         return dataclasses.replace(view, weight=dataclasses.replace(old, a=old.a.value))
 
     def apply(key: jax.Array, tree: Any) -> Any:
-        return place(key, low(key, tree), sites, make, who="lora_fa")
+        return place(key, low(key, tree), sites, make, who="lora_fa", parts=True)
 
     return dataclasses.replace(low, apply=apply)

@@ -24,6 +24,7 @@ def place(
     *,
     who: str,
     vectors: bool = False,
+    parts: bool = False,
 ) -> Any:
     """The tree with `make(key, site, view)` at the place of every selected matrix.
 
@@ -34,12 +35,15 @@ def place(
       make: The new view from the old one, which may hold another method's weight.
       who: The call as the user wrote it, for messages.
       vectors: Whether biases and scales may be among them.
+      parts: Whether `make` minds `site.part`; if not, a part of the outputs is refused.
 
     Raises:
       ValueError: Nothing is selected, a selected parameter is no matrix, or the tree has no
         such path or another shape there.
     """
     check_any(who, sites)
+    if not parts:
+        check_whole(who, sites)
     flat, treedef = flatten(tree, is_leaf=lambda x: is_view(x) or isinstance(x, (Train, Joined)))
     for path, site in sites.items():
         if path not in flat:
@@ -133,7 +137,7 @@ def check_whole(who: str, sites: Sites) -> None:
         if site.part is not None:
             raise ValueError(
                 f"`{who}`: a part of the columns of '{site.path}' is selected ({site.part}), but "
-                "the method acts on all of them. Select the weight, or use `lora`."
+                "the method acts on all of them. Select the weight, or use `lora` or `ia3`."
             )
 
 

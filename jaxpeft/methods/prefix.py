@@ -1,7 +1,9 @@
 """Prefix tuning: trained keys and values at virtual positions in front of the input."""
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +14,17 @@ from jaxpeft.method import Method
 from jaxpeft.methods.placing import bias_of, place, takes_sites
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Hole, Train
-from jaxpeft.weight import OUT, View, Weight, axes, base, chain_of, static, weight
+from jaxpeft.weight import (
+    OUT,
+    PositionsError,
+    View,
+    Weight,
+    axes,
+    base,
+    chain_of,
+    static,
+    weight,
+)
 
 
 @weight
@@ -28,6 +40,7 @@ class Prefix(Weight):
     path: str = static("")
 
     is_matrix = False
+    positions = "slots"
 
     def forward(self, x):
         """x @ w at real positions, rows - bias at virtual ones: the program adds the bias."""
@@ -70,6 +83,7 @@ class EncodedPrefix(Weight):
 
     is_matrix = False
     folds = True
+    positions = "slots"
 
     def derived(self):
         hidden = jnp.tanh(self.table.array @ self.down + self.down_bias)
@@ -84,10 +98,10 @@ def slots_of(slots: Any, x: jax.Array, who: str) -> jax.Array:
     """The virtual position (batch, time) of each entry of x (batch, time, n), or -1.
 
     Raises:
-      ValueError: x has other leading axes; names who was told.
+      PositionsError: x has other leading axes; names who was told.
     """
     if slots.array.shape != x.shape[:-1]:
-        raise ValueError(
+        raise PositionsError(
             f"The {who} is told of virtual positions {slots.array.shape} (batch, time), but its "
             f"input has leading axes {x.shape[:-1]}: the model merges or moves batch and time "
             "before this projection. Lift it over one example and use `jax.vmap`."
@@ -131,7 +145,9 @@ def prefix(
     front of the input (`with_virtual`), and at their positions the key and value projections
     give the trained rows (NaN for a slot that has none). Real tokens stand `length` positions
     later. What the model computes at virtual positions is read by nothing: drop it from the
-    output (`without_virtual`), so that no head reads it. Training and prefill give the slots,
+    output (`without_virtual`), so that no head reads it; `check_prefix` finds a model that reads
+    it. Packed rows and sliding windows need `segment_ids` (`with_virtual`), or they hide the
+    prefix from tokens. Training and prefill give the slots,
     `combine(frozen, adapter, virtual=slots)`; a decoding step over a cache that holds the
     prefix has slots of -1. So this is what `jaxpeft.serve.generate.generator` takes:
 
@@ -191,7 +207,7 @@ def prefix(
             f"`prefix(hidden={hidden}, embed={embed})`: widths are positive, and `embed` is the "
             "width of the table which the network of `hidden` units reads."
         )
-    if twice := list(keys & values):
+    if twice := [path for path in keys if path in values]:
         raise ValueError(
             f"`prefix`: {twice} are among the keys and among the values. A weight that gives both "
             "at once cannot have a prefix; split it into one for each."
@@ -222,11 +238,6 @@ def prefix(
     def make(key: jax.Array, site: Site, view: View) -> View:
         if "linear" not in site.kinds or "embedding" in site.kinds:
             raise ValueError(f"`prefix`: '{site.path}' is no projection but {sorted(site.kinds)}.")
-        if site.part is not None:
-            raise ValueError(
-                f"`prefix`: a part of the columns of '{site.path}' is selected ({site.part}), but "
-                "rows stand in the place of all of its outputs."
-            )
         if any(_same(w, slots) for w in chain_of(view.weight)):
             raise ValueError(
                 f"`prefix`: '{site.path}' has a prefix at the positions '{slots}' already, which "
@@ -256,20 +267,46 @@ def prefix(
     return Method("prefix", options, lambda key, tree: place(key, tree, both, make, who="prefix"))
 
 
-def with_virtual(tokens: jax.Array, length: int, fill: int = 0) -> tuple[jax.Array, jax.Array]:
+def with_virtual(
+    tokens: jax.Array,
+    length: int,
+    fill: Any = 0,
+    segment_ids: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
     """Tokens (batch, length + time) behind placeholders, and their slots of the same shape.
+
+    Rows of several examples each, and models with a sliding window, need segments: virtual
+    tokens are of segment -1, which in `jaxpeft.models.decoder` every segment sees at any distance,
+    so that each example is what it is alone in its row. For a model that does not know segment
+    -1, `jaxpeft.train.Batches(..., virtual=...)` gives each example virtual tokens of its own.
 
     Args:
       tokens: (batch, time).
       length: Virtual positions.
-      fill: The placeholder: any id of the table.
+      fill: The placeholder: any id of the table. For a prompt, its ids (length,).
+      segment_ids: (batch, time), 0 for padding; of ones where each row is one example.
+
+    Returns:
+      Tokens and slots, with `segment_ids` also those of all positions. Leave `positions` to the
+      model, or count them from the first virtual one in each segment.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rows, segments = jnp.array([[5, 6, 7, 8]]), jnp.array([[1, 1, 2, 0]])
+      >>> [x.tolist() for x in with_virtual(rows, 2, segment_ids=segments)]
+      [[[0, 0, 5, 6, 7, 8]], [[0, 1, -1, -1, -1, -1]], [[-1, -1, 1, 1, 2, 0]]]
     """
-    tokens, slots, _ = with_prefixes(tokens, (length,), jnp.zeros(len(tokens), int), fill)
-    return tokens, slots
+    task = jnp.zeros(len(tokens), int)
+    tokens, slots, last = with_prefixes(tokens, (length,), task, fill, segment_ids)
+    return (tokens, slots) if segment_ids is None else (tokens, slots, last)
 
 
 def with_prefixes(
-    tokens: jax.Array, lengths: Sequence[int], tasks: jax.Array, fill: int = 0
+    tokens: jax.Array,
+    lengths: Sequence[int],
+    tasks: jax.Array,
+    fill: Any = 0,
+    segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Examples of several tasks, each behind the placeholders of its own prefix.
 
@@ -277,14 +314,17 @@ def with_prefixes(
       tokens: (batch, time).
       lengths: Virtual positions of each task, as the method was given them.
       tasks: (batch,), the number of each example's task.
-      fill: The placeholder: any id of the table.
+      fill: The placeholder: any id of the table, or one for each of the longest prefix.
+      segment_ids: As for `with_virtual`; all examples of a row are of the row's task.
 
     Returns:
       Tokens, slots and a mask, each (batch, longest + time). Shorter prefixes stand at the right,
       behind padding, where the mask is false; hand it to the model, with that of the tokens.
+      With `segment_ids`, in the place of the mask those of all positions.
 
     Raises:
-      ValueError: There is no such task, or not one for each example.
+      ValueError: There is no such task, or not one for each example; segments of another shape
+        than the tokens, or that hold virtual tokens already.
     """
     (batch, time), longest = tokens.shape, max(lengths)
     tasks = jnp.asarray(tasks)
@@ -300,11 +340,48 @@ def with_prefixes(
     slots = ends[tasks][:, None] - longest + jnp.arange(longest)
     starts = ends - jnp.asarray(lengths)
     slots = jnp.where(slots >= starts[tasks][:, None], slots, -1)
-    pad = jnp.full((batch, longest), fill, tokens.dtype)
+    fill = jnp.asarray(fill, tokens.dtype)
+    if _exchanged.get() and not fill.ndim:  # ids of a prompt are no placeholders
+        fill = jnp.where(fill == 1, 0, 1).astype(tokens.dtype)
+    pad = jnp.broadcast_to(fill, (batch, longest))
     real = jnp.full((batch, time), -1)
-    mask = jnp.concatenate([slots >= 0, jnp.ones((batch, time), bool)], axis=1)
+    last = jnp.concatenate([slots >= 0, jnp.ones((batch, time), bool)], axis=1)
+    if segment_ids is not None:
+        _check_segments(segment_ids, tokens)
+        virtual = jnp.where(slots >= 0, _VIRTUAL, 0).astype(jnp.int32)
+        last = jnp.concatenate([virtual, jnp.asarray(segment_ids, jnp.int32)], axis=1)
     slots = jnp.concatenate([slots, real], axis=1).astype(jnp.int32)
-    return jnp.concatenate([pad, tokens], axis=1), slots, mask
+    return jnp.concatenate([pad, tokens], axis=1), slots, last
+
+
+_exchanged: contextvars.ContextVar[bool] = contextvars.ContextVar("exchanged", default=False)
+
+
+@contextlib.contextmanager
+def exchanged_placeholders() -> Iterator[None]:
+    """Within it, `with_virtual` and `with_prefixes` put another placeholder than they are told."""
+    token = _exchanged.set(True)
+    try:
+        yield
+    finally:
+        _exchanged.reset(token)
+
+
+_VIRTUAL = -1  # the segment of virtual tokens, which `jaxpeft.models.decoder` shows to every other
+
+
+def _check_segments(segment_ids: jax.Array, tokens: jax.Array) -> None:
+    if segment_ids.shape != tokens.shape:
+        raise ValueError(
+            f"`segment_ids` {segment_ids.shape} are told of tokens {tokens.shape}; both are "
+            "(batch, time), without virtual positions."
+        )
+    known = not isinstance(segment_ids, jax.core.Tracer)
+    if known and (least := int(jnp.min(segment_ids, initial=0))) < 0:
+        raise ValueError(
+            f"`segment_ids` hold {least}, but are 0 for padding and 1, 2, ... for the examples of "
+            "a row: give them as they are without virtual tokens."
+        )
 
 
 def without_virtual(outputs: jax.Array, length: int) -> jax.Array:

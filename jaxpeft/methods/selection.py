@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxpeft.method import Method
-from jaxpeft.methods.placing import check_any, signed, takes_sites
+from jaxpeft.methods.placing import check_any, check_whole, signed, takes_sites
 from jaxpeft.sites import Sites
 from jaxpeft.tree import Joined, Train, flatten, unflatten
 from jaxpeft.weight import View, Weight, innermost, is_view, with_innermost
@@ -214,6 +214,7 @@ def _trained(leaf: Any, path: str) -> Any:
 
 def _mark(tree: Any, sites: Sites, who: str, mark: Any) -> Any:
     check_any(who, sites)
+    check_whole(who, sites)
     flat, treedef = flatten(tree, is_leaf=lambda x: is_view(x) or isinstance(x, (Train, Joined)))
     for path in sites:
         if path not in flat:

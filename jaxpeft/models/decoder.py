@@ -286,14 +286,19 @@ def _windows(hf: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
 # Attention ---------------------------------------------------------------------------------------
 
 
+_VIRTUAL = -1  # the segment that `jp.with_virtual` gives to virtual tokens
+
+
 class Place(NamedTuple):
     """Where tokens stand, as far as attention is concerned.
 
     A token sees those of its own segment that are not after it: `0 <= distance < window`, where
     distance is the difference of `order`. Segment 0 is padding, which sees and is seen by nothing.
+    Segment -1 stands in front of all others, each of which sees it at any distance: the virtual
+    tokens of a prefix or a prompt, under packing and under a window.
     """
 
-    order: Array  # (B, T) or (1, T): how many tokens of its segment stand before it
+    order: Array  # (B, T) or (1, T): how many tokens stand before it, of its segment and of -1
     segment: Array | None  # (B, T), or None where all tokens are of one segment
 
 
@@ -339,13 +344,12 @@ def attention(
 
 def _seen(queries: Place, keys: Place, window: int | Array | None) -> Array:
     distance = queries.order[:, :, None] - keys.order[:, None, :]
-    seen = distance >= 0
-    if window is not None:
-        seen &= distance < window
-    if queries.segment is not None and keys.segment is not None:
-        seen &= queries.segment[:, :, None] == keys.segment[:, None, :]
-        seen &= queries.segment[:, :, None] != 0
-    return seen
+    near = True if window is None else distance < window
+    if queries.segment is None or keys.segment is None:
+        return (distance >= 0) & near
+    mine, theirs = queries.segment[:, :, None], keys.segment[:, None, :]
+    known = (theirs == _VIRTUAL) | (mine == theirs) & near
+    return (distance >= 0) & known & (mine != 0)
 
 
 def _places(
@@ -365,7 +369,7 @@ def _places(
     every = segment if cache is None else enter(cache.segment, segment, used, axis=1)  # (B, S)
     slots = jnp.arange(every.shape[1], dtype=jnp.int32)
     before = slots < used + slots[:length, None]  # (T, S)
-    same = segment[:, :, None] == every[:, None, :]  # (B, T, S)
+    same = (segment[:, :, None] == every[:, None, :]) | (every[:, None, :] == _VIRTUAL)  # (B, T, S)
     place = Place(jnp.sum(same & before, axis=-1, dtype=jnp.int32), segment)
     if cache is None:
         return place, place, None
@@ -531,7 +535,8 @@ class Decoder(nnx.Module):
           positions: (B, T), for the rotary embedding. `None` counts the earlier tokens of the
             same segment, so padding on the left and packing need nothing more, and warns where
             there are more tokens than `Config.longest`.
-          segment_ids: (B, T). Tokens see only their own segment. 0 is padding.
+          segment_ids: (B, T). Tokens see only their own segment, and segment -1 in front of all
+            (virtual tokens, see `jp.with_virtual`), whatever the window. 0 is padding.
           mask: (B, T), true for tokens, false for padding, on whichever side.
           cache: From `init_cache`, or from the call before. It must have T free slots,
             else there is an error, or under jit NaNs.

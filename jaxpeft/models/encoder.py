@@ -354,11 +354,12 @@ class Encoder(nnx.Module):
         step = checkpointed(step, self.remat)
         return jax.lax.scan(step, x, stack, unroll=self.unroll)[0]
 
-    def pooled(self, tokens: Array, **where: Any) -> Array:
-        """tanh(pooler(x)) (B, D) of the first place's hidden state x.
+    def pooled(self, tokens: Array, *, virtual: int = 0, **where: Any) -> Array:
+        """tanh(pooler(x)) (B, D) of the first token's hidden state x.
 
         Args:
           tokens: Ids (B, T).
+          virtual: How many positions at the front belong to no token (of a prompt or a prefix).
           **where: `mask`, `types`, `positions` of `__call__`.
         Raises:
           ValueError: The model has no pooler.
@@ -367,7 +368,7 @@ class Encoder(nnx.Module):
             raise ValueError(
                 f"This {self.config.family} has no pooler (pooler=False). Pool its hidden states."
             )
-        return jnp.tanh(self.pooler(self(tokens, **where)[:, 0]))
+        return jnp.tanh(self.pooler(self(tokens, **where)[:, virtual]))
 
     def _count(self, tokens: Array, mask: Array | None) -> Array:
         """Each token's row of the table of positions, (B, T) or (1, T)."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -30,7 +31,8 @@ def shifted_sparse(group: int) -> Callable[..., Array]:
 
     Raises:
       ValueError: An odd group; when called, a length that groups do not divide, an odd number of
-        heads, or keys of other tokens than the queries, as with a cache.
+        heads, keys of other tokens than the queries, as with a cache, or virtual tokens for all
+        (segment -1; under jit the result is NaN then).
 
     References:
       Chen et al., LongLoRA: Efficient Fine-tuning of Long-Context Large Language Models, 2023,
@@ -58,6 +60,7 @@ def shifted_sparse(group: int) -> Callable[..., Array]:
         if k.shape[2] % 2:  # the halves of the heads share keys
             k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
         near = group if window is None else jnp.minimum(window, group)
+        virtual = _any_virtual(queries)
         halves = []
         for half, shift in ((0, 0), (1, group // 2)):
             parts = [jnp.split(x, 2, axis=2)[half] for x in (q, k, v)]
@@ -65,9 +68,24 @@ def shifted_sparse(group: int) -> Callable[..., Array]:
             place = _places(queries, q.shape[0], group, shift)
             y = attention(q_, k_, v_, queries=place, keys=place, window=near)
             halves.append(jnp.roll(y.reshape(parts[0].shape), shift, axis=1))
-        return jnp.concatenate(halves, axis=2)
+        # Under jit nothing can raise; a prefix must not be out of sight in silence.
+        return jnp.where(virtual, jnp.nan, jnp.concatenate(halves, axis=2))
 
     return attention_fn
+
+
+def _any_virtual(places: Place) -> Array | bool:
+    """Whether there are virtual tokens that every segment is to see, which groups cannot."""
+    if places.segment is None:
+        return False
+    found = (places.segment == -1).any()
+    if not isinstance(found, jax.core.Tracer) and found:
+        raise ValueError(
+            f"`shifted_sparse` shows tokens their group alone, but {int((places.segment == -1).sum())} "
+            "tokens are virtual (segment -1), for every token to see. Train with the decoder's "
+            "own attention."
+        )
+    return found
 
 
 def _grouped(x: Array, group: int, shift: int) -> Array:

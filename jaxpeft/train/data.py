@@ -10,7 +10,7 @@ import bisect
 import functools
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,7 +229,9 @@ class Batches:
     Each batch is a dict of arrays (rows, context): `tokens` int32, `targets` int32 (at each
     place the token that follows), `weights` float32 (1 where the loss counts the target),
     `segment_ids` int32 (1, 2, ... for the examples of a row, 0 for padding), `positions`
-    int32 (from 0 in each example).
+    int32 (from 0 in each example). With `virtual`, rows are longer by as many places, each
+    example stands behind virtual tokens of its own, in its segment and its positions, and there are
+    `slots` int32 (0, 1, ... at virtual tokens, -1 at real ones), for `combine(..., virtual=slots)`.
 
         batches = Batches(examples, batch_size=8, epochs=3)
         len(batches)               # steps of three epochs
@@ -246,6 +248,8 @@ class Batches:
         is filled up with padding, so that all batches have one shape.
       shard: `(index, count)` of this process where several each make their part of a batch,
         as `jax.make_array_from_process_local_data` takes them.
+      virtual: How many placeholders stand in front of each example, for a prefix, or the ids that
+        do, for a prompt (`jp.virtual_ids`).
     """
 
     ENDLESS = 2**40
@@ -260,6 +264,7 @@ class Batches:
         seed: int = 0,
         epochs: int | None = None,
         shard: tuple[int, int] = (0, 1),
+        virtual: int | Sequence[int] | np.ndarray = 0,
     ):
         index, count = shard
         if batch_size < 1:
@@ -270,6 +275,12 @@ class Batches:
             raise ValueError(
                 f"`shard=(index, count)` needs an index below the count and a count that divides "
                 f"`batch_size`; got {shard} and {batch_size}."
+            )
+        count = isinstance(virtual, int)
+        self._front = np.asarray([0] * virtual if count else virtual, np.int32)
+        if self._front.ndim != 1 or count and virtual < 0:
+            raise ValueError(
+                f"`virtual` is a number of placeholders, or a sequence of ids; got {virtual!r}."
             )
         self._examples = examples
         self._batch_size = batch_size
@@ -292,7 +303,7 @@ class Batches:
         mine, count = self._shard
         rows = self._batch_size // count
         first = index * self._batch_size + mine * rows
-        shape = (rows, self._examples.context)
+        shape = (rows, self._examples.context + len(self._front))
         batch = {
             "tokens": np.zeros(shape, np.int32),
             "targets": np.zeros(shape, np.int32),
@@ -300,6 +311,8 @@ class Batches:
             "segment_ids": np.zeros(shape, np.int32),
             "positions": np.zeros(shape, np.int32),
         }
+        if len(self._front):
+            batch["slots"] = np.full(shape, -1, np.int32)
         for row in range(rows):
             self._fill({name: x[row] for name, x in batch.items()}, self._row(first + row))
         return batch
@@ -315,16 +328,19 @@ class Batches:
         return _grain().MapDataset.source(self)
 
     def _fill(self, row, members):
-        end = 0
+        end, virtual = 0, len(self._front)
         for segment, member in enumerate(members, 1):
             ids, counted = self._examples[member]
-            place = slice(end, end + len(ids) - 1)
-            row["tokens"][place] = ids[:-1]
+            whole = slice(end, end + virtual + len(ids) - 1)
+            place = slice(end + virtual, whole.stop)
+            row["tokens"][whole] = np.concatenate([self._front, ids[:-1]])
             row["targets"][place] = ids[1:]
             row["weights"][place] = counted[1:]
-            row["segment_ids"][place] = segment
-            row["positions"][place] = np.arange(len(ids) - 1)
-            end = place.stop
+            row["segment_ids"][whole] = segment
+            row["positions"][whole] = np.arange(virtual + len(ids) - 1)
+            if virtual:
+                row["slots"][end : place.start] = np.arange(virtual)
+            end = whole.stop
 
     def _row(self, row):
         """The examples in a row, counted through all epochs; none after the last."""
@@ -350,7 +366,9 @@ class Batches:
             random.shuffle(order)
         if not self._pack:
             return [[int(i)] for i in order]
-        rows = pack(self._examples.lengths[order].tolist(), self._examples.context)
+        virtual = len(self._front)
+        lengths = (self._examples.lengths[order] + virtual).tolist()
+        rows = pack(lengths, self._examples.context + virtual)
         if self._shuffle:
             # Rows that were begun early hold more of the small examples.
             random.shuffle(rows)

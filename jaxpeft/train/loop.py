@@ -12,6 +12,7 @@ import jax
 import optax
 from jax.experimental import multihost_utils
 
+from jaxpeft.methods.placeholders import check_loss
 from jaxpeft.train.checkpoint import Checkpoints
 from jaxpeft.train.errors import UserError
 from jaxpeft.train.loss_scale import scale_of
@@ -122,7 +123,8 @@ def fit(
     Raises:
       UserError: for a loss that is not finite (with `on_nan="stop"`, naming the step), for a
         checkpoint that cannot be written or belongs to another run.
-      ValueError: for options that do not fit together.
+      ValueError: for options that do not fit together; for a loss with a prefix that reads the
+        placeholders at virtual positions, before the first step.
     """
     for name, every in [("eval_every", eval_every), ("save_every", save_every)]:
         if every is not None and every < 1:
@@ -158,7 +160,7 @@ def fit(
     # Before the first evaluation, which may take long.
     check_dtypes(adapter, frozen, compute_dtype, scale_of(state.opt_state) is not None)
     evaluation = None
-    last = False
+    last, unchecked = False, True
 
     with contextlib.ExitStack() as stack:
         checkpoints = metrics = None
@@ -241,7 +243,12 @@ def fit(
             if batch is None:
                 steps = number  # the data has ended: this was the last step
                 continue
-            state, measured = step(state, frozen, place(batch), key)
+            batch = place(batch)
+            if unchecked:
+                some = jax.tree.map(lambda x: x[::accumulate], batch) if accumulate > 1 else batch
+                check_loss(loss_fn, state.adapter, frozen, some, key)
+                unchecked = False
+            state, measured = step(state, frozen, batch, key)
             number += 1
             # Metrics are read when the next step is under way: the device never waits for us.
             settle()

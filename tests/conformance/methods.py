@@ -1,6 +1,8 @@
 """The methods that the table is run over: a new one is one entry of METHODS."""
 
 import dataclasses
+import functools
+import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -205,6 +207,15 @@ def _unipelt(sites, dtype):
     )
 
 
+def _ia3_on_a_part(sites, dtype):
+    """The second of as many blocks as the largest prime in each weight's outputs."""
+    parts = [
+        sites.match(path.replace("[", "[[]")).columns(1, _largest_prime(site, "out"))
+        for path, site in sites.linear.items()
+    ]
+    return jp.ia3(functools.reduce(operator.or_, parts), dtype=dtype)
+
+
 def _moelora(sites, dtype):
     return jp.moelora(4, sites.linear, experts=2, tasks=3, width=5, alpha=6.0, dtype=dtype)
 
@@ -322,6 +333,7 @@ _CUT = (
 METHODS = [
     Method("lora", _lora),
     Method("ia3", lambda sites, dtype: jp.ia3(sites.linear, dtype=dtype), roles=_LINEAR),
+    Method("ia3 on a part", _ia3_on_a_part, roles=_LINEAR, coarse=_CUT, rows=("x @ w",)),
     # A tile of scales in eight bits has 64 columns, more than the parts of these rows.
     Method(
         "lora on nf4",

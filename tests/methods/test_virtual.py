@@ -1,0 +1,464 @@
+"""Virtual tokens where rows are packed, a window slides, or a model reads what it should not."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxpeft as jp
+from jaxpeft import train
+from jaxpeft.models import decoder, encoder
+from jaxpeft.models.shifted import shifted_sparse
+
+from . import toy
+
+F8 = jnp.float64
+KEY = jax.random.key(0)
+N = 3  # virtual tokens
+CONFIG = decoder.Config(
+    vocab=31, width=12, mlp_width=16, layers=2, heads=2, kv_heads=1, head_dim=6, qkv_bias=True
+)
+WINDOWED = decoder.dataclasses.replace(CONFIG, window=4, family="mistral")
+ROPE = CONFIG.rope.frequencies(CONFIG.head_dim)
+
+
+@functools.cache
+def params(layers=2):
+    shapes = decoder.shapes(decoder.dataclasses.replace(CONFIG, layers=layers))
+    leaves, treedef = jax.tree.flatten(shapes)
+    around = [1.0 if "norm" in jax.tree_util.keystr(k) else 0.0 for k, _ in paths(shapes)]
+    values = [toy.normal(i, *x.shape) + c for i, (x, c) in enumerate(zip(leaves, around, strict=True))]
+    return treedef.unflatten(values)
+
+
+def paths(tree):
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+EXAMPLES = [np.arange(1, 8), np.arange(11, 15), np.arange(20, 29)]
+
+
+def one(example):
+    return jnp.asarray(example)[None]
+
+
+@functools.cache
+def tuned(name, layers=2):
+    """(frozen, adapter, the ids or the placeholder in front) of a prefix or a prompt."""
+    p = params(layers)
+    forward = decoder.pure(decoder.dataclasses.replace(CONFIG, layers=layers))
+    found = jp.sites(forward, p, one(EXAMPLES[0]))
+    if "prefix" in name:
+        rope = None if name == "unturned prefix" else ROPE
+        keys, values = (found.match(f"*/attn/{n}/kernel") for n in "kv")
+        method, fill = jp.prefix(N, keys, values, rope=rope, dtype=F8), 0
+    else:
+        method = jp.prompt(N, found.embedding, dtype=F8)
+        fill = jp.virtual_ids(found["embed/embedding"], N)
+    frozen, adapter = jp.split(method(KEY, p))
+    return frozen, toy.perturbed(adapter, 1.0), fill
+
+
+def tree_of(name, slots, layers=2):
+    frozen, adapter, _ = tuned(name, layers)
+    return jp.combine(frozen, adapter, **({"virtual": slots} if "prefix" in name else {}))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def lifted(config, tree, ids, segments, positions):
+    return jp.lift(decoder.pure(config))(tree, ids, segment_ids=segments, positions=positions)
+
+
+def run(name, config, ids, slots, segments=None, positions=None):
+    return lifted(config, tree_of(name, slots), ids, segments, positions)
+
+
+def packed():
+    """The three examples in two rows, with padding, and what is next to each token."""
+    rows, segments = np.zeros((2, 12), int), np.zeros((2, 12), int)
+    rows[0, :11], segments[0, :11] = np.concatenate(EXAMPLES[:2]), [1] * 7 + [2] * 4
+    rows[1, :9], segments[1, :9] = EXAMPLES[2], 1
+    return jnp.asarray(rows), jnp.asarray(segments)
+
+
+def losses(logits, tokens, segments):
+    """Of the next tokens within a segment."""
+    inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+    return train.cross_entropy(logits[:, :-1], tokens[:, 1:], inside)[0]
+
+
+def alone(name, config):
+    """The loss of each example in a row of its own, behind its own virtual tokens."""
+    ids = jnp.stack([jnp.pad(jnp.asarray(x), (0, 9 - len(x))) for x in EXAMPLES])
+    segments = jnp.asarray([[int(i < len(x)) for i in range(9)] for x in EXAMPLES])
+    longer, slots, shown = jp.with_virtual(ids, N, tuned(name)[2], segments)
+    shown = shown if config.window else None  # without a window no segments are needed
+    return losses(run(name, config, longer, slots, shown)[:, N:], ids, segments)
+
+
+@pytest.mark.parametrize("config", [CONFIG, WINDOWED], ids=["full", "windowed"])
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_packed_examples_have_the_loss_of_each_alone(name, config):
+    ids, segments = packed()
+    longer, slots, shown = jp.with_virtual(ids, N, tuned(name)[2], segments)
+    got = losses(run(name, config, longer, slots, shown)[:, N:], ids, segments)
+    want = alone(name, config)
+    np.testing.assert_allclose(got, want, rtol=1e-10)
+    # As it was: virtual tokens in the segment of a row's first example.
+    first = jnp.concatenate([jnp.ones((2, N), int), segments], axis=1)
+    wrong = losses(run(name, config, longer, slots, first)[:, N:], ids, segments)
+    assert abs(wrong - want) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_batches_give_each_packed_example_virtual_tokens_of_its_own(name):
+    tokens = [train.Tokens(x.astype(np.int32), np.ones(len(x), bool)) for x in EXAMPLES]
+    examples = train.Examples(tokens, context=12)
+    fill = tuned(name)[2]
+    batches = train.Batches(
+        examples, batch_size=2, epochs=1, virtual=N if name == "prefix" else fill
+    )
+    (batch,) = (batches[i] for i in range(len(batches)))
+    assert batch["tokens"].shape == batch["slots"].shape == (2, 12 + N)
+    assert batch["segment_ids"].max() == 2
+    for front in (batch["slots"] == j for j in range(N)):
+        assert front.sum() == 3 and not batch["weights"][front].any()
+    where = (batch[k] for k in ("tokens", "slots", "segment_ids", "positions"))
+    logits = run(name, CONFIG, *map(jnp.asarray, where))
+    got = train.cross_entropy(logits, batch["targets"], batch["weights"])
+    assert got[1] == sum(len(x) - 1 for x in EXAMPLES)
+    np.testing.assert_allclose(got[0], alone(name, CONFIG), rtol=1e-10)
+
+
+def test_rows_of_several_tasks_are_packed_behind_the_prefix_of_their_own():
+    ids, segments = packed()
+    tokens, slots, shown = jp.with_prefixes(ids, (1, 2), np.array([1, 0]), 0, segments)
+    assert slots[:, :2].tolist() == [[1, 2], [-1, 0]]
+    assert shown[:, :2].tolist() == [[-1, -1], [0, -1]]
+    np.testing.assert_array_equal(shown[:, 2:], segments)
+    assert tokens.shape == (2, 14)
+
+
+def test_batches_without_virtual_tokens_are_as_they_were():
+    tokens = [train.Tokens(x.astype(np.int32), np.ones(len(x), bool)) for x in EXAMPLES]
+    batch = train.Batches(train.Examples(tokens, context=12), batch_size=2)[0]
+    assert "slots" not in batch and batch["tokens"].shape == (2, 12)
+
+
+# Windows ------------------------------------------------------------------------------------------
+
+
+def test_a_window_leaves_the_prefix_in_sight_as_in_a_model_written_by_hand():
+    """Rows in front of the keys, which each token sees, and of the tokens the last four."""
+    _, adapter, _ = tuned("unturned prefix", 1)
+    angles = jnp.arange(N, dtype=jnp.float32)[None, :, None, None] * ROPE
+    ids = jnp.stack([jnp.arange(1, 10), jnp.arange(11, 20)])
+    longer, slots, shown = jp.with_virtual(ids, N, segment_ids=jnp.ones_like(ids))
+    config = decoder.dataclasses.replace(WINDOWED, layers=1)
+    tree = tree_of("unturned prefix", slots, 1)
+    out = jp.lift(decoder.pure(config))(tree, longer, segment_ids=shown)
+
+    def attend(q, k, v, *, queries, keys, window):
+        rows = [adapter[f"layers/attn/{n}/kernel/rows"][0].reshape(1, N, 1, 6) for n in "kv"]
+        rows[0] = decoder._rotate(rows[0], jnp.cos(angles), jnp.sin(angles))
+        k, v = (
+            jnp.concatenate([jnp.broadcast_to(r, (2, N, 1, 6)), x], axis=1)
+            for r, x in zip(rows, (k, v), strict=True)
+        )
+        t = np.arange(9)
+        near = (t[:, None] >= t) & (t[:, None] - t < 4)
+        seen = np.concatenate([np.ones((9, N), bool), near], axis=1)
+        scores = jnp.einsum("btnh,bsh->bnts", q, k[:, :, 0]) / 6**0.5
+        weights = jax.nn.softmax(jnp.where(seen, scores, -1e30))
+        return jnp.einsum("bnts,bsh->btnh", weights, v[:, :, 0])
+
+    by_hand = decoder.pure(config, attention_fn=attend)
+    want = by_hand(params(1), ids, positions=N + jnp.arange(9)[None])
+    np.testing.assert_allclose(out[:, N:], want, atol=1e-10)
+    hidden = jp.lift(decoder.pure(config))(tree, longer)[:, N:]
+    assert np.abs(hidden - want)[:, :2].max() < 1e-10 < 1e-3 < np.abs(hidden - want)[:, -1].max()
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_decoding_after_a_windowed_prefill_still_sees_the_virtual_tokens(name):
+    ids = jnp.stack([jnp.arange(1, 10), jnp.arange(11, 20)])
+    longer, slots, shown = jp.with_virtual(ids, N, tuned(name)[2], jnp.ones_like(ids))
+    whole = run(name, WINDOWED, longer, slots, shown)
+    forward = jax.jit(jp.lift(decoder.pure(WINDOWED)))
+    cache = decoder.init_cache(WINDOWED, 2, 12, F8)
+    cut = N + 6
+    first, cache = forward(
+        tree_of(name, slots[:, :cut]), longer[:, :cut], segment_ids=shown[:, :cut], cache=cache
+    )
+    np.testing.assert_allclose(first, whole[:, :cut], atol=1e-10)
+    for at in range(cut, 12):
+        step, cache = forward(tree_of(name, slots[:, at : at + 1]), longer[:, at : at + 1], cache=cache)
+        np.testing.assert_allclose(step[:, 0], whole[:, at], atol=1e-10)
+
+
+def test_groups_of_tokens_that_do_not_see_the_prefix_are_refused():
+    ids = jnp.arange(1, 10)[None]
+    longer, slots, shown = jp.with_virtual(ids, N, segment_ids=jnp.ones_like(ids))
+    model = jp.lift(decoder.pure(CONFIG, attention_fn=shifted_sparse(4)))
+    out = jax.jit(model)(tree_of("prefix", slots), longer, segment_ids=shown)
+    assert jnp.isnan(out).all()
+    place = decoder.Place(jnp.arange(12)[None], shown)
+    q = jnp.ones((1, 12, 2, 6))
+    with pytest.raises(ValueError, match="group alone, but 3 tokens are virtual"):
+        shifted_sparse(4)(q, q, q, queries=place, keys=place, window=None)
+    within = jp.lift(decoder.pure(CONFIG, attention_fn=shifted_sparse(12)))
+    got = within(tree_of("prefix", slots), longer, segment_ids=shown)
+    np.testing.assert_allclose(got, run("prefix", CONFIG, longer, slots, shown), atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "segments, message",
+    [
+        (np.ones((1, 4), int), "`segment_ids` (1, 4) are told of tokens (2, 5)"),
+        (np.full((2, 5), -1), "`segment_ids` hold -1, but are 0 for padding"),
+    ],
+)
+def test_segments_are_those_of_the_tokens(segments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jp.with_virtual(jnp.ones((2, 5), int), N, segment_ids=segments)
+
+
+@pytest.mark.parametrize("virtual", [-2, [[1]]])
+def test_batches_say_what_virtual_tokens_are(virtual):
+    examples = train.Examples([train.Tokens(np.arange(4), np.ones(4, bool))], context=4)
+    with pytest.raises(ValueError, match=re.escape(f"sequence of ids; got {virtual!r}.")):
+        train.Batches(examples, batch_size=1, virtual=virtual)
+
+
+# Models that read placeholders --------------------------------------------------------------------
+
+P = {
+    "embed": toy.normal(0, 20, 8),
+    "k": toy.normal(1, 8, 8),
+    "v": toy.normal(2, 8, 8),
+    "q": toy.normal(3, 8, 8),
+}
+IDS = jax.random.randint(KEY, (3, 7), 1, 20)
+
+
+def attended(p, x, seen=True):
+    """One layer of attention in both directions, (B, T, D)."""
+    q, k, v = (x @ p[name] for name in "qkv")
+    scores = jnp.where(seen, jnp.einsum("btd,bsd->bts", q, k), -1e30)
+    return x + jax.nn.softmax(scores) @ v
+
+
+def reading(how):
+    """The layer, and something more that `how` makes of its output (B, T, D) and of the ids."""
+    return lambda p, ids: how(attended(p, p["embed"][ids]), ids)
+
+
+def conv(x, ids):
+    del ids
+    padded = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
+    return x + padded[:, :-1]
+
+
+READERS = {
+    "a pooler of position 0": lambda x, ids: jnp.tanh(x[:, 0]),
+    "a mean over all positions": lambda x, ids: x.mean(1),
+    "the largest of all positions": lambda x, ids: x.max(1),
+    "a causal convolution over time": conv,
+    "tokens rolled by one": lambda x, ids: jnp.roll(x, 1, axis=1),
+    "running sums": lambda x, ids: jnp.cumsum(x, axis=1),
+    "positions counted from ids": lambda x, ids: x * jnp.cumsum(ids != 0, axis=1)[..., None],
+    "normed over time": lambda x, ids: x - x.mean(1, keepdims=True),
+}
+
+
+def with_prefix(fn, ids=IDS, p=P, n=2, **options):
+    found = jp.sites(fn, p, ids)
+    method = jp.prefix(n, found.match("k"), found.match("v"), dtype=F8, **options)
+    frozen, adapter = jp.split(method(KEY, p))
+    longer, slots = jp.with_virtual(ids, n)
+    tree = jp.combine(frozen, toy.perturbed(adapter, 1.0), virtual=slots)
+    return tree, longer, slots
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_model_that_reads_a_placeholder_is_refused(name):
+    fn = reading(READERS[name])
+    tree, ids, slots = with_prefix(fn)
+    with pytest.raises(ValueError, match=r"Output 0 of shape \(3, 8.*reads a placeholder: with tok"):
+        jp.check_prefix(fn, tree, ids, slots)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda x, ids: x,
+        lambda x, ids: jnp.tanh(x[:, 2]),
+        lambda x, ids: x[:, 2:].mean(1),
+        lambda x, ids: x[:, -1],
+        lambda x, ids: (x, x[:, -1], ids.shape[1] * jnp.ones(3)),
+        lambda x, ids: jnp.swapaxes(x, 0, 1),
+    ],
+    ids=["as it is", "position 2", "a mean of tokens", "the last", "several", "turned at the end"],
+)
+@pytest.mark.parametrize("hidden", [None, 4], ids=["rows", "encoded"])
+def test_a_model_that_reads_none_passes(how, hidden):
+    fn = reading(how)
+    jp.check_prefix(fn, *with_prefix(fn, hidden=hidden))
+
+
+def test_what_a_mask_or_a_window_hides_is_named():
+    t = np.arange(9)
+    masks = {
+        "masked": (t >= 2)[None],
+        "windowed": (t[:, None] >= t) & (t[:, None] - t < 4),
+        "packed": (t[:, None] < 5) == (t < 5),
+    }
+    places = {"masked": "0, one of 3: its", "windowed": "0, position 5, one of", "packed": "0, position 5"}
+    for name, seen in masks.items():
+        fn = lambda p, ids, seen=seen: attended(p, p["embed"][ids], seen[: ids.shape[1], : ids.shape[1]])  # noqa: E731
+        if name == "masked":
+            fn = lambda p, ids, fn=fn: fn(p, ids)[:, -1]  # noqa: E731
+        tree, ids, slots = with_prefix(fn)
+        with pytest.raises(ValueError, match=f"prefix at '[kv]' is not seen from example {places[name]}"):
+            jp.check_prefix(fn, tree, ids, slots)
+
+
+def test_the_decoder_is_told_to_show_a_prefix_beyond_its_window_and_in_packed_rows():
+    ids, segments = packed()
+    ids = ids[:, :9]
+    longer, slots, shown = jp.with_virtual(ids, N, segment_ids=jnp.where(segments == 2, 2, 1)[:, :9])
+    forward, tree = decoder.pure(WINDOWED), tree_of("prefix", slots)
+    jp.check_prefix(forward, tree, longer, slots, segment_ids=shown)
+    at = "the prefix at 'layers/attn/k/kernel' is not seen from example 0, position 6"
+    with pytest.raises(ValueError, match=f"(?i){at}"):
+        jp.check_prefix(forward, tree, longer, slots)
+    with pytest.raises(ValueError, match="is not seen from example 0, position 10"):
+        first = jnp.where(shown == -1, 1, shown)
+        jp.check_prefix(decoder.pure(CONFIG), tree, longer, slots, segment_ids=first)
+
+
+def test_an_encoder_pools_its_first_token_behind_virtual_ones():
+    config = encoder.Config(vocab=23, width=12, mlp_width=16, layers=1, heads=3, pooler=True)
+    leaves, treedef = jax.tree.flatten(encoder.shapes(config))
+    p = treedef.unflatten([toy.normal(i, *x.shape) for i, x in enumerate(leaves)])
+    forward, ids = encoder.pure(config, "pooled"), IDS
+    found = jp.sites(forward, p, ids)
+    frozen, adapter = jp.split(
+        jp.prefix(2, *(found.match(f"layers/attn/{n}/kernel") for n in "kv"), dtype=F8)(KEY, p)
+    )
+    longer, slots = jp.with_virtual(ids, 2)
+    tree = jp.combine(frozen, toy.perturbed(adapter), virtual=slots)
+    with pytest.raises(ValueError, match=r"Output 0 of shape \(3, 12\) reads a placeholder"):
+        jp.check_prefix(forward, tree, longer, slots)
+    jp.check_prefix(forward, tree, longer, slots, virtual=2)
+    x = jp.lift(encoder.pure(config))(tree, longer)[:, 2]
+    got = jp.lift(forward)(tree, longer, virtual=2)
+    want = jnp.tanh(x @ p["pooler"]["kernel"] + p["pooler"]["bias"])
+    np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+def test_a_check_needs_the_tokens_and_the_tree_of_the_same_slots():
+    fn = reading(lambda x, ids: x)
+    tree, ids, slots = with_prefix(fn)
+    for given in [(P, ids, slots), (tree, ids[:, 2:], slots), (tree, ids, -jnp.ones_like(slots))]:
+        with pytest.raises(ValueError, match=r"`check_prefix` is given tokens \(3, .*slots \(3, 9\)"):
+            jp.check_prefix(fn, *given)
+
+
+# Time before batch --------------------------------------------------------------------------------
+
+
+def time_first(p, ids, outputs=lambda x: x):
+    """Ids (B, T) to (B, T, D), with (T, B, D) in between."""
+    x = p["embed"][ids].transpose(1, 0, 2)
+    q, k, v = (x @ p[name] for name in "qkv")
+    weights = jax.nn.softmax(jnp.einsum("tbd,sbd->bts", q, k))
+    return outputs((x + jnp.einsum("bts,sbd->tbd", weights, v)).transpose(1, 0, 2))
+
+
+@pytest.mark.parametrize("rows", [3, 8])
+@pytest.mark.parametrize("hidden", [None, 4], ids=["rows", "encoded"])
+def test_a_model_with_time_first_is_refused_whatever_the_batch(rows, hidden):
+    """With eight rows of eight positions too, where shapes alone say nothing."""
+    ids = jax.random.randint(KEY, (rows, 6), 1, 20)
+    tree, longer, slots = with_prefix(time_first, ids, hidden=hidden)
+    told = rf"prefix at 'k' is told of virtual positions \({min(rows, 7)}, 8\).*\(8, {min(rows, 7)}\)"
+    for run in (jp.lift(time_first), jax.jit(jp.lift(time_first))):
+        with pytest.raises(ValueError, match=told):
+            run(tree, longer)
+
+
+def test_a_square_batch_of_a_model_with_batch_first_is_right():
+    """Also where the model is made for as many rows as there are, so that fewer show nothing."""
+    fn = reading(lambda x, ids: x)
+    made_for = lambda p, ids: fn(p, ids) + jnp.zeros((8, 1, 1))  # noqa: E731
+    ids = jax.random.randint(KEY, (8, 6), 1, 20)
+    tree, longer, slots = with_prefix(fn, ids)
+    whole = jax.jit(jp.lift(fn))(tree, longer)
+    np.testing.assert_array_equal(jax.jit(jp.lift(made_for))(tree, longer), whole)
+    some, where = jp.with_virtual(ids[:3], 2)
+    few = jp.lift(fn)(with_prefix(fn, ids[:3])[0], some)
+    np.testing.assert_allclose(whole[:3], few, atol=1e-12)
+    del where
+
+
+def test_moments_of_a_model_with_time_first_are_refused_too():
+    """Which inputs count is told by batch and time as well."""
+
+    def fn(p, batch):
+        return p["embed"][batch["ids"]].transpose(1, 0, 2) @ p["k"]
+
+    batch = {"ids": jax.random.randint(KEY, (8, 8), 1, 20), "mask": jnp.ones((8, 8))}
+    found = jp.sites(fn, P, batch).match("k")
+    with pytest.raises(ValueError, match=r"which inputs count as \(7, 8\).*leading axes \(8, 7\)"):
+        jp.input_moments(fn, P, found, [batch], counted=lambda batch: batch["mask"])
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("at", [0, 2])
+def test_fit_refuses_a_loss_that_reads_a_placeholder(at, jitted):
+    fn = reading(lambda x, ids: x[:, at])
+    found = jp.sites(fn, P, IDS)
+    frozen, adapter = jp.split(jp.prefix(2, found.match("k"), found.match("v"), dtype=F8)(KEY, P))
+
+    def loss(adapter, frozen, batch, key):
+        ids, slots = jp.with_virtual(batch, 2)
+        out = jp.lift(fn)(jp.combine(frozen, adapter, virtual=slots), ids)
+        return jnp.sum(out**2), jnp.float32(3)
+
+    loss = jax.jit(loss) if jitted else loss
+    go = functools.partial(
+        train.fit, loss, optax.sgd(0.1), adapter, frozen, [np.asarray(IDS)], progress=False
+    )
+    if at == 0:
+        with pytest.raises(ValueError, match=r"loss reads a placeholder.* it is [\d.]+ instead of"):
+            go()
+        return
+    assert int(go().state.step) == 1
+
+
+# Rounding -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dtype, small, large",
+    [(F8, 1e-14, 1e-10), (jnp.float32, 1e-7, 1e-4), (jnp.bfloat16, 1e-2, 0.1)],
+)
+def test_a_copied_row_may_differ_by_rounding_and_by_no_more(dtype, small, large):
+    p = {"embed": toy.normal(0, 20, 8).astype(dtype)}
+
+    def fn(off, p, ids):
+        x = jnp.tanh(p["embed"][ids].cumsum(1))
+        return x * jnp.where((ids >= 20).any(), 1 + off, 1).astype(dtype)
+
+    site = jp.sites(functools.partial(fn, 0.0), p, IDS)["embed"]
+    jp.check_prompt(functools.partial(fn, small), p, site, IDS)
+    with pytest.raises(ValueError, match="does more with ids than look them up in 'embed'"):
+        jp.check_prompt(functools.partial(fn, large), p, site, IDS)
