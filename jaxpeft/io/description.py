@@ -27,10 +27,10 @@ _FIELDS: Mapping[str, Any] = {
     "jaxpeft": str,
     "method": Mapping,
     "key": Mapping,
-    "adapter": Mapping[str, tuple[list[int], str]],
-    "base": Mapping[str, tuple[list[int], str, str]],
+    "adapter": Mapping,
+    "base": Mapping,
 }
-_FIELDS_2 = {**_FIELDS, "base": Mapping[str, Mapping], "arrays": Mapping, "sha256": str}
+_FIELDS_2 = {**_FIELDS, "arrays": Mapping, "sha256": str}
 
 
 class UncheckedAdapterWarning(UserWarning):
@@ -102,11 +102,14 @@ def _check(description: Any) -> None:
     if version == 1 and (newer := sorted(_FIELDS_2.keys() - _FIELDS.keys() & description.keys())):
         raise ValueError(f"it says format 1, but has {newer}, which only format 2 has.")
     conform_fields(description, _FIELDS if version == 1 else _FIELDS_2, "description")
-    for path, (shape, dtype) in description["adapter"].items():
-        _check_array(shape, dtype, f"adapter.{path}")
+    for path, entry in description["adapter"].items():
+        conform(entry, tuple[list[int], str], f"adapter.{path}")
+        _check_array(*entry, f"adapter.{path}")
     for path, entry in description["base"].items():
         if version > 1:
             conform_fields(entry, ENTRY, f"base.{path}")
+        else:
+            conform(entry, tuple[list[int], str, str], f"base.{path}")
         shape, dtype = (entry["shape"], entry["dtype"]) if version > 1 else entry[:2]
         _check_array(shape, dtype, f"base.{path}")
     conform_fields(description["key"], {"impl": str, "data": list[int]}, "key")
