@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpeft.schema import conform, conform_arguments, conform_fields, shown
 from jaxpeft.sites import Sites
 from jaxpeft.tree import check_key, is_array
 
@@ -156,33 +157,78 @@ def _is_dtype(value: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
 
 
-def from_json(description: Mapping[str, Any], factories: Mapping[str, Callable]) -> Any:
+def from_json(description: Any, factories: Mapping[str, Callable], at: str = "method") -> Any:
     """The method that `to_json` described.
 
+    Args:
+      description: Of JSON.
+      factories: The functions that may be named, each of which returns a `Method`.
+      at: Name of the field that it stands in, for messages.
+
     Raises:
-      ValueError: No factory has this name; names those there are.
+      ValueError: No factory has this name (names those there are), or an option is not what its
+        factory takes (names the field).
     """
+    conform_fields(description, {"method": str, "options": Mapping}, at)
     name = description["method"]
     if name not in factories:
         raise ValueError(
             f"This library knows no method '{name}'; it knows {sorted(factories)}. It is of a "
             "newer version, or it was made by hand, which a file cannot describe."
         )
-    options = {k: _decode(v, factories) for k, v in description["options"].items()}
+    factory, stored = factories[name], description["options"]
+    options = {k: _decode(v, factories, f"{at}.options.{k}") for k, v in stored.items()}
     if name == "chain":
-        return factories[name](*options["methods"])
-    return factories[name](**options)
+        conform_fields(options, {"methods": list[Method]}, f"{at}.options")
+        return factory(*options["methods"])
+    conform_arguments(options, factory, f"{at}.options")
+    _check_sizes(options, f"{at}.options")
+    try:
+        return factory(**options)
+    except Exception as error:  # whatever a value does that no file of this library has
+        raise ValueError(f"`{at}` cannot be built: {_said(error)}") from error
 
 
-def _decode(value: Any, factories: Mapping[str, Callable]) -> Any:
+#: What a loop counts, so that a large number is a loop without end.
+_LOOPS = ("factors", "layers", "steps", "terms", "turns")
+
+
+def _check_sizes(options: Mapping[str, Any], at: str) -> None:
+    """Refuses numbers that no array and no loop has."""
+    for name, value in options.items():
+        most = 1000 if name in _LOOPS else 2**31 - 1
+        for number in value.values() if isinstance(value, Mapping) else [value]:
+            if isinstance(number, int) and abs(number) > most:
+                raise ValueError(f"`{at}.{name}` is {number}, and may be {most} at most.")
+        if name == "dtype" and not _is_inexact(value):
+            raise ValueError(f"`{at}.dtype` should be a dtype of real numbers, and is {value}.")
+
+
+def _is_inexact(value: Any) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(value), jnp.inexact)
+    except TypeError:
+        return False
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def _decode(value: Any, factories: Mapping[str, Callable], at: str) -> Any:
     if isinstance(value, list):
-        return [_decode(v, factories) for v in value]
+        return [_decode(v, factories, f"{at}[{i}]") for i, v in enumerate(value)]
     if not isinstance(value, Mapping):
         return value
-    if "sites" in value:
-        return Sites.from_json(value["sites"])
-    if "method" in value:
-        return from_json(value, factories)
-    if "dtype" in value:
-        return jnp.dtype(value["dtype"])
-    return {k: _decode(v, factories) for k, v in value["mapping"].items()}
+    if value.keys() == {"sites"}:
+        return Sites.from_json(value["sites"], f"{at}.sites")
+    if value.keys() == {"dtype"}:
+        conform(value["dtype"], str, f"{at}.dtype")
+        try:
+            return jnp.dtype(value["dtype"])
+        except TypeError:
+            raise ValueError(f"`{at}.dtype` is no dtype: {shown(value['dtype'])}.") from None
+    if value.keys() == {"mapping"}:
+        conform(value["mapping"], Mapping[str, Any], f"{at}.mapping")
+        return {k: _decode(v, factories, f"{at}.{k}") for k, v in value["mapping"].items()}
+    return from_json(value, factories, at)

@@ -8,10 +8,11 @@ layers or experts. Nothing is computed.
 import dataclasses
 import difflib
 import fnmatch
+import itertools
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -19,6 +20,7 @@ from jaxpeft import tracing
 from jaxpeft.axes import Digit
 from jaxpeft.exporting import exportable
 from jaxpeft.lift import Materialized, lift
+from jaxpeft.schema import conform_fields
 from jaxpeft.tracing import Use
 from jaxpeft.tree import flatten, is_array
 from jaxpeft.weight import IN, OUT, STACK, Axis, View, Weight, base, dense, weight
@@ -282,14 +284,9 @@ class Sites(Mapping[str, Site]):
                     f"none. Take one with a larger `of` from the whole weight: `.columns({index}, "
                     f"{of * site.part.of}, ...)`."
                 )
-            out = site.size(OUT)
-            if not 0 <= index < of or groups < 1 or out % (of * groups):
-                raise ValueError(
-                    f"Block {index} of {of} in {groups} groups does not exist in the output "
-                    f"axis of '{site.path}', which has length {out}: it must be a multiple of "
-                    f"{of} * {groups}, and the index below {of}."
-                )
         part = Part(*map(operator.index, (index, of, groups)))  # of NumPy too; files take int
+        for site in self.values():
+            _check_part(site, part)
         chosen = {p: dataclasses.replace(s, part=part) for p, s in self.items()}
         return Sites(chosen, self._every)
 
@@ -375,21 +372,72 @@ class Sites(Mapping[str, Site]):
         }
 
     @classmethod
-    def from_json(cls, stored: Mapping) -> "Sites":
-        """The selection that `to_json` wrote."""
-        every = {
-            row["path"]: Site(
-                row["path"],
-                tuple(row["shape"]),
-                None,
-                tuple(Axis(size, role) for size, role in row["axes"]),
-                tuple(Use(kind) for kind in row["kinds"]),
-                row["bias"],
-                part=Part(*row["part"]) if row["part"] else None,
-            )
-            for row in stored["parameters"]
-        }
+    def from_json(cls, stored: Any, at: str = "sites") -> "Sites":
+        """The selection that `to_json` wrote.
+
+        Raises:
+          ValueError: It is none. Names the field, beneath `at`.
+        """
+        conform_fields(stored, {"selected": list[str], "parameters": list[Mapping]}, at)
+        every: dict[str, Site] = {}
+        for i, row in enumerate(stored["parameters"]):
+            site = _stored_site(row, f"{at}.parameters[{i}]")
+            if site.path in every:
+                raise ValueError(f"`{at}.parameters` has '{site.path}' twice.")
+            every[site.path] = site
+        named = [(path, "selected") for path in stored["selected"]]
+        named += [(site.bias, "parameters") for site in every.values() if site.bias is not None]
+        for path, field in named:
+            if path not in every:
+                raise ValueError(
+                    f"`{at}.{field}` names '{path}', which is none of the parameters "
+                    f"{list(every)[:20]}."
+                )
         return cls({path: every[path] for path in stored["selected"]}, every)
+
+
+_STORED = {
+    "path": str,
+    "shape": list[int],
+    "axes": list[tuple[int, Literal["stack", "in", "out"]]],
+    "kinds": list[str],
+    "bias": str | None,
+    "part": tuple[int, int, int] | None,
+}
+
+
+def _stored_site(row: Any, at: str) -> Site:
+    """One parameter of `Sites.to_json`."""
+    conform_fields(row, _STORED, at)
+    site = Site(
+        row["path"],
+        tuple(row["shape"]),
+        None,
+        tuple(Axis(size, role) for size, role in row["axes"]),
+        tuple(Use(kind) for kind in row["kinds"]),
+        row["bias"],
+        part=Part(*row["part"]) if row["part"] else None,
+    )
+    # Each axis of the array is one of those with a role, or several next to each other.
+    fine = list(itertools.accumulate((axis.size for axis in site.axes), operator.mul, initial=1))
+    whole = list(itertools.accumulate(site.shape, operator.mul, initial=1))
+    if min(0, *fine, *whole) < 0 or fine[-1] != whole[-1] or not {*whole} <= {*fine}:
+        raise ValueError(
+            f"`{at}.axes` are {row['axes']}, which do not make up the shape {site.shape}."
+        )
+    if site.part is not None:
+        _check_part(site, site.part)
+    return site
+
+
+def _check_part(site: Site, part: Part) -> None:
+    out = site.size(OUT)
+    if not 0 <= part.index < part.of or part.groups < 1 or out % (part.of * part.groups):
+        raise ValueError(
+            f"Block {part.index} of {part.of} in {part.groups} groups does not exist in the output "
+            f"axis of '{site.path}', which has length {out}: it must be a multiple of "
+            f"{part.of} * {part.groups}, and the index below {part.of}."
+        )
 
 
 def matches(pattern: Pattern, site: Site) -> bool:

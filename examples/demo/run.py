@@ -356,7 +356,7 @@ def main(argv=None) -> dict[str, Any]:
         main = tuned[options.main]
         folder = options.out or Path(scratch) / "adapter"
         save_adapter(folder, main.adapter, main.method, model.params, key=KEY)
-        adapter_bytes = (folder / "adapter.safetensors").stat().st_size
+        adapter_bytes = sum(file.stat().st_size for file in folder.glob("adapter-*.safetensors"))
         reload_diff = reload_difference(options.model, folder, main)
     merge_diff = merge_difference(main, held_out)
 

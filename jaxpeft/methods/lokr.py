@@ -119,7 +119,10 @@ def lokr(
     rank: int | Mapping[str, int],
     sites: Sites,
     *,
-    factor: int | Sequence[int] | Mapping[str, int | Sequence[int]] | None = None,
+    factor: int
+    | Sequence[int | None]
+    | Mapping[str, int | Sequence[int | None] | None]
+    | None = None,
     both: bool = False,
     alpha: float | Mapping[str, float] | None = None,
     dropout: float = 0.0,

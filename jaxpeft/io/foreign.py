@@ -1,0 +1,61 @@
+"""What else may be given where an adapter folder belongs, told apart by what is there."""
+
+import json
+import re
+from pathlib import Path
+from typing import NoReturn
+
+_CONFIG = "adapter_config.json"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# A message lists this many files.
+_LISTED = 10
+
+
+def refuse_foreign(given: str | Path) -> NoReturn:
+    """Raises what is wrong with a folder that has no adapter.json.
+
+    Raises:
+      ValueError: It is a folder of Hugging Face PEFT.
+      FileNotFoundError: It is a name on the Hugging Face hub, a file, a folder of other things,
+        or not there at all.
+    """
+    folder = Path(given)
+    if (folder / _CONFIG).is_file() or any(folder.glob("adapter_model.*")):
+        raise ValueError(_of_peft(folder))
+    start = f"'{given}' holds no adapter.json, so it is no adapter folder"
+    if folder.is_file():
+        raise FileNotFoundError(f"{start}: it is a file. Give the folder that `save_adapter` made.")
+    if folder.is_dir():
+        names = sorted(entry.name for entry in folder.iterdir())
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        model = " It is a model's; give it to the loader of that." * ("config.json" in names)
+        raise FileNotFoundError(f"{start}. It holds {names[:_LISTED] or 'nothing'}{more}.{model}")
+    if _HUB_NAME.fullmatch(str(given)):
+        raise FileNotFoundError(
+            f"{start}: there is no such folder here. If it is a name on the Hugging Face hub, "
+            f"fetch it first, and give the path of what `huggingface_hub.snapshot_download"
+            f"('{given}')` returns; nothing is fetched from here."
+        )
+    raise FileNotFoundError(f"{start}: there is no such folder.")
+
+
+def _of_peft(folder: Path) -> str:
+    try:
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        kind = str(config["peft_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        config, kind = {}, "unknown"
+    base = config.get("base_model_name_or_path")
+    text = (
+        f"'{folder}' is a folder of Hugging Face PEFT, type {kind}"
+        + (f", for the base '{base}'" if base else "")
+        + ", which `load_adapter` does not read. Merge it where it was trained "
+        "(`model.merge_and_unload()`, then `save_pretrained`), and load that model as a base."
+    )
+    if kind == "LORA":
+        text += (
+            f" Or copy its matrices into the adapter of `lora({config.get('r')}, sites, "
+            f"alpha={config.get('lora_alpha')})`: `a` is lora_A.weight transposed, and `b` is "
+            "lora_B.weight transposed."
+        )
+    return text
