@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -274,7 +274,8 @@ def lift(
             result["static"] = [None if _is_array(x) else (x,) for x in out]
             return [x for x in out if _is_array(x)]
 
-        jaxpr = jax.make_jaxpr(with_arrays)(*[_abstract(flat[i]) for i in at])
+        with _explained(flat):
+            jaxpr = jax.make_jaxpr(with_arrays)(*[_abstract(flat[i]) for i in at])
         evaluation = Evaluation(report)
         views = [flat[i].unfolded().acting(_whole) for i in at]
         outs = iter(evaluation.run(jaxpr, views))
@@ -287,6 +288,22 @@ def lift(
         return jax.tree.unflatten(result["tree"], values)
 
     return lifted  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _explained(values: Sequence[Any]) -> Iterator[None]:
+    """Adds to JAX's error what to do, where the model decides by numbers that it has."""
+    try:
+        yield
+    except compat.NEEDS_NUMBERS as error:
+        if not any(isinstance(x, jax.core.Tracer) for x in values):
+            error.add_note(
+                "`lift` traces the model, so what JAX computes in it is not known while it runs, "
+                f"even of arrays that are: {compat.line_of(error)}. If this does not depend on "
+                "the weights, compute it there under `with jax.ensure_compile_time_eval():`, or "
+                "before the call; otherwise use `jax.lax.cond` or `jnp.where`."
+            )
+        raise
 
 
 def _whole(f: Callable[[View], Any], view: View) -> Any:
