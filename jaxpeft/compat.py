@@ -4,6 +4,8 @@ Primitives that `jax.extend.core.primitives` does not export are found by tracin
 public call, so that neither their names nor their modules matter.
 """
 
+import os
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,6 +95,22 @@ def scan_counts(eqn: Any) -> tuple[int, int, int]:
 def source(eqn: jex.JaxprEqn) -> str:
     """`file:line (function)` of the user's code that made this equation."""
     return summarize(eqn.source_info)
+
+
+#: What JAX raises where a program needs the number behind a traced value.
+NEEDS_NUMBERS = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
+def line_of(error: BaseException) -> str:
+    """`file:line (function)` of the last line of a traceback that is not of a library."""
+    libraries = tuple(os.path.dirname(file) + os.sep for file in (jax.__file__ or "", __file__))
+    frames = traceback.extract_tb(error.__traceback__)
+    last = [f for f in frames if not f.filename.startswith(libraries)][-1]
+    return f"{last.filename}:{last.lineno} ({last.name})"
 
 
 def typed_sharding(aval: Any) -> Any:

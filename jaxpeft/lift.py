@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -292,7 +292,8 @@ def lift(
             result["static"] = [None if _is_array(x) else (x,) for x in out]
             return [x for x in out if _is_array(x)]
 
-        jaxpr = jax.make_jaxpr(with_arrays)(*[_abstract(flat[i]) for i in at])
+        with _explained(flat):
+            jaxpr = jax.make_jaxpr(with_arrays)(*[_abstract(flat[i]) for i in at])
         evaluation = Evaluation(report)
         views = [flat[i].unfolded().acting(_whole) for i in at]
         if _ambiguous(views):
@@ -362,6 +363,22 @@ def _retrace_with_fewer_examples(lifted: Callable, args: tuple, kwargs: dict) ->
         raise
     except Exception:
         return  # a model of this many examples alone: nothing is learned
+
+
+@contextlib.contextmanager
+def _explained(values: Sequence[Any]) -> Iterator[None]:
+    """Adds to JAX's error what to do, where the model decides by numbers that it has."""
+    try:
+        yield
+    except compat.NEEDS_NUMBERS as error:
+        if not any(isinstance(x, jax.core.Tracer) for x in values):
+            error.add_note(
+                "`lift` traces the model, so what JAX computes in it is not known while it runs, "
+                f"even of arrays that are: {compat.line_of(error)}. If this does not depend on "
+                "the weights, compute it there under `with jax.ensure_compile_time_eval():`, or "
+                "before the call; otherwise use `jax.lax.cond` or `jnp.where`."
+            )
+        raise
 
 
 def _whole(f: Callable[[View], Any], view: View) -> Any:

@@ -79,9 +79,13 @@ def _differentiable(x: Any) -> bool:
     return is_view(x) or jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
-def _split(args: Sequence[Any]) -> tuple[list, Callable[[Sequence[Any]], list]]:
-    """The operands that can be differentiated, and how to put them back among the others."""
-    at = [i for i, x in enumerate(args) if _differentiable(x)]
+def _split(eqn: Any, args: Sequence[Any]) -> tuple[list, Callable[[Sequence[Any]], list]]:
+    """The operands that can be differentiated, and how to put them back among the others.
+
+    A custom rule says nothing of what its function closes over: those come first.
+    """
+    closed_over = eqn.params.get("num_consts", 0)
+    at = [i for i, x in enumerate(args) if i >= closed_over and _differentiable(x)]
 
     def join(chosen: Sequence[Any]) -> list:
         values = list(args)
@@ -107,6 +111,17 @@ def _matrices_only(args: Sequence[Any], what: str) -> None:
                 )
 
 
+def _refuse_closed_over(eqn: Any, args: Sequence[Any]) -> None:
+    """Raises where a custom_vjp is differentiated that closes over a weight."""
+    for x in args[: eqn.params.get("num_consts", 0)]:
+        if is_view(x):
+            raise TypeError(
+                f"The model differentiates a custom_vjp ({compat.source(eqn)}) whose function "
+                f"closes over the weight '{x.path}', of which its derivative rule cannot speak. "
+                "Pass the weight to it as an argument, or leave it out of the method's targets."
+            )
+
+
 # A model's own derivative rule speaks of dense weights and their cotangents. It is traced
 # as such and then evaluated on views, so that it holds exactly: only the cotangent of the
 # weight is dense, as it is in the model, and is pulled back to the fields of the weight.
@@ -116,7 +131,7 @@ def _matrices_only(args: Sequence[Any], what: str) -> None:
 def custom_vjp(run: Any, eqn: Any, *args: Any) -> list:
     """The model's derivative rule holds, for the weight as the array that it stands for."""
     _matrices_only(args, "custom_vjp")
-    chosen, join = _split(args)
+    chosen, join = _split(eqn, args)
 
     def dense_call(*arrays: Any) -> list:
         return compat.bind(eqn, join(arrays))
@@ -128,6 +143,7 @@ def custom_vjp(run: Any, eqn: Any, *args: Any) -> list:
         return [inner.dense(x, eqn) for x in outs]
 
     def forward(chosen: list) -> tuple[list, Any]:
+        _refuse_closed_over(eqn, args)
         tree: dict[str, Any] = {}
 
         def rule_forward(*arrays: Any) -> tuple:
@@ -186,7 +202,7 @@ class _Static:
 def custom_jvp(run: Any, eqn: Any, *args: Any) -> list:
     """The model's derivative rule holds, for the weight as the array that it stands for."""
     _matrices_only(args, "custom_jvp")
-    chosen, join = _split(args)
+    chosen, join = _split(eqn, args)
 
     @jax.custom_jvp
     def call(chosen: list) -> list:

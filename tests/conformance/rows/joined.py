@@ -258,5 +258,14 @@ _KERNEL = "params/layer_instance/kernel"
 
 @row("linen WeightNorm", linear=(_KERNEL,), materializes=(_KERNEL,))
 def linen_weight_norm():
+    """The scale has a name of its own: flax's is what IA3 calls its field at the kernel."""
     model = nn.WeightNorm(nn.Dense(F, param_dtype=jnp.float64))
-    return Case(model.apply, randomized(model.init(jax.random.key(0), x3())), (x3(),))
+    name = "layer_instance/kernel/scale"
+
+    def fn(p, x):
+        weights = {k: v for k, v in p["params"].items() if k != "g_scale"}
+        return model.apply({"params": weights | {name: p["params"]["g_scale"]}}, x)
+
+    variables = model.init(jax.random.key(0), x3())["params"]
+    variables = {k.replace(name, "g_scale"): v for k, v in variables.items()}
+    return Case(fn, randomized({"params": variables}), (x3(),))
