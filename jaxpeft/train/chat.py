@@ -8,7 +8,7 @@ import datetime
 import json
 from typing import Any
 
-from jaxpeft.train.errors import UserError
+from jaxpeft.train.errors import UserError, need
 
 Spans = list[tuple[int, int]]
 
@@ -151,10 +151,6 @@ def _raise(message):
 
 
 def _jinja():
-    try:
-        import jinja2
-        import jinja2.ext
-        import jinja2.nodes
-    except ImportError:
-        raise UserError("chat templates need jinja2: pip install 'jaxpeft[train]'.") from None
-    return jinja2
+    for module in ("jinja2.ext", "jinja2.nodes", "jinja2.sandbox"):
+        need(module, "train", "a chat template")
+    return need("jinja2", "train", "a chat template")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxpeft.train.chat import ChatTemplate, Spans
-from jaxpeft.train.errors import UserError
+from jaxpeft.train.errors import UserError, need
 
 
 class Tokens(NamedTuple):
@@ -123,14 +123,14 @@ def _meets(offset, span):
 
 
 def _load(file):
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise UserError("reading text needs tokenizers: pip install 'jaxpeft[train]'.") from None
+    tokenizers = need("tokenizers", "train", "reading text")
     if not file.exists():
-        raise UserError(f"no {file}: the folder of a model with its tokenizer is needed.")
+        raise UserError(
+            f"no {file}: the folder of a model with its tokenizer is needed. A model that was "
+            f"saved with tokenizer_from=... has it."
+        )
     try:
-        return Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust side raises plain Exception
         raise UserError(f"{file} is no tokenizer that can be read: {error}.") from error
 
