@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxpeft.train.chat import TemplateError
-from jaxpeft.train.errors import UserError
+from jaxpeft.train.errors import UserError, need
 from jaxpeft.train.records import Record, read_records
 from jaxpeft.train.text import TextTokenizer, Tokens
 
@@ -405,8 +405,4 @@ def pack(lengths: list[int], context: int) -> list[list[int]]:
 
 
 def _grain():
-    try:
-        import grain
-    except ImportError:
-        raise UserError("iterating over data needs grain: pip install 'jaxpeft[train]'.") from None
-    return grain
+    return need("grain", "train", "iterating over data")

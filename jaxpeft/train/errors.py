@@ -1,8 +1,10 @@
 """What a user can put right, as one line instead of a traceback."""
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 
 class UserError(ValueError):
@@ -10,6 +12,28 @@ class UserError(ValueError):
 
     The message is one line that makes sense without the traceback.
     """
+
+
+def need(module: str, extra: str, purpose: str) -> Any:
+    """The optional module, imported; called before the work that will use it.
+
+    Args:
+      module: Its dotted name.
+      extra: The extra of jaxpeft that installs it.
+      purpose: What needs it, for the message.
+    Raises:
+      UserError: where it is not installed.
+    """
+    name = module.split(".")[0]
+    try:
+        importlib.import_module(name)
+        return importlib.import_module(module)
+    except ImportError as error:
+        # It may be there and lack something itself.
+        lacking = "" if error.name in (None, name, module) else f" ({error})"
+        raise UserError(
+            f"{purpose} needs {name}: pip install 'jaxpeft[{extra}]'{lacking}."
+        ) from None
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from jaxpeft.methods.placeholders import check_loss
 from jaxpeft.train.checkpoint import Checkpoints
 from jaxpeft.train.errors import UserError
 from jaxpeft.train.loss_scale import scale_of
-from jaxpeft.train.report import MetricsFile, Progress, loss_figure
+from jaxpeft.train.report import MetricsFile, Progress, check_figure, check_progress, loss_figure
 from jaxpeft.train.step import LossFn, State, check_dtypes, in_dtype, init, train_step
 
 
@@ -90,7 +90,7 @@ def fit(
     keep: int | None = 3,
     log_every: int = 1,
     place: Callable[[Any], Any] | None = None,
-    progress: bool | None = None,
+    progress: bool | str | None = None,
     figure: str | Path | None = None,
 ) -> Run:
     """Trains the adapter, and goes on where a killed run of the same folder has stopped.
@@ -118,11 +118,13 @@ def fit(
       place: Puts a batch of numpy arrays on its devices, on a mesh for example
         `lambda batch: jax.device_put(batch, NamedSharding(mesh, P("data")))`. Put the
         adapter and `frozen` on that mesh, too.
-      progress: `None` shows it on a terminal, `True` always, `False` never.
+      progress: `None` shows it on a terminal, `True` always, `False` never; "lines" prints a
+        line to stdout after each evaluation, for output that goes to a file.
       figure: Where to draw the loss at the end; needs a folder.
     Raises:
-      UserError: for a loss that is not finite (with `on_nan="stop"`, naming the step), for a
-        checkpoint that cannot be written or belongs to another run.
+      UserError: for a loss or an update that is not finite (with `on_nan="stop"`, naming the
+        step), for a checkpoint that cannot be written or belongs to another run; before the first
+        step for a figure or progress that needs what is not installed.
       ValueError: for options that do not fit together; for a loss with a prefix that reads the
         placeholders at virtual positions, before the first step.
     """
@@ -136,6 +138,7 @@ def fit(
     for name, option in [("save_every", save_every), ("figure", figure)]:
         if option is not None and folder is None:
             raise ValueError(f"`{name}={option!r}` needs `folder`, the place to write to.")
+    check_progress(progress)
 
     place = place or (lambda batch: batch)
     batches: Any = iter(data)
@@ -175,6 +178,8 @@ def fit(
             if jax.process_index() == 0:
                 metrics = MetricsFile(Path(folder) / "metrics.jsonl", saved_at)
                 stack.callback(metrics.close)
+            if figure is not None and metrics:
+                check_figure(figure)  # now, not when the run has ended
         shown = Progress(number, steps, progress)
         stack.callback(shown.close)
         stopping = stack.enter_context(_Termination())

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxpeft.train.errors import UserError
+from jaxpeft.train.errors import UserError, need
 
 
 class MetricsFile:
@@ -64,11 +64,14 @@ class Progress:
     Args:
       start: Steps already taken.
       steps: Steps in all, or `None` where the data decides.
-      show: `None` shows it where stderr is a terminal and rich is installed.
+      show: `None` shows it where stderr is a terminal and rich is installed; "lines" prints one
+        to stdout, which may be a file, after each `note`.
     """
 
-    def __init__(self, start: int, steps: int | None, show: bool | None):
-        self._bar = None if show is False else _bar(show)
+    def __init__(self, start: int, steps: int | None, show: bool | str | None):
+        self._bar = None if show in (False, "lines") else _bar(show)
+        self._prints = show == "lines"
+        self._step, self._steps = start, steps
         self._begin: float | None = None
         self._seconds = 0.0
         self._tokens = 0.0
@@ -85,17 +88,18 @@ class Progress:
         return self._tokens / self._seconds if self._seconds else None
 
     def advance(self, step: int, loss: float, tokens: float) -> None:
+        self._step = step
         now = time.monotonic()
         if self._begin is None:
             self._begin = now
         else:
             self._tokens += tokens
             self._seconds = now - self._begin
+        rate = "" if self.rate is None else f"{self.rate:,.0f} tokens/s"
+        self._texts |= {"loss": f"loss {loss:.4f}", "rate": rate}
         if self._bar is not None:
             if self._tokens == 0:
                 self._bar.start_task(self._task)
-            rate = "" if self.rate is None else f"{self.rate:,.0f} tokens/s"
-            self._texts |= {"loss": f"loss {loss:.4f}", "rate": rate}
             self._bar.update(self._task, completed=step, text=self._text())
 
     def note(self, name: str, text: str) -> None:
@@ -103,6 +107,10 @@ class Progress:
         self._texts[name] = text
         if self._bar is not None:
             self._bar.update(self._task, text=self._text())
+        if self._prints:
+            of = "" if self._steps is None else f"/{self._steps}"
+            # At once: Python holds back what is not for a terminal.
+            print(f"step {self._step}{of}  {self._text()}", flush=True)
 
     def _text(self):
         return "  ".join(filter(None, self._texts.values()))
@@ -112,14 +120,24 @@ class Progress:
             self._bar.stop()
 
 
+def check_progress(show: bool | str | None) -> None:
+    """Refuses progress that cannot be shown."""
+    if show not in (None, True, False, "lines"):
+        raise ValueError(f'`progress` is None, True, False or "lines", got {show!r}.')
+    if show is True:
+        _rich()
+
+
+def _rich():
+    return tuple(need(f"rich.{part}", "train", "progress=True") for part in ("console", "progress"))
+
+
 def _bar(show):
     try:
-        from rich import console, progress
-    except ImportError:
+        console, progress = _rich()
+    except UserError:
         if show:
-            raise UserError(
-                "showing progress needs rich: pip install 'jaxpeft[train]', or progress=False."
-            ) from None
+            raise
         return None
     terminal = console.Console(stderr=True)
     if show is None and not terminal.is_terminal:
@@ -135,6 +153,25 @@ def _bar(show):
     )
 
 
+def check_figure(figure: str | Path) -> None:
+    """What drawing would fail at, known before the run that is drawn at its end.
+
+    Raises:
+      UserError: without matplotlib, for an ending that it does not draw, and for a folder that is
+        not there.
+    """
+    canvas = need("matplotlib.figure", "figure", "a loss figure").Figure().canvas
+    file = Path(figure)
+    endings = sorted(canvas.get_supported_filetypes())
+    if file.suffix[1:].lower() not in endings:
+        raise UserError(
+            f"{file} ends in {file.suffix!r}, which cannot be drawn. These can: "
+            f"{', '.join(endings)}."
+        )
+    if not file.parent.is_dir():
+        raise UserError(f"{file} cannot be drawn: there is no folder {file.parent}. Make it first.")
+
+
 def loss_figure(metrics: str | Path, figure: str | Path) -> None:
     """Draws training and held-out loss over steps from a metrics file.
 
@@ -142,12 +179,11 @@ def loss_figure(metrics: str | Path, figure: str | Path) -> None:
       metrics: The JSONL file that `fit` writes.
       figure: Where to write; its ending says the format (.png, .svg, .pdf).
     Raises:
-      UserError: without matplotlib, and where there is nothing to draw.
+      UserError: as `check_figure`, and where there is nothing to draw.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("a loss figure needs matplotlib: pip install 'jaxpeft[figure]'.") from None
+    check_figure(figure)
+    from matplotlib.figure import Figure
+
     records = read_metrics(metrics)
     if not records:
         raise UserError(f"{metrics} holds no records to draw.")

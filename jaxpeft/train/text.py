@@ -1,13 +1,17 @@
 """Text to tokens with the files of a model folder, and which tokens the loss counts."""
 
+import functools
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxpeft.train.chat import ChatTemplate, Spans
-from jaxpeft.train.errors import UserError
+from jaxpeft.train.errors import UserError, need
+
+_log = logging.getLogger("jaxpeft")
 
 
 class Tokens(NamedTuple):
@@ -47,7 +51,10 @@ class TextTokenizer:
         }
         self.bos_id = self._id("bos", ids)
         self.eos_id = self._id("eos", ids)
+        ends = ids.get("eos_token_id")
+        self._ends = {self.eos_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self._chat: ChatTemplate | None = None
+        self._told: set[str] = set()
 
     def _id(self, name, ids):
         token = self._special.get(f"{name}_token")
@@ -73,7 +80,8 @@ class TextTokenizer:
                     f"{self.folder} has no chat template, in chat_template.jinja or "
                     f"tokenizer_config.json. Add one, or train on prompt and completion."
                 )
-            self._chat = ChatTemplate(source, self._special)
+            added = self.tokenizer.get_added_tokens_decoder().values()
+            self._chat = ChatTemplate(source, self._special, [token.content for token in added])
         return self._chat
 
     def encode(self, text: str, counted: Spans | None = None) -> Tokens:
@@ -95,14 +103,41 @@ class TextTokenizer:
                 marks[-1] = True
             else:
                 ids, marks = [*ids, self.eos_id], [*marks, True]
+        elif counted is not None:
+            self._tell(
+                f"{self.folder} names no eos_token: completions have no end that the loss counts, "
+                f"and the model will not learn to stop. Name one in tokenizer_config.json."
+            )
         return Tokens(np.array(ids, np.int32), np.array(marks, bool))
 
     def encode_chat(self, messages: list[dict[str, Any]], tools: Any = None) -> Tokens:
-        """A conversation: what the template writes and nothing else, the assistant's counted."""
+        """A conversation: what the template writes, the assistant's turns and their ends counted.
+
+        Nothing else is added but the end of the last turn, where the template writes none.
+        """
         text, spans = self.chat.render(messages, tools)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         marks = _marks(encoding.offsets, spans)
+        said = [i for i, mark in zip(encoding.ids, marks, strict=True) if mark]
+        self._check_end(said)
         return Tokens(np.array(encoding.ids, np.int32), np.array(marks, bool))
+
+    def _check_end(self, said):
+        """Says where generation would go on, since it stops at other tokens than turns end with."""
+        # Blanks may follow the end of a turn, as in ChatML.
+        decode = functools.partial(self.tokenizer.decode, skip_special_tokens=False)
+        end = next((i for i in reversed(said) if decode([i]).strip()), None)
+        if end is not None and self._ends and end not in self._ends:
+            self._tell(
+                f"assistant turns end with {decode([end])!r} (id {end}), which is none of the end "
+                f"tokens {sorted(self._ends)} of {self.folder}. Let generation stop there, too: "
+                f"generator(..., eos=...)."
+            )
+
+    def _tell(self, message):
+        if message not in self._told:
+            self._told.add(message)
+            _log.warning("%s", message)
 
 
 def _marks(offsets, counted):
@@ -123,14 +158,14 @@ def _meets(offset, span):
 
 
 def _load(file):
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise UserError("reading text needs tokenizers: pip install 'jaxpeft[train]'.") from None
+    tokenizers = need("tokenizers", "train", "reading text")
     if not file.exists():
-        raise UserError(f"no {file}: the folder of a model with its tokenizer is needed.")
+        raise UserError(
+            f"no {file}: the folder of a model with its tokenizer is needed. A model that was "
+            f"saved with tokenizer_from=... has it."
+        )
     try:
-        return Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust side raises plain Exception
         raise UserError(f"{file} is no tokenizer that can be read: {error}.") from error
 

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import signal
 import sys
 
@@ -15,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft.train as train
+from jaxpeft.train.errors import need
 
 
 def run(data=None, **options):
@@ -231,6 +233,73 @@ def test_progress_without_rich_says_what_to_install(monkeypatch):
     run(progress=None)
     with pytest.raises(train.UserError, match=r"rich: pip install 'jaxpeft\[train\]'"):
         run(progress=True)
+
+
+def test_progress_in_lines_is_one_per_evaluation_on_stdout(capfd):
+    run(progress="lines", steps=6, held_out=[toy.batch()], eval_every=4)
+    out, err = capfd.readouterr()
+    first, middle, last = out.splitlines()
+    assert re.fullmatch(r"step 0/6  held out 3\.\d{4}", first)
+    assert re.fullmatch(r"step 4/6  loss 3\.\d{4}  held out 3\.\d{4}  [\d,]+ tokens/s", middle)
+    assert last.startswith("step 6/6  loss 3.") and err == ""
+    with pytest.raises(ValueError, match="True, False or \"lines\", got 'bars'"):
+        run(progress="bars")
+
+
+def without(monkeypatch, *modules):
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)
+
+
+def never(*_):
+    raise AssertionError("a step or an evaluation was begun")
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        ("matplotlib", {"figure": "loss.png"}, r"a loss figure needs .*'jaxpeft\[figure\]'"),
+        ("rich", {"progress": True}, r"progress=True needs rich: pip install 'jaxpeft\[train\]'"),
+    ],
+)
+def test_what_an_option_needs_is_looked_for_before_the_first_step(
+    tmp_path, monkeypatch, module, options, message
+):
+    without(monkeypatch, module)
+    adapter, frozen = toy.model()
+    data = resumable.Stream()
+    if "figure" in options:
+        options = options | {"folder": tmp_path, "figure": tmp_path / options["figure"]}
+    with pytest.raises(train.UserError, match=message):
+        train.fit(never, optax.sgd(0.1), adapter, frozen, data, **{"progress": False} | options)
+
+
+def test_a_figure_that_could_not_be_drawn_at_the_end_is_refused_before_the_first_step(tmp_path):
+    pytest.importorskip("matplotlib")
+    adapter, frozen = toy.model()
+    for figure, message in [
+        (tmp_path / "loss.xyz", r"loss\.xyz ends in '\.xyz', which cannot be drawn.*png, .*svg"),
+        (tmp_path / "loss", r"loss ends in '', which cannot be drawn"),
+        (tmp_path / "none" / "loss.png", rf"there is no folder {tmp_path}/none"),
+    ]:
+        with pytest.raises(train.UserError, match=message):
+            train.fit(
+                never, optax.sgd(0.1), adapter, frozen, resumable.Stream(),
+                folder=tmp_path, figure=figure, progress=False,
+            )  # fmt: skip
+
+
+def test_an_optional_module_is_named_with_its_extra_and_what_it_lacks_itself(tmp_path, monkeypatch):
+    assert need("json.decoder", "train", "this") is json.decoder
+    without(monkeypatch, "tokenizers")
+    with pytest.raises(
+        train.UserError, match=r"reading text needs tokenizers: pip install 'jaxpeft\[train\]'\."
+    ):
+        need("tokenizers.models", "train", "reading text")
+    (tmp_path / "halfway.py").write_text("import missing_part")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(train.UserError, match=r"this needs halfway: .*No module .*missing_part"):
+        need("halfway", "train", "this")
 
 
 def test_the_rate_counts_target_tokens():

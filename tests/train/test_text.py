@@ -57,6 +57,41 @@ def test_a_conversation_counts_the_assistants_turns_and_adds_nothing(folder, tmp
     assert tokenizer.bos_id not in tokens.ids
 
 
+def test_the_marker_of_the_next_role_is_counted_as_the_one_token_that_it_is(tmp_path, caplog):
+    folder = model_folder.make(tmp_path)
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}{% endfor %}"
+    )
+    prompt = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(template + prompt)
+    tokenizer = TextTokenizer(folder)
+    tokens = tokenizer.encode_chat(TALK)
+    assert pieces(tokenizer, tokens) == "Hello!<|im_start|>Because.<|im_start|>"
+    start = tokenizer.tokenizer.token_to_id("<|im_start|>")
+    assert tokens.ids[-1] == start and tokens.counted[-1]
+    tokenizer.encode_chat(TALK)
+    (record,) = caplog.records  # once: this folder's end token is another
+    assert f"turns end with '<|im_start|>' (id {start}), which is none of the end" in record.message
+    assert f"[{tokenizer.eos_id}] of {folder}" in record.message
+
+
+def test_turns_that_end_with_one_of_the_folders_end_tokens_are_no_news(tmp_path, caplog):
+    folder = model_folder.make(tmp_path)
+    (folder / "chat_template.jinja").write_text(CHATML)
+    end = TextTokenizer(folder).tokenizer.token_to_id("<|im_end|>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, end]}))
+    TextTokenizer(folder).encode_chat(TALK)
+    assert not caplog.records
+
+
+def test_completions_without_an_end_token_are_said(tmp_path, caplog):
+    tokenizer = TextTokenizer(model_folder.make(tmp_path, {}, adds_bos=False))
+    tokenizer.encode("the fox")
+    assert not caplog.records
+    tokenizer.encode("the fox", [(4, 7)])
+    assert f"{tmp_path} names no eos_token: completions have no end" in caplog.text
+
+
 def test_the_template_may_stand_in_the_config_alone_or_among_others(tmp_path):
     for template in (
         CHATML,
