@@ -56,7 +56,7 @@ def _encode(value: Any, who: str, names: Sequence[str] = ()) -> Any:
     kind = type(value).__name__
     if isinstance(value, np.generic):
         return _encode(value.item(), who)
-    if isinstance(value, (np.dtype, type)):
+    if isinstance(value, (np.dtype, type)) and jnp.dtype(value).name != "object":
         return {"dtype": jnp.dtype(value).name}
     if _RECORDS.get(kind) is type(value):
         parts = (

@@ -37,6 +37,18 @@ def test_examples_run(name):
     module = load(name)
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
+    # `testmod` passes by what a decorator from another module has wrapped.
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    for function, value in public_functions(module):
+        if hasattr(value, "__wrapped__"):
+            for example in doctest.DocTestFinder().find(value.__wrapped__, function, module):
+                runner.run(example)
+    assert runner.summarize().failed == 0
+
+
+def test_examples_of_wrapped_functions_are_found():
+    (example,) = doctest.DocTestFinder().find(jaxpeft.lora.__wrapped__, "lora")
+    assert len(example.examples) == 5
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -74,6 +74,39 @@ def test_a_method_of_the_table_can_be_given_to_jit(method):
     same_trees(method.make(s.sites, jnp.float64), s.case.params)
 
 
+def closed_over(method, params):
+    """The method inside a traced function that params are constants of: nothing is compiled."""
+    shapes = jax.eval_shape(lambda key: method(key, params), KEY)
+    assert jax.tree.structure(shapes) == jax.tree.structure(method(KEY, params))
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_a_method_may_close_over_its_params_under_jit(name):
+    closed_over(MORE[name](), P)
+
+
+@pytest.mark.conformance
+@others(METHODS)
+def test_a_method_of_the_table_may_close_over_its_params_under_jit(method):
+    s = at(method)
+    closed_over(method.make(s.sites, jnp.float64), s.case.params)
+
+
+@pytest.mark.parametrize("method", [jp.quantize("nf4", M, block=2), jp.loftq(2, M, format="int8")])
+def test_a_quantized_base_that_is_closed_over_is_what_it_is_outside(method):
+    here, there = method(KEY, P), jax.jit(lambda key: method(key, P))(KEY)
+    for x, y in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        np.testing.assert_allclose(np.asarray(x, float), np.asarray(y, float), atol=1e-6)
+
+
+def test_an_infinity_that_is_closed_over_is_seen():
+    p = {**P, "up": P["up"].at[1, 2].set(jnp.inf)}
+    with pytest.raises(ValueError, match="'up' has 1 entries of 96 that are infinite or NaN"):
+        jax.jit(lambda key: jp.quantize("int8", M)(key, p))(KEY)
+    with pytest.raises(ValueError, match="'up' has 1 entries of 96 that are infinite or NaN"):
+        jax.make_jaxpr(lambda key: jp.loftq(2, M)(key, p))(KEY)
+
+
 def test_methods_are_equal_only_to_themselves():
     """Options hold arrays, of which no equality is one truth value."""
     one, other = jp.corda(2, M, moments()), jp.corda(2, M, moments())

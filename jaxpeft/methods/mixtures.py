@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.exporting import exportable, exportable_node
 from jaxpeft.method import Method
 from jaxpeft.methods.lora import lora, low_rank
 from jaxpeft.methods.placing import check_whole, place, takes_sites
@@ -18,6 +19,8 @@ from jaxpeft.tree import Hole, Train
 from jaxpeft.weight import IN, OUT, View, Weight, axes, base, static, weight
 
 
+@exportable_node
+@exportable
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Given(Hole):
@@ -28,6 +31,8 @@ class Given(Hole):
         return jnp.asarray(value) if isinstance(value, (int, float, list, tuple)) else value
 
 
+@exportable_node
+@exportable
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class GivenTasks(Given):
