@@ -16,9 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxpeft import compat
 from jaxpeft.computed import Computed
 from jaxpeft.quant.blocks import cut, join
+from jaxpeft.rules.sharding import parts_of
 from jaxpeft.weight import Weight, axes, computing, static, weight
 
 
@@ -50,7 +53,20 @@ class Coded(Weight):
         return self._decoded()[ids]
 
     def materialize(self):
-        return self.decode()
+        """Where shardings are part of the types, the matrix lies as its codes do."""
+        codes = max(jax.tree.leaves(self), key=lambda x: x.size * x.dtype.itemsize)
+        lies = compat.typed_sharding(jax.typeof(codes))
+        if lies is None:
+            return self.decode()
+        plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self)
+        sides = jax.eval_shape(type(self).decode, plain).shape
+        names = lies.spec if codes.ndim == len(sides) else (*lies.spec, *(None,) * len(sides))
+        spec = [
+            name if size % parts_of(lies.mesh, PartitionSpec(name)) == 0 else None
+            for name, size in zip(names, sides, strict=False)
+        ]
+        place = NamedSharding(lies.mesh, PartitionSpec(*spec))
+        return jax.sharding.auto_axes(type(self).decode, out_sharding=place)(self)
 
     def _decoded(self) -> Computed:
         declared = dataclasses.fields(self)  # type: ignore[arg-type]

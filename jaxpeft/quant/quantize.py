@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxpeft.quant.fp8 import fp8
 from jaxpeft.quant.int4 import int4
 from jaxpeft.quant.int8 import int8
 from jaxpeft.quant.nf4 import nf4
-from jaxpeft.rules.sharding import followed
+from jaxpeft.rules.sharding import followed, parts_of
 from jaxpeft.sites import Site, Sites
 from jaxpeft.tree import Train
 from jaxpeft.weight import View, Weight, innermost, with_innermost
@@ -89,23 +90,48 @@ def quantize(format: str, sites: Sites, **options: Any) -> Method:
 def encoded(view: View, encode: Callable[[jax.Array], Weight]) -> View:
     """The view with the array at its bottom in codes, which lie on devices as the array does.
 
-    Only a mesh with Explicit axes has to be told how; a side is whole on every device where
-    its shards would cut a block.
+    On a mesh with Explicit axes they do so in traced programs, too; with Automatic ones the
+    compiler chooses there.
+
+    Warns:
+      UserWarning: The codes are in fewer parts than the array was; names it, and what to do.
     """
 
     def in_codes(view: View) -> View:
         weight = with_innermost(view.canonical(), encode)
         return dataclasses.replace(view, weight=weight, natural=False)
 
-    sharding = compat.typed_sharding(jax.typeof(innermost(view.weight)))
-    if sharding is None:
+    array = innermost(view.weight)
+    typed = compat.typed_sharding(jax.typeof(array))
+    sharding = typed if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not parts_of(sharding.mesh, sharding.spec) > 1:
         return in_codes(view)
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), view)
     shapes = jax.eval_shape(in_codes, plain)
     leaves, treedef = jax.tree.flatten(shapes)
-    specs = followed(shapes.refined(), sharding) or [PartitionSpec()] * len(leaves)
+    specs = followed(shapes, sharding)
+    _warn_of_whole(view, sharding, leaves, specs)
     places = [NamedSharding(sharding.mesh, spec) for spec in specs]
-    return jax.sharding.auto_axes(in_codes, out_sharding=jax.tree.unflatten(treedef, places))(view)
+    wanted = jax.tree.unflatten(treedef, places)
+    if typed is None:
+        return jax.device_put(in_codes(view), wanted)
+    return jax.sharding.auto_axes(in_codes, out_sharding=wanted)(view)
+
+
+def _warn_of_whole(
+    view: View, sharding: NamedSharding, leaves: list[Any], specs: list[PartitionSpec]
+) -> None:
+    """Warns where the largest field lies in fewer parts than the array that it stands for."""
+    at = max(range(len(leaves)), key=lambda i: leaves[i].size * leaves[i].dtype.itemsize)
+    have, want = (parts_of(sharding.mesh, spec) for spec in (specs[at], sharding.spec))
+    if have < want:
+        warnings.warn(
+            f"`quantize`: the codes of '{view.path}', {leaves[at].dtype} of shape {leaves[at].shape}, lie in "
+            f"{have} parts on the devices, while the array of shape {view.shape} lies in {want} by "
+            f"{sharding.spec}: their sides do not divide as its own do. Divide another side, or "
+            "leave the weight out of the sites.",
+            stacklevel=2,
+        )
 
 
 def check_finite(array: Any, path: str, who: str) -> None:

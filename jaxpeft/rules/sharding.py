@@ -71,14 +71,44 @@ def field_specs(view: View, spec: Any) -> list[PartitionSpec] | None:
     ]
 
 
-def followed(view: View, sharding: NamedSharding) -> list[PartitionSpec] | None:
-    """As `field_specs`, where what cannot be cut like its array lies whole on every device."""
-    spec = list(sharding.spec)
-    for i, (dim, names) in enumerate(zip(view.dims, spec, strict=False)):
+def followed(view: View, sharding: NamedSharding) -> list[PartitionSpec]:
+    """Per leaf of a view's weight, a spec that divides it as the array it stands for is divided.
+
+    For where fields lie, not for `shard_map`: shards may end inside a block, since the compiler
+    moves what a device lacks. A dimension that does not divide evenly is whole; one of the
+    weight's own, such as the pairs of a flat layout, is divided by whatever is left.
+    """
+    view = view.refined()
+    divided: dict[int, tuple[str, ...]] = {}
+    for dim, names in zip(view.dims, sharding.spec, strict=False):
         lead = next((d.axis for d in dim if d.size > 1), None)
-        if names and (lead is None or not _divides(view, {lead: names}, sharding.mesh)):
-            spec[i] = None
-    return field_specs(view, spec)
+        if lead is not None and isinstance(names, (str, tuple)):
+            divided[lead] = _names(names)
+    every = tuple(name for names in divided.values() for name in names)
+
+    def dividing(names: tuple[str, ...], *sizes: int) -> tuple[str, ...]:
+        while any(size % _parts(sharding.mesh, names) for size in sizes):
+            names = names[:-1]
+        return names
+
+    specs = []
+    for leaf, runs in zip(jax.tree.leaves(view.weight), view.field_axes(), strict=True):
+        spec: list[tuple[str, ...]] = []
+        for size, run in zip(leaf.shape, runs, strict=True):
+            names = tuple(name for axis in run for name in divided.get(axis, ()))
+            # Where a side of several axes is cut into these again, the first has to divide, too.
+            first = next((view.axes[i].size for i in run if view.axes[i].size > 1), size)
+            spec.append(dividing(names, size, first))
+        for at in (at for at, run in enumerate(runs) if not run):
+            left = tuple(name for name in every if name not in sum(spec, ()))
+            spec[at] = dividing(left, leaf.shape[at])
+        specs.append(PartitionSpec(*(names or None for names in spec)))
+    return specs
+
+
+def parts_of(mesh: Any, spec: PartitionSpec) -> int:
+    """In how many parts an array lies on a mesh."""
+    return math.prod(_parts(mesh, names) for names in spec if names is not None)
 
 
 def constrain(x: Any, sharding: Any) -> Any:
