@@ -312,7 +312,7 @@ def lift(
 
 def _positions(view: View) -> list[Any]:
     """Arrays (batch, time) that weights of the view are told of."""
-    fields = [(w, w.positions) for w in chain_of(view.weight) if w.positions is not None]
+    fields = [(w, w.per_position) for w in chain_of(view.weight) if w.per_position is not None]
     return [x for w, name in fields if (x := getattr(w, name)) is not None]
 
 

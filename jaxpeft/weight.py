@@ -103,7 +103,7 @@ class Weight:
     #: Whether it is right on a shard of `out`.
     local_out: ClassVar[bool] = False
     #: The field whose axes are (batch, time), those of its input, if there is one.
-    positions: ClassVar[str | None] = None
+    per_position: ClassVar[str | None] = None
     #: Whether what it derives may stay in its place for good, as after training (`fold`).
     folds: ClassVar[bool] = False
 

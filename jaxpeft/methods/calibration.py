@@ -83,7 +83,7 @@ class Observed(Weight):
     path: str = static("")
 
     is_matrix = False  # a use as an array would be missed
-    positions = "counted"
+    per_position = "counted"
 
     def forward(self, x):
         moments = Moments(self.second.array, self.first.array, self.rows.array)

@@ -108,7 +108,7 @@ class GatedLowRank(Weight):
     path: str = static("")
 
     is_matrix = False
-    positions = "slots"
+    per_position = "slots"
 
     def forward(self, x):
         g = gate(x, self.gate, self.gate_bias, self.slots, self.path)
@@ -135,7 +135,7 @@ class GatedBottleneck(Bottleneck):
     slots: Any = axes(shared=True, optional=True)
     path: str = static("")
 
-    positions = "slots"
+    per_position = "slots"
 
     def change(self, z):
         g = gate(z, self.gate, self.gate_bias, self.slots, self.path)

@@ -80,7 +80,9 @@ def check_prefix(
     run = jax.jit(lambda tree, tokens: jax.tree.leaves(lift(fn)(tree, tokens, *args, **kwargs)))
     outputs = run(tree, tokens)
     old, new = _another(tokens, virtual)
-    for i, (a, b) in enumerate(zip(outputs, run(tree, jnp.where(virtual, new, tokens)), strict=True)):
+    for i, (a, b) in enumerate(
+        zip(outputs, run(tree, jnp.where(virtual, new, tokens)), strict=True)
+    ):
         wrong = off(a, b) & _real(a.shape, virtual)
         if wrong.any():
             at = tuple(int(x[0]) for x in np.nonzero(wrong))

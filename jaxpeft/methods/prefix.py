@@ -40,7 +40,7 @@ class Prefix(Weight):
     path: str = static("")
 
     is_matrix = False
-    positions = "slots"
+    per_position = "slots"
 
     def forward(self, x):
         """x @ w at real positions, rows - bias at virtual ones: the program adds the bias."""
@@ -83,7 +83,7 @@ class EncodedPrefix(Weight):
 
     is_matrix = False
     folds = True
-    positions = "slots"
+    per_position = "slots"
 
     def derived(self):
         hidden = jnp.tanh(self.table.array @ self.down + self.down_bias)

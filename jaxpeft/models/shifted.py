@@ -60,7 +60,6 @@ def shifted_sparse(group: int) -> Callable[..., Array]:
         if k.shape[2] % 2:  # the halves of the heads share keys
             k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
         near = group if window is None else jnp.minimum(window, group)
-        virtual = _any_virtual(queries)
         halves = []
         for half, shift in ((0, 0), (1, group // 2)):
             parts = [jnp.split(x, 2, axis=2)[half] for x in (q, k, v)]
@@ -68,24 +67,25 @@ def shifted_sparse(group: int) -> Callable[..., Array]:
             place = _places(queries, q.shape[0], group, shift)
             y = attention(q_, k_, v_, queries=place, keys=place, window=near)
             halves.append(jnp.roll(y.reshape(parts[0].shape), shift, axis=1))
+        y = jnp.concatenate(halves, axis=2)
+        if queries.segment is None:
+            return y
         # Under jit nothing can raise; a prefix must not be out of sight in silence.
-        return jnp.where(virtual, jnp.nan, jnp.concatenate(halves, axis=2))
+        return jnp.where(_any_virtual(queries.segment), jnp.nan, y)
 
     return attention_fn
 
 
-def _any_virtual(places: Place) -> Array | bool:
+def _any_virtual(segment: Array) -> Array:
     """Whether there are virtual tokens that every segment is to see, which groups cannot."""
-    if places.segment is None:
-        return False
-    found = (places.segment == -1).any()
-    if not isinstance(found, jax.core.Tracer) and found:
+    virtual = segment == -1
+    if not isinstance(virtual, jax.core.Tracer) and virtual.any():
         raise ValueError(
-            f"`shifted_sparse` shows tokens their group alone, but {int((places.segment == -1).sum())} "
+            f"`shifted_sparse` shows tokens their group alone, but {int(virtual.sum())} "
             "tokens are virtual (segment -1), for every token to see. Train with the decoder's "
             "own attention."
         )
-    return found
+    return virtual.any()
 
 
 def _grouped(x: Array, group: int, shift: int) -> Array:

@@ -264,7 +264,7 @@ class Batches:
         seed: int = 0,
         epochs: int | None = None,
         shard: tuple[int, int] = (0, 1),
-        virtual: int | Sequence[int] | np.ndarray = 0,
+        virtual: Any = 0,
     ):
         index, count = shard
         if batch_size < 1:
@@ -276,9 +276,9 @@ class Batches:
                 f"`shard=(index, count)` needs an index below the count and a count that divides "
                 f"`batch_size`; got {shard} and {batch_size}."
             )
-        count = isinstance(virtual, int)
-        self._front = np.asarray([0] * virtual if count else virtual, np.int32)
-        if self._front.ndim != 1 or count and virtual < 0:
+        front: Any = [0] * virtual if isinstance(virtual, int | np.integer) else virtual
+        self._front = np.asarray(front, np.int32)
+        if self._front.ndim != 1 or np.ndim(virtual) == 0 and virtual < 0:
             raise ValueError(
                 f"`virtual` is a number of placeholders, or a sequence of ids; got {virtual!r}."
             )

@@ -257,7 +257,7 @@ def _one_task(args):
 
 def _virtual_positions(args):
     """Two in each of the first two examples, at different places; none in the others."""
-    x = next(a for a in args if getattr(a, "ndim", 0) == 3)
+    x = next((a for a in args if getattr(a, "ndim", 0) == 3), args[-1])  # or ids
     slots = np.full(x.shape[:2], -1)
     slots[0, :2] = slots[1, 1:3] = (0, 1)
     return {"virtual": slots}
@@ -307,6 +307,11 @@ _PARTS = dict.fromkeys(
     r"'(up|down)'.*sharding that the weight cannot follow",
 )
 _POSITIONS = r"prefix at '.*' is told of virtual positions"
+_TURNED = {
+    "layers with time before batch, as many of both": r"is told of virtual positions \(4, 5\).*"
+    r"input has leading axes \(5, 4\)",
+    "a pooler of the first position": r"Output 0 of shape \(2, 19\) reads a placeholder",
+}
 
 # Sides are prime, so a block is all of them: as large as a square weight, cut where that is.
 _COARSE = (
@@ -401,7 +406,8 @@ METHODS = [
         by_hand=by_hand.prefix,
         models=by_hand.FEED_FORWARD | by_hand.ATTENTION,
         refused=_PARTS
-        | dict.fromkeys(("experts by a batch axis", *by_hand.BATCH_ON_MESH), _POSITIONS),
+        | dict.fromkeys(("experts by a batch axis", *by_hand.BATCH_ON_MESH), _POSITIONS)
+        | _TURNED,
         given=_virtual_positions,
     ),
     Method(
@@ -431,6 +437,7 @@ METHODS = [
         rows=("(d, heads, head_dim) kernels", "lax.scan over layers"),
         by_hand=by_hand.encoded_prefix,
         models=by_hand.FEED_FORWARD | by_hand.ATTENTION,
+        refused=_TURNED,
         given=_virtual_positions,
     ),
     Method(
@@ -453,6 +460,7 @@ METHODS = [
         rows=("post-norm layers, lax.scan",),
         by_hand=by_hand.mam,
         models=by_hand.TRANSFORMER,
+        refused=_TURNED,
         given=_virtual_positions,
     ),
     Method(
@@ -461,6 +469,7 @@ METHODS = [
         rows=("post-norm layers, lax.scan",),
         by_hand=by_hand.unipelt,
         models=by_hand.TRANSFORMER,
+        refused=_TURNED,
         given=_virtual_positions,
     ),
     Method(

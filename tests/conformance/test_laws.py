@@ -230,8 +230,11 @@ def test_what_would_be_wrong_is_refused_by_path(row, method):
         if method.name == "prompt":  # what ids become is data: tracing alone cannot see it
             (table,) = (sites.embedding or sites.match("table")).values()
             jp.check_prompt(case.fn, case.params, table, *case.args)
-        tree = jp.combine(frozen, adapter, **method.given(args))
+        given = method.given(args)
+        tree = jp.combine(frozen, adapter, **given)
         jax.eval_shape(jp.lift(case.fn), tree, *args)
+        if "virtual" in given and args[-1].ndim == 2:  # ids: who reads them is data, too
+            jp.check_prefix(case.fn, tree, args[-1], given["virtual"], *args[:-1])
 
 
 def test_a_method_has_each_row_once():

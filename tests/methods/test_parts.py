@@ -23,7 +23,7 @@ def fused(p, x):
 
 
 SITES = jp.sites(fused, PARAMS, X)
-W, O = SITES.match("w"), SITES.match("o")
+W, OUT = SITES.match("w"), SITES.match("o")
 MIDDLE = W.columns(1, 3)
 
 
@@ -53,7 +53,7 @@ def test_ia3_scales_the_outputs_of_the_part_and_their_biases(part, columns):
 
 
 def test_ia3_of_keys_and_of_values_in_one_fused_kernel_are_a_chain():
-    method = jp.chain(jp.ia3(MIDDLE, dtype=F8), jp.ia3(W.columns(2, 3), O, dtype=F8))
+    method = jp.chain(jp.ia3(MIDDLE, dtype=F8), jp.ia3(W.columns(2, 3), OUT, dtype=F8))
     frozen, adapter = trained(method)
     assert {k: v.shape for k, v in adapter.items()} == {
         "w/scale_1_of_3": (2,),
@@ -110,9 +110,11 @@ def test_a_part_of_a_kernel_that_is_cut_before_its_use_is_formed(fn, part, make)
 # Every method -------------------------------------------------------------------------------------
 
 TABLE = {"t": toy.normal(3, 7, 6), "o": PARAMS["o"]}
-TABLE_PART = jp.sites(
-    lambda p, ids: p["t"][ids] @ p["o"], TABLE, jnp.zeros((1, 3), int)
-).match("t").columns(1, 3)
+TABLE_PART = (
+    jp.sites(lambda p, ids: p["t"][ids] @ p["o"], TABLE, jnp.zeros((1, 3), int))
+    .match("t")
+    .columns(1, 3)
+)
 MASKS = {"w": np.ones((4, 6), bool)}
 
 
@@ -133,24 +135,24 @@ ON_A_PART = {
     "hira": lambda: jp.hira(1, MIDDLE),
     "hra": lambda: jp.hra(2, MIDDLE),
     "ia3": lambda: jp.ia3(MIDDLE),
-    "ia3 of inputs": lambda: jp.ia3(O, MIDDLE),
+    "ia3 of inputs": lambda: jp.ia3(OUT, MIDDLE),
     "loftq": lambda: jp.loftq(1, MIDDLE),
     "loha": lambda: jp.loha(1, MIDDLE),
     "lokr": lambda: jp.lokr(1, MIDDLE),
-    "longlora": lambda: jp.longlora(1, O, MIDDLE, O),
+    "longlora": lambda: jp.longlora(1, OUT, MIDDLE, OUT),
     "lora": lambda: jp.lora(1, MIDDLE),
     "lora_fa": lambda: jp.lora_fa(1, MIDDLE),
     "lora_ga": lambda: jp.lora_ga(1, MIDDLE, {"w": PARAMS["w"]}),
-    "mam": lambda: jp.mam(2, 2, MIDDLE, O - O, W, O),
+    "mam": lambda: jp.mam(2, 2, MIDDLE, OUT - OUT, W, OUT),
     "miss": lambda: jp.miss(1, MIDDLE),
     "moelora": lambda: jp.moelora(2, MIDDLE, experts=2, tasks=2),
     "olora": lambda: jp.olora(1, MIDDLE),
     "oft": lambda: jp.oft(2, MIDDLE),
     "p_tuning": lambda: jp.p_tuning(2, TABLE_PART),
-    "parallel": lambda: jp.parallel(2, MIDDLE, O),
+    "parallel": lambda: jp.parallel(2, MIDDLE, OUT),
     "pissa": lambda: jp.pissa(1, MIDDLE),
     "poly": lambda: jp.poly(1, MIDDLE, skills=1, tasks=1),
-    "prefix": lambda: jp.prefix(2, MIDDLE, O - O),
+    "prefix": lambda: jp.prefix(2, MIDDLE, OUT - OUT),
     "prompt": lambda: jp.prompt(2, TABLE_PART),
     "prune": lambda: jp.prune(MASKS, MIDDLE),
     "quantize": lambda: jp.quantize("int8", MIDDLE),
@@ -158,7 +160,7 @@ ON_A_PART = {
     "sparse": lambda: jp.sparse(0.5, MIDDLE),
     "trainable_tokens": lambda: jp.trainable_tokens([1], TABLE_PART),
     "unfreeze": lambda: jp.unfreeze(MIDDLE),
-    "unipelt": lambda: jp.unipelt(MIDDLE, W, O, O, rank=1, length=2, width=2),
+    "unipelt": lambda: jp.unipelt(MIDDLE, W, OUT, OUT, rank=1, length=2, width=2),
     "vera": lambda: jp.vera(2, MIDDLE),
     "xlora": lambda: jp.xlora(MIDDLE, {"w": [1]}, width=2),
 }
@@ -216,5 +218,5 @@ def test_selections_do_not_forget_columns(make, message):
 
 
 def test_a_part_is_united_with_other_weights_and_with_itself():
-    assert (MIDDLE | O)["w"].part == (MIDDLE | MIDDLE)["w"].part == jp.Part(1, 3)
-    assert list((MIDDLE | O) - MIDDLE) == ["o"]
+    assert (MIDDLE | OUT)["w"].part == (MIDDLE | MIDDLE)["w"].part == jp.Part(1, 3)
+    assert list((MIDDLE | OUT) - MIDDLE) == ["o"]

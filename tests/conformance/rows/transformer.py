@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from .row import B, Case, D, F, H, L, N, T, activations, attend, params, row
+from .row import B, Case, D, F, H, L, N, T, V, activations, attend, params, row, tokens
 
 
 def layer_norm(x, scale, bias):
@@ -11,7 +11,7 @@ def layer_norm(x, scale, bias):
     return centred / jnp.sqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-12) * scale + bias
 
 
-def _layer(x, p):
+def _layer(x, p, attend=attend):
     q, k, v = ((x @ p[n] + p[f"{n}_bias"]).reshape(*x.shape[:-1], N, H) for n in "qkv")
     attended = attend(q, k, v).reshape(*x.shape[:-1], N * H) @ p["o"] + p["o_bias"]
     x = layer_norm(x + attended, p["attn_scale"], p["attn_bias"])
@@ -44,3 +44,26 @@ def remat():
         return jax.jit(_layer)(x, p)
 
     return Case(fn, _params(), (activations(B, T, D),))
+
+
+@row("layers with time before batch, as many of both", **_ALL)
+def time_first():
+    """A shape does not tell batch and time apart here, so what is told of positions must ask."""
+
+    def turned(*qkv):
+        return jnp.swapaxes(attend(*(jnp.swapaxes(x, 0, 1) for x in qkv)), 0, 1)
+
+    def fn(p, x):
+        step = lambda x, p: (_layer(x, p, turned), None)  # noqa: E731
+        return jnp.swapaxes(jax.lax.scan(step, jnp.swapaxes(x, 0, 1), p)[0], 0, 1)
+
+    return Case(fn, _params(L), (activations(T, T, D),))
+
+
+@row("a pooler of the first position", embedding=("table",), linear=(*_ALL["linear"], "pool"))
+def pooled():
+    def fn(p, ids):
+        return jnp.tanh(_layer(p["table"][ids], p)[:, 0] @ p["pool"])
+
+    more = params(table=(V, D), pool=(D, F + 2))
+    return Case(fn, {**_params(), **more}, (tokens(B, T),))
