@@ -70,6 +70,8 @@ def _resized(dim: Dim, size: int) -> Dim:
 
 def ancestors_of(value: Any, shape: Sequence[int], shapes: Mapping) -> tuple[Ancestor, ...]:
     """Of a value of this shape: itself, if it is a parameter rearranged."""
+    if value.ids:
+        return ()  # rows or matrices that the data chose
     if value.param is None:
         return value.ancestors
     dims = tuple(

@@ -64,6 +64,8 @@ class Site:
       axes: Its axes with their roles; finer than `shape` where the program cuts an axis.
       uses: Every use, one for each kind and place.
       bias: Path of the bias that is added to its product, if there is exactly one.
+      unlike: What the program does instead of adding one bias as it is to each product of this
+        weight, and where; empty where it does not.
       of: For a bias or scale: paths of the weights whose product it acts on.
       materialized: Where `lift` would have to turn it into a dense array.
       part: The part of the output axis that a method is to act on; `None` for all of it.
@@ -78,6 +80,7 @@ class Site:
     of: tuple[str, ...] = ()
     materialized: tuple[Materialized, ...] = ()
     part: Part | None = None
+    unlike: str = ""
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -180,12 +183,18 @@ class Sites(Mapping[str, Site]):
 
     @property
     def hidden(self) -> "Sites":
-        """Linear weights and convolutions between the embedding and the head: what is usually
-        quantized. A head is a linear weight with as many outputs as an embedding has rows."""
-        rows = {site.size(IN) for site in self.every.embedding.values()}
-        return self._keep(
-            lambda s: (s.path in self.conv or s.path in self.linear and s.size(OUT) not in rows)
-        )
+        """Linear weights and convolutions but for the `head`: what is usually quantized."""
+        return (self.linear | self.conv) - self.head
+
+    @property
+    def head(self) -> "Sites":
+        """Weights whose product is the scores of a vocabulary, a tied table among them.
+
+        They have as many outputs as a table has rows that is read by whole numbers which the
+        caller gives, and what they give goes on to the result, or to a loss, with no other
+        weight after it. Where a program does not tell, `with_head` does.
+        """
+        return self._of_kind("head")
 
     @property
     def conv(self) -> "Sites":
@@ -211,6 +220,29 @@ class Sites(Mapping[str, Site]):
     def norm(self) -> "Sites":
         """Scales and biases of normalizations."""
         return self._of_kind("norm")
+
+    @property
+    def statistic(self) -> "Sites":
+        """Means and variances that a normalization runs on: counted, not trained."""
+        return self._of_kind("statistic")
+
+    def with_head(self, *patterns: Pattern) -> "Sites":
+        """The same sites with other weights as the `head`; without patterns, with none.
+
+        For what no program reveals: `sites.with_head("classifier/kernel").hidden`.
+
+        Raises:
+          ValueError: A pattern matches nothing; lists the paths there are, nearest first.
+        """
+        told = set(self.every._matching(patterns))
+
+        def one(site: Site) -> Site:
+            uses = tuple(use for use in site.uses if use.kind != "head")
+            head = (Use("head"),) if site.path in told else ()
+            return dataclasses.replace(site, uses=uses + head)
+
+        every = {path: one(site) for path, site in self._every.items()}
+        return Sites({path: one(site) for path, site in self.items()}, every)
 
     def match(self, *patterns: Pattern, exclude: Pattern | Iterable[Pattern] = ()) -> "Sites":
         """Those whose path or site matches one of the patterns and none of `exclude`.
@@ -535,8 +567,10 @@ def sites(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Sites:
 
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat.values()]
     data = [jax.ShapeDtypeStruct(rest[i].shape, rest[i].dtype) for i in at]
-    uses = tracing.trace(flat_fn, list(flat), shapes, data)
+    uses, unlike = tracing.trace(flat_fn, list(flat), shapes, data)
     found = {path: _site(path, x, uses[path], uses) for path, x in zip(flat, shapes, strict=True)}
+    for path, what in unlike.items():
+        found[path] = dataclasses.replace(found[path], unlike=what)
     _announce(flat_fn, found, shapes, data)
     return Sites(found)
 

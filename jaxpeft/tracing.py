@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core as jex
 from jax.extend.core import primitives as p
 
-from jaxpeft import ancestry, compat
+from jaxpeft import ancestry, compat, flow, roles
 from jaxpeft import axes as digits
-from jaxpeft.ancestry import FIXED, GIVEN, Ancestor
+from jaxpeft.ancestry import ACTIVE, FIXED, GIVEN, Ancestor
 from jaxpeft.axes import Digit, Dim
+from jaxpeft.flow import Flow
 from jaxpeft.rules.registry import cut_dims, row_dims
 
 
@@ -24,10 +26,13 @@ class Use:
     Attributes:
       kind: "linear", "embedding", "conv", "expert", "bias", "norm", "scale", "added", "tied"
         (a table multiplied by its output side), "one-hot" (a table multiplied by something
-        that is compared to ids), or "other".
+        that is compared to ids), "head" (its product is the scores of a vocabulary),
+        "statistic" (a mean or variance that was counted, not trained), or "other".
       rows, cols, stack: Digits of the parameter that are summed over or looked up, that
         remain, and that select one slice.
       of: For a bias or a scale, the weights whose product it acts on.
+      plain: Whether a bias is added as it is, neither subtracted nor multiplied.
+      by_id: Whether a table is read by whole numbers that the caller gives.
       free: Shape of what the activation keeps, such as (batch, time).
       source: Where in the model.
     """
@@ -37,6 +42,8 @@ class Use:
     cols: frozenset[Digit] = frozenset()
     stack: frozenset[Digit] = frozenset()
     of: tuple[str, ...] = ()
+    plain: bool = True
+    by_id: bool = False
     free: tuple[int, ...] = ()
     source: str = ""
 
@@ -57,6 +64,12 @@ class Value:
       one_hot: Comes from a comparison.
       depends: On what: `ancestry.FIXED`, `GIVEN` or `ACTIVE`.
       ancestors: The parameters that this is computed from, if it is no activation.
+      plain: A parameter as it is, neither negated nor multiplied.
+      biased: The weights whose product, with a bias and nothing else added, this is.
+      stack: Digits of the parameter that a gather has chosen by, one slice for each id.
+      ids: Shape of these ids.
+      by_id: Whether what was chosen was chosen by numbers that the caller gives.
+      flow: Where it comes from; `None` where that follows from the operands.
     """
 
     dims: tuple[Dim | None, ...]
@@ -69,6 +82,12 @@ class Value:
     one_hot: bool = False
     depends: int = FIXED
     ancestors: tuple[Ancestor, ...] = ()
+    plain: bool = True
+    biased: tuple[str, ...] = ()
+    stack: frozenset[Digit] = frozenset()
+    ids: tuple[int, ...] = ()
+    by_id: bool = False
+    flow: Flow = None  # type: ignore[assignment]  # filled in by `_Walk.step`
 
     def digits(self, dims: Sequence[int]) -> frozenset[Digit]:
         """The digits of some dimensions."""
@@ -81,20 +100,42 @@ class Value:
 
 def trace(
     fn: Callable, paths: Sequence[str], shapes: Sequence[Any], data: Sequence[Any]
-) -> dict[str, list[Use]]:
-    """The uses of each parameter in `fn(arrays, data)`."""
+) -> tuple[dict[str, list[Use]], dict[str, str]]:
+    """The uses of each parameter in `fn(arrays, data)`.
+
+    Returns:
+      Them by path; and for weights to whose product the program adds something else than one
+      bias as it is, what it does instead.
+    """
     closed = jax.make_jaxpr(fn)(list(shapes), list(data))
     jaxpr, _ = compat.open_jaxpr(closed)
-    walk = _Walk({path: tuple(x.shape) for path, x in zip(paths, shapes, strict=True)})
+    others = jaxpr.invars[len(paths) :]
+    # A program that has its data closed over gives no argument that could be ids.
+    walk = _Walk(
+        {path: tuple(x.shape) for path, x in zip(paths, shapes, strict=True)},
+        ids_are_constants=not any(map(_is_whole, others)),
+    )
     params = [
-        Value(digits.whole(path, x.shape), path) for path, x in zip(paths, shapes, strict=True)
+        Value(digits.whole(path, x.shape), path, flow=flow.parameter(path))
+        for path, x in zip(paths, shapes, strict=True)
     ]
-    others = [
-        dataclasses.replace(unknown(v.aval), depends=GIVEN) for v in jaxpr.invars[len(params) :]
+    given = [
+        dataclasses.replace(unknown(v.aval), depends=GIVEN, flow=Flow(True, _is_whole(v)))
+        for v in others
     ]
-    for value in walk.run(jaxpr, [*params, *others]):
-        walk.settled(jaxpr.eqns[-1] if jaxpr.eqns else None, value)
-    return {path: walk.uses[path] for path in paths}
+    results = walk.run(jaxpr, [*params, *given])
+    results = [walk.settled(jaxpr.eqns[-1] if jaxpr.eqns else None, v) for v in results]
+    uses = {path: walk.uses[path] for path in paths}
+    dims = {path: value.dims for path, value in zip(paths, params, strict=True)}
+    roles.experts(uses, walk.stacks, dims)
+    roles.statistics(uses, walk.statistics)
+    roles.heads(uses, results, walk.consumed)
+    return uses, roles.unlike(uses, walk.sums, walk.products)
+
+
+def _is_whole(v: Any) -> bool:
+    """Whether a variable holds whole numbers."""
+    return jnp.issubdtype(v.aval.dtype, jnp.integer)
 
 
 def unknown(aval: Any) -> Value:
@@ -124,18 +165,54 @@ _PRODUCTS = {p.mul_p, p.div_p}
 
 
 class _Walk:
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    """One walk.
+
+    Attributes:
+      shapes: Of each parameter.
+      uses: Of each parameter.
+      stacks: Dimensions that run along each other, and those that choose a matrix.
+      statistics: Parameters that were subtracted or under the root in a normalization.
+      consumed: Weights that another weight comes after.
+      sums: Each bias that was added to a product: (weights, use, bias).
+      products: How often a weight was multiplied, by the digits that it was contracted over.
+    """
+
+    def __init__(
+        self, shapes: dict[str, tuple[int, ...]], ids_are_constants: bool = False
+    ) -> None:
         self.shapes = shapes
         self.uses: dict[str, list[Use]] = collections.defaultdict(list)
+        self.ids_are_constants = ids_are_constants
+        self.stacks = flow.Stacks()
+        self.statistics: set[str] = set()
+        self.consumed: set[str] = set()
+        self.sums: list[tuple[tuple[str, ...], Use, str]] = []
+        self.products: dict[str, list[frozenset[Digit]]] = collections.defaultdict(list)
 
     def run(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
         jaxpr, _ = compat.open_jaxpr(jaxpr)
-        env: dict[Any, Value] = {v: unknown(v.aval) for v in jaxpr.constvars}
+        env: dict[Any, Value] = {v: self.constant(v) for v in jaxpr.constvars}
         env.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(v: Any) -> Value:
+            if isinstance(v, jex.Literal):
+                return dataclasses.replace(unknown(v.aval), flow=Flow())
+            return env[v]
+
         for eqn in jaxpr.eqns:
-            values = [unknown(v.aval) if isinstance(v, jex.Literal) else env[v] for v in eqn.invars]
-            env.update(zip(eqn.outvars, self.step(eqn, values), strict=True))
-        return [unknown(v.aval) if isinstance(v, jex.Literal) else env[v] for v in jaxpr.outvars]
+            values = [read(v) for v in eqn.invars]
+            outs = self.step(eqn, values)
+            if any(out.flow is None for out in outs):
+                followed = flow.merged(eqn, [v.flow for v in values])
+                outs = [dataclasses.replace(x, flow=x.flow or followed) for x in outs]
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def constant(self, v: Any) -> Value:
+        """A closed-over array is data as an argument is; a closed-over number is a number."""
+        live = bool(v.aval.shape)
+        ids = live and self.ids_are_constants and _is_whole(v)
+        return dataclasses.replace(unknown(v.aval), flow=Flow(live, ids))
 
     def note(self, value: Value, kind: str, eqn: Any, **what: Any) -> None:
         """Records a use, once."""
@@ -168,9 +245,12 @@ class _Walk:
             for ancestor in value.ancestors:
                 # Where it stands, its parameter stood.
                 alone = _Walk(self.shapes)
-                stand = Value(ancestor.dims, ancestor.param)
-                _STEPS[eqn.primitive](alone, eqn, [stand if v is value else v for v in values])
+                stand = Value(ancestor.dims, ancestor.param, flow=value.flow)
+                stands = [stand if v is value else v for v in values]
+                for out in _STEPS[eqn.primitive](alone, eqn, stands):
+                    alone.settled(eqn, out)
                 self.adopt(ancestor, alone.uses[ancestor.param])
+                self.consumed |= alone.consumed
 
     def adopt(self, ancestor: Ancestor, uses: list[Use]) -> None:
         """Records the uses of what is computed from a parameter as uses of the parameter."""
@@ -202,11 +282,15 @@ class _Walk:
     def equation(self, eqn: Any, values: list[Value]) -> list[Value]:
         """One equation: what it does with parameters, and what is known of its results."""
         primitive = eqn.primitive
+        if primitive is p.dot_general_p:
+            values = [_as_matrices(eqn, side, v) for side, v in enumerate(values)]
         if primitive not in _SUMS | _PRODUCTS | _KEEP | _LAYOUT | _CALLS:
             values = [self.settled(eqn, v) for v in values]
         if primitive in _STEPS:
             return _STEPS[primitive](self, eqn, values)
         if primitive in _KEEP:
+            if primitive is p.neg_p:  # a bias that is added to -(x @ w) is none of x @ w
+                return [dataclasses.replace(values[0], plain=False, after=(), biased=())]
             return list(values[: len(eqn.outvars)])
         for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
             if name in eqn.params:
@@ -222,8 +306,12 @@ class _Walk:
         if value.fixed:
             return dataclasses.replace(value, chosen=frozenset(), fixed=False)
         cols = value.digits(range(len(value.dims)))
-        self.note(value, "embedding", eqn, rows=value.chosen, cols=cols, free=(1,))
-        return value.data(after=(value.param,) if value.param else (), chosen=frozenset())
+        where = {"rows": value.chosen, "cols": cols, "free": value.ids or (1,)}
+        self.note(value, "embedding", eqn, by_id=value.by_id, **where)
+        if not value.param:
+            return value.data(chosen=frozenset())
+        rows = flow.of_rows(dataclasses.replace(value.flow, live=True), value.param)
+        return value.data(after=(value.param,), chosen=frozenset(), flow=rows)
 
     def elementwise(self, eqn: Any, values: list[Value]) -> list[Value]:
         """Sums and products with a parameter have a meaning; everything else is `other`."""
@@ -236,22 +324,24 @@ class _Walk:
         if primitive in _SUMS | _PRODUCTS and len(values) == 2:
             scalar = [not v.dims for v in values]
             if any(scalar) and values[not scalar.index(True)].param:
-                return [values[not scalar.index(True)]]  # a weight times a number
+                return [self.times_number(*sorted(values, key=lambda v: not v.dims))]
             values = [
                 v if v.param is None or _is_vector_use(w) else self.settled(eqn, v)
                 for v, w in zip(values, values[::-1], strict=True)
             ]
             found = [v for v in values if v.param]
-            if len(found) == 1 and any(found[0].dims):
+            if len(found) == 1 and (any(found[0].dims) or primitive in _SUMS):
                 other = values[values[0] is found[0]]
                 if not _is_computed(found[0], other):
-                    return [_as_wide(self.meet(eqn, found[0], other), shape)]
+                    return [_as_wide(self.meet(eqn, values, found[0], other), shape)]
         for value in values:
             self.note(value, "other", eqn, cols=value.digits(range(len(value.dims))))
         shapes = [getattr(x.aval, "shape", None) for x in eqn.invars]
         same = [v for v, s in zip(values, shapes, strict=True) if s == shape]
         normed = primitive in (p.rsqrt_p, p.sqrt_p) or any(v.normed for v in values)
         dims = tuple(next((v.dims[i] for v in same if v.dims[i]), None) for i in range(len(shape)))
+        if primitive in _SUMS | _PRODUCTS:
+            self.observe(primitive, values, same)
         # A residual is often added before the bias: (x + h @ w) + b is x + (h @ w + b).
         after: tuple[str, ...] = ()
         if primitive in _SUMS:
@@ -259,27 +349,111 @@ class _Walk:
             products = [v for v in values if v.after]
             products = [v for v in products if not v.summed] or products
             after = tuple(dict.fromkeys(w for v in products for w in v.after))
+            if primitive is p.sub_p and after and not values[0].after:
+                after = ()  # y - x @ w has the product's sign turned
         one_hot = primitive is p.eq_p
-        return [Value(dims, after=after, summed=bool(after), normed=normed, one_hot=one_hot)]
+        out = Value(dims, after=after, summed=bool(after), normed=normed, one_hot=one_hot)
+        if primitive in _SUMS and len(same) == 2:
+            made = flow.merged(eqn, [v.flow for v in values])
+            out = dataclasses.replace(out, flow=dataclasses.replace(made, made=_stream(same)))
+        return [out]
 
-    def meet(self, eqn: Any, param: Value, other: Value) -> Value:
+    def times_number(self, param: Value, number: Value) -> Value:
+        """A weight times a number is a weight; if the number was made of it, to scale it only."""
+        if number.flow.live and (param.param, False) in number.flow.made:
+            path = str(param.param)
+            self.uses[path] = [
+                dataclasses.replace(use, kind="other") if use.kind in ("linear", "expert") else use
+                for use in self.uses[path]
+            ]
+            self.products[path] = []
+        return dataclasses.replace(param, plain=False)
+
+    def observe(self, primitive: Any, values: list[Value], same: list[Value]) -> None:
+        """What a sum or a product of activations tells of the parameters in them."""
+        first, second = values
+        if len(same) == 2:
+            pairs = list(zip(first.dims, second.dims, strict=True))
+            if primitive in _PRODUCTS:
+                where = [(i, i) for i in range(len(pairs))]
+                for value, other in ((first, second), (second, first)):
+                    for dim in flow.weighed(value, other, where):
+                        self.stacks.note(dim)
+            for a, b in pairs:
+                self.stacks.align(a, b)
+        if primitive in _PRODUCTS:
+            for value, other in ((first, second), (second, first)):
+                by = other.flow.deviation
+                if primitive is p.div_p and other is second:
+                    by = by or other.flow.entries
+                if value.flow.minus and by and not other.flow.live:
+                    self.statistics |= {value.flow.minus, *by}
+        elif primitive is p.sub_p and second.flow.times and second.flow.deviation:
+            # x * inv - mean * inv, where inv is 1 / deviation.
+            self.statistics |= {second.flow.times, *second.flow.deviation}
+
+    def meet(self, eqn: Any, values: list[Value], param: Value, other: Value) -> Value:
         """A parameter is added to an activation, or multiplied with it."""
+        second = values[1] is param
         cols = param.digits(range(len(param.dims)))
         stack = frozenset(_stack_of(param, other, self.uses)) | param.chosen
-        pairs = zip(param.dims, other.dims, strict=False)
+        pairs = list(zip(param.dims, other.dims, strict=False))
         aligned = [theirs for mine, theirs in pairs if digits.significant(mine or ())]
-        if eqn.primitive in _SUMS:
-            if other.after and not other.normed and all(aligned):
-                self.note(param, "bias", eqn, cols=cols - stack, stack=stack, of=other.after)
-                return other.data(after=())
-            kinds = ["norm", "bias"] if other.normed else ["added"]
-            for kind in kinds:
-                self.note(param, kind, eqn, cols=cols - stack, stack=stack)
-            return other.data(after=())
-        kind = "norm" if other.normed else "scale"
-        of = () if other.normed else other.after
-        self.note(param, kind, eqn, cols=cols - stack, stack=stack, of=of)
-        return other.data(after=())
+        for mine, theirs in pairs:
+            self.stacks.align(mine, theirs)
+        where: dict[str, Any] = {"cols": cols - stack, "stack": stack}
+        made = flow.merged(eqn, [v.flow for v in values])
+        # What weight normalization divides by is no standard deviation of activations.
+        normed = other.normed and (other.flow.live or bool(other.flow.deviation))
+        if param.param in other.flow.weights:  # computed of the parameter, to scale it
+            self.note(param, "other", eqn, **where)
+        elif eqn.primitive not in _SUMS:
+            kind, of = ("norm", ()) if normed else ("scale", other.after)
+            self.note(param, kind, eqn, of=of, **where)
+            if eqn.primitive is p.div_p and second and other.flow.minus:
+                self.statistics |= {other.flow.minus, str(param.param)}
+            if other.flow.deviation and not other.flow.live:
+                made = dataclasses.replace(made, times=param.param)
+        else:
+            minus = eqn.primitive is p.sub_p
+            if minus and second:
+                made = dataclasses.replace(made, minus=param.param)
+            product = other.after or other.biased
+            if product and not normed and all(aligned):
+                where |= {"of": product, "plain": param.plain and not minus}
+                self.note(param, "bias", eqn, **where)
+                use = Use("bias", source=compat.source(eqn), **where)
+                self.sums.append((product, use, str(param.param)))
+                # A second one makes the first not the only one, unless a stream came between.
+                biased = () if other.summed else product
+                return other.data(after=(), biased=biased, flow=made)
+            for kind in ["norm", "bias"] if normed else ["added"]:
+                self.note(param, kind, eqn, **where)
+        return other.data(after=(), biased=(), flow=made)
+
+
+def _stream(pair: list[Value]) -> frozenset[tuple[str, bool]]:
+    """What a sum is made of: a product that joins the stream that began with rows is no result."""
+    out: set[tuple[str, bool]] = set()
+    for value, other in zip(pair, pair[::-1], strict=True):
+        own = {d.of for dim in value.dims for d in dim or ()}
+        joins = any(lookup for _, lookup in other.flow.made)
+        out |= {(w, rows) for w, rows in value.flow.made if rows or not (joins and w in own)}
+    return frozenset(out)
+
+
+def _as_matrices(eqn: Any, side: int, value: Value) -> Value:
+    """Slices that a gather has chosen, where this product takes each of them as a matrix.
+
+    Of a row that was looked up, a product takes all or nothing.
+    """
+    if not value.ids or not value.chosen:
+        return value
+    contracted, batch = (pair[side] for pair in eqn.params["dimension_numbers"])
+    free = [i for i in range(len(value.dims)) if i not in contracted and i not in batch]
+    if not all(digits.significant(value.digits(dims)) for dims in (contracted, free)):
+        return value
+    return dataclasses.replace(value, chosen=frozenset(), stack=value.chosen)
 
 
 def _parameters(eqn: Any) -> list:
@@ -342,7 +516,7 @@ def _product(
         other = pair[1 - side]
         mine = [*batch[side], *(groups if side else ())]
         rows, cols = value.digits(contracted[side]), value.digits(free[side])
-        stack = value.digits(mine)
+        stack = value.digits(mine) | value.stack
         shape = eqn.invars[1 - side].aval.shape
         where: dict[str, Any] = {"rows": rows, "cols": cols, "stack": stack}
         where["free"] = tuple(shape[i] for i in free[1 - side])
@@ -352,9 +526,29 @@ def _product(
         if other.one_hot:
             walk.note(value, "one-hot", eqn, **where)
         after.append(value.param)
+        walk.products[value.param].append(rows)
+        walk.consumed |= {w for w, lookup in other.flow.made if not lookup}
+    _experts(walk, pair, contracted, batch)
     dims = [pair[0].dims[i] or pair[1].dims[j] for i, j in zip(*batch, strict=True)]
     dims += [pair[side].dims[i] for side in (0, 1) for i in free[side]]
-    return [Value(tuple(dims), after=tuple(after))]
+    made = flow.of_product([v.flow for v in pair], after)
+    return [Value(tuple(dims), after=tuple(after), flow=made)]
+
+
+def _experts(walk: _Walk, pair: list[Value], contracted: Any, batch: Any) -> None:
+    """What a product tells of experts: see `flow.Stacks`."""
+    batched, summed = list(zip(*batch, strict=True)), list(zip(*contracted, strict=True))
+    params = [v for v in pair if v.param]
+    if len(params) == 1:
+        other = 1 if pair[0].param else 0
+        for ij in batched:
+            walk.stacks.note(pair[other].dims[ij[other]])
+        for i, j in [*batched, *summed]:
+            walk.stacks.align(pair[0].dims[i], pair[1].dims[j])
+    elif not params:
+        for side, pairs in enumerate(([*batched, *summed], [ji[::-1] for ji in batched + summed])):
+            for dim in flow.weighed(pair[side], pair[1 - side], pairs):
+                walk.stacks.note(dim)
 
 
 def _dot_general(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
@@ -378,7 +572,11 @@ def _convolution(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     dims: list[Dim | None] = [None] * len(x.dims)
     dims[numbers.out_spec[0]] = x.dims[numbers.lhs_spec[0]]
     dims[numbers.out_spec[1]] = kernel.dims[out]
-    return [Value(tuple(dims), after=(kernel.param,) if kernel.param else ())]
+    after = (kernel.param,) if kernel.param else ()
+    if after:
+        walk.products[after[0]].append(kernel.digits(rows))
+        walk.consumed |= {w for w, lookup in x.flow.made if not lookup}
+    return [Value(tuple(dims), after=after, flow=flow.of_product([x.flow, kernel.flow], after))]
 
 
 def _gather(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
@@ -388,16 +586,16 @@ def _gather(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     keep = [i for i in range(len(table.dims)) if i not in rows and i not in batch]
     shape = eqn.invars[0].aval.shape
     whole = all(sizes[i] == shape[i] for i in keep)
-    if len(rows) == 1 and sizes[rows[0]] == 1 and whole:
-        walk.note(
-            table,
-            "embedding",
-            eqn,
-            rows=table.digits(rows),
-            cols=table.digits(keep),
-            stack=table.digits(batch),
-            free=tuple(eqn.invars[1].aval.shape[:-1]),
-        )
+    lookup = len(rows) == 1 and sizes[rows[0]] == 1 and whole
+    free = tuple(eqn.invars[1].aval.shape[:-1])
+    where = {"free": free, "by_id": ids.flow.ids}
+    if lookup:
+        cols, stack = table.digits(keep), table.digits(batch)
+        if len(digits.significant(cols)) < 2 or batch or not free:
+            walk.note(
+                table, "embedding", eqn, rows=table.digits(rows), cols=cols, stack=stack, **where
+            )
+            lookup = False
     else:
         walk.note(table, "other", eqn)
     # Dimensions of the slice keep what they were, the others come from the ids.
@@ -416,7 +614,14 @@ def _gather(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
             dims.append(table.dims[source] if sizes[source] == shape[source] else None)
         else:
             dims.append(next(index))
-    return [Value(tuple(dims), after=(table.param,) if table.param else ())]
+    if lookup and table.param:  # rows of a table, or matrices of a stack: the next use tells
+        chosen = table.digits(rows)
+        dims = [() if any(d in chosen for d in dim or ()) else dim for dim in dims]
+        what = {"chosen": chosen, "ids": free, "by_id": ids.flow.ids, "depends": ACTIVE}
+        return [Value(tuple(dims), table.param, flow=table.flow, **what)]
+    if not table.param:
+        return [Value(tuple(dims))]
+    return [Value(tuple(dims), after=(table.param,), flow=flow.of_rows(ids.flow, table.param))]
 
 
 def _transpose(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
@@ -459,14 +664,14 @@ def _slice(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
         return [dataclasses.replace(value, dims=kept)]
     if len(cut) == len(one) == len(rest) == 1:
         kept = tuple(() if i in one else dim for i, dim in enumerate(value.dims))
-        fixed = eqn.primitive is p.slice_p
-        return [dataclasses.replace(value, dims=kept, chosen=value.digits(one), fixed=fixed)]
+        what = {"fixed": eqn.primitive is p.slice_p, "by_id": any(v.flow.ids for v in values[1:])}
+        return [dataclasses.replace(value, dims=kept, chosen=value.digits(one), **what)]
     if eqn.primitive is p.dynamic_slice_p and len(cut) == 1 and len(rest) == 1:
-        count = (shape[cut[0]],)
-        walk.note(
-            value, "embedding", eqn, rows=value.digits(cut), cols=value.digits(rest), free=count
-        )
-        return [value.data(dims=dims, after=(value.param,))]
+        where = {"rows": value.digits(cut), "cols": value.digits(rest)}
+        by_id = any(v.flow.ids for v in values[1:])
+        walk.note(value, "embedding", eqn, free=(shape[cut[0]],), by_id=by_id, **where)
+        rows = flow.of_rows(dataclasses.replace(value.flow, live=True), value.param)
+        return [value.data(dims=dims, after=(value.param,), flow=rows)]
     return [dataclasses.replace(value, dims=_shortened(value, old, shape))]
 
 
@@ -547,13 +752,14 @@ def _cond(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     outs = [walk.run(branch, values[1:]) for branch in eqn.params["branches"]]
     results = []
     for each, v in zip(zip(*outs, strict=True), eqn.outvars, strict=True):
-        if all(x == each[0] for x in each):
-            results.append(each[0])
-            continue
-        for value in each:
-            walk.note(value, "other", eqn)
-        depends, made = ancestry.either(each, v.aval, walk.shapes)
-        results.append(dataclasses.replace(unknown(v.aval), depends=depends, ancestors=made))
+        bare = [dataclasses.replace(x, flow=None) for x in each]
+        result = bare[0]
+        if any(x != result for x in bare):
+            for value in each:
+                walk.note(value, "other", eqn)
+            depends, made = ancestry.either(each, v.aval, walk.shapes)
+            result = dataclasses.replace(unknown(v.aval), depends=depends, ancestors=made)
+        results.append(dataclasses.replace(result, flow=flow.together(x.flow for x in each)))
     return results
 
 
@@ -579,7 +785,10 @@ def _reduce(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     walk.note(values[0], "other", eqn)
     gone = eqn.params["axes"]
     dims = tuple(dim for i, dim in enumerate(values[0].dims) if i not in gone)
-    return [Value(dims, normed=values[0].normed)]
+    made = flow.merged(eqn, [values[0].flow])
+    if eqn.primitive is p.reduce_sum_p and values[0].flow.powers and len(gone) == 1:
+        made = dataclasses.replace(made, total=values[0].dims[gone[0]] or ())
+    return [Value(dims, normed=values[0].normed, flow=made)]
 
 
 _STEPS: dict[Any, Callable[[_Walk, Any, list[Value]], list[Value]]] = {

@@ -192,8 +192,15 @@ def bias_of(site: Site, sites: Sites) -> Hole | None:
     """The bias that the model adds to a weight's product, for a field with axes ("out",).
 
     Raises:
-      ValueError: The bias has not one number for each output, or belongs to another stack.
+      ValueError: The bias has not one number for each output, belongs to another stack, or is
+        not added as it is, once to each product.
     """
+    if site.unlike:
+        raise ValueError(
+            f"The method needs to know what the model adds to the product of '{site.path}': one "
+            f"bias, as it is, each time. But the model {site.unlike}. Leave '{site.path}' out of "
+            "the targets, or fold the sign or the factor into the bias."
+        )
     if site.bias is None:
         return None
     bias = sites.every[site.bias]
