@@ -247,6 +247,7 @@ def sides(
     """(rows, cols) of a parameter whose descendant met a product; `None` if it is no matrix.
 
     Args:
+      ancestor: The parameter, as it stands in the dimensions of its descendant.
       shape: Of the parameter.
       rows, cols: Digits of the descendant's dimensions that were summed over, and that remain.
       stacked: Axes of the parameter that are known to be a stack.

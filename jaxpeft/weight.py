@@ -563,7 +563,7 @@ class View(NotAnArray):
         """What the program sees: an array of this shape and dtype."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
-    def astype(self, dtype: Any) -> "View | None":
+    def cast(self, dtype: Any) -> "View | None":
         """The view in another dtype, or `None` where its entries are needed for that.
 
         A weight that is rounded stays one for products in the dtype that it was rounded to, as

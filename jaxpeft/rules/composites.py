@@ -22,11 +22,12 @@ from jaxpeft.composite import (
     Concatenation,
     Repetition,
     Scaling,
+    is_composite,
     is_structured,
 )
 from jaxpeft.rules import control
 from jaxpeft.rules.registry import composite_rule, cut_dims, row_dims, rule
-from jaxpeft.weight import is_view
+from jaxpeft.weight import holds, is_view
 
 # --- Where composites come from ----------------------------------------------------------------
 
@@ -170,11 +171,18 @@ def _mapped(run: Any, eqn: Any, x: Composite, f: Callable, *, factors: bool = Tr
 
 @composite_rule(p.convert_element_type_p)
 def astype(run: Any, eqn: Any, x: Composite) -> list | None:
-    """To a dtype of floats."""
+    """To a dtype of floats, where that does not show a rounding of what was scaled."""
     dtype = eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
         return None
+    if dtype != x.dtype and holds(dtype, x.dtype) and _is_scaled(x):
+        return None
     return _mapped(run, eqn, x, lambda part: part.astype(dtype))
+
+
+def _is_scaled(x: Any) -> bool:
+    """Whether something in a composite was multiplied, and so rounded to its dtype."""
+    return isinstance(x, Scaling) or (is_composite(x) and any(map(_is_scaled, x.parts)))
 
 
 @composite_rule(p.copy_p, p.name_p, p.sharding_constraint_p)

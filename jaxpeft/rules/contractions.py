@@ -56,7 +56,7 @@ def promoted(view: Any, x: Any, eqn: Any) -> tuple[View, jax.Array] | None:
     wanted = eqn.outvars[0].aval.dtype
     same = x.dtype == view.dtype and computing(x.dtype) == x.dtype
     dtype = view.dtype if same else wanted
-    view = view.astype(dtype)
+    view = view.cast(dtype)
     sums = jnp.issubdtype(wanted, jnp.inexact) and computing(dtype) == dtype
     return (view, x.astype(dtype)) if sums and view is not None else None
 

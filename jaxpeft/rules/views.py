@@ -54,7 +54,7 @@ def expand_dims(run: Any, eqn: Any, view: View) -> list | None:
 @rule(p.convert_element_type_p)
 def astype(run: Any, eqn: Any, view: View) -> list | None:
     """What products are taken in, and no copy, where that does not show a rounding."""
-    return _one(view.astype(eqn.params["new_dtype"]))
+    return _one(view.cast(eqn.params["new_dtype"]))
 
 
 @rule(p.reduce_precision_p)
