@@ -179,7 +179,7 @@ def worst(a: Any, b: Any) -> float:
     """The largest of |x - y| / (1 + |y|) over all leaves, infinite where one is no number."""
     a, b = real(a), real(b)
     assert [x.shape for x in a] == [y.shape for y in b]
-    pairs = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in zip(a, b)]
+    pairs = zip(map(np.float64, a), map(np.float64, b), strict=True)
     errors = [np.max(np.abs(x - y) / (1 + np.abs(y)), initial=0.0) for x, y in pairs]
     return float(np.nan_to_num(max(errors), nan=np.inf))
 

@@ -30,6 +30,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("FlaxGPT2LMHeadModel", "IA3"): _PART,
     ("FlaxBloomForCausalLM", "IA3"): _PART,
     ("Tunix Gemma 2", "prefix"): _BOTH,
+    ("Tunix Gemma 3", "prefix"): _BOTH,
     ("Haiku LSTM", "prefix"): _BOTH,
     # The two halves of this kernel are multiplied apart from each other.
     ("Haiku GRU", "prefix"): "Prefix at 'gru/w_h' is no matrix, .* applies `split`",

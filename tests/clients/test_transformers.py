@@ -1,4 +1,4 @@
-"""The Flax classes of transformers 4.49, which was among the last to have them."""
+"""The Flax classes of transformers 4.49; version 5 has none."""
 
 import contextlib
 import functools
@@ -137,7 +137,9 @@ ENCODERS = [
         ),
         call=logits,
     ),
-    client("FlaxRobertaModel", lambda: transformers.RobertaConfig(**SMALL, pad_token_id=PAD), **BERT),
+    client(
+        "FlaxRobertaModel", lambda: transformers.RobertaConfig(**SMALL, pad_token_id=PAD), **BERT
+    ),
     client(
         "FlaxRobertaPreLayerNormModel",
         lambda: transformers.RobertaPreLayerNormConfig(**SMALL, pad_token_id=PAD),
@@ -213,7 +215,7 @@ DECODERS = [
             num_layers=2,
             num_heads=2,
             attention_types=[[["global", "local"], 1]],
-            window_size=8,
+            window_size=16,
             intermediate_size=24,
             max_position_embeddings=32,
         ),

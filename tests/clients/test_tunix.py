@@ -1,4 +1,4 @@
-"""The decoders of Tunix, whose packages' `__init__` would import trainers and loaders of weights."""
+"""The decoders of Tunix. `__init__` of its packages is passed by: it would import trainers."""
 
 import contextlib
 import importlib
@@ -82,7 +82,7 @@ def _rows_of(family: Any, of: dict[str, tuple[jax.Array, jax.Array]]) -> Any:
 
 
 class _WithRows(nnx.Module):
-    """A projection whose output at virtual positions is a row, less the bias that is added to it."""
+    """A projection with rows at virtual positions, less the bias that is added to them."""
 
     def __init__(self, inner: Any, values: jax.Array, slots: jax.Array, bias: Any):
         self.inner, self.values, self.slots, self.bias = inner, values, slots, bias
@@ -158,6 +158,22 @@ CLIENTS = [
         ),
     ),
     client(
+        "Tunix Qwen 3, mixture of experts",
+        lambda rngs: qwen3.Qwen3(
+            qwen3.ModelConfig(
+                **SMALL,
+                **LLAMA,
+                dtype=jnp.float64,
+                param_dtype=jnp.float64,
+                num_experts=3,
+                num_experts_per_tok=2,
+            ),
+            rngs=rngs,
+        ),
+        kernels=r"proj(/(w|kernel))?$|router/kernel|lm_head/w",
+        feedforward=None,
+    ),
+    client(
         "Tunix Gemma 2",
         lambda rngs: gemma.Gemma(
             gemma_config(
@@ -171,6 +187,16 @@ CLIENTS = [
         ),
         **FUSED,
         tolerance=1e-10,
+    ),
+    client(
+        "Tunix Gemma 3",
+        lambda rngs: gemma3.Gemma3(
+            gemma3.ModelConfig(
+                **SMALL, num_embed=VOCAB, sliding_window_size=16, param_dtype=jnp.float64
+            ),
+            rngs=rngs,
+        ),
+        **FUSED,
     ),
 ]
 
