@@ -238,13 +238,19 @@ def _compare(given: Callable, wanted: Callable, adapter: Any, plain: Any) -> tup
     return worst(outputs, wanted_outputs), worst(slope, wanted_slope)
 
 
+def _plain(client: Client) -> Any:
+    """The outputs without a method. Parameters are closed over: a tree may hold functions."""
+    fn, params, args = client.model
+    return jax.jit(lambda *args: fn(params, *args))(*args)
+
+
 def _merged_law(client: Client, frozen: Any, adapter: Any) -> tuple[float, float]:
     """lift(fn)(tree) = fn(merge(tree))."""
-    fn, params, args = client.model
+    fn, _, args = client.model
     tree = lambda adapter: jp.combine(frozen, adapter)  # noqa: E731
     given = lambda adapter: jp.lift(fn)(tree(adapter), *args)  # noqa: E731
     wanted = lambda adapter: fn(jp.merge(tree(adapter)), *args)  # noqa: E731
-    return _compare(given, wanted, adapter, jax.jit(fn)(params, *args))
+    return _compare(given, wanted, adapter, _plain(client))
 
 
 def _prefix_law(client: Client, frozen: Any, adapter: Any) -> tuple[float, float]:
@@ -270,8 +276,7 @@ def _prefix_law(client: Client, frozen: Any, adapter: Any) -> tuple[float, float
             outputs = (client.unrolled or fn)(params, *args)
         return jax.tree.map(trimmed, outputs)
 
-    plain = jax.jit(fn)(params, *plain_args)
-    errors = _compare(given, wanted, adapter, plain)
+    errors = _compare(given, wanted, adapter, _plain(client))
     other = worst(jax.jit(lambda a: given(a, 2))(adapter), jax.jit(given)(adapter))
     assert other <= client.tolerance, f"placeholders are read: outputs differ by {other:.2g}"
     return errors

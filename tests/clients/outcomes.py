@@ -21,8 +21,11 @@ REFUSED: dict[tuple[str, str], str] = {
     ("Haiku ResNet", "prefix"): _CONV,
     ("Haiku MobileNet", "prefix"): _CONV,
     ("Equinox MLP", "prefix"): _POSITIONS,
+    ("Equinox MLP as it is", "prefix"): _POSITIONS,
     ("Equinox LSTM", "prefix"): _POSITIONS,
     ("Equinox GRU", "prefix"): "adds 'cell/bias_n' of shape .16,. to the product",
+    # A bias of a third of the outputs.
+    ("Equinox GRU", "IA3"): "adds 'cell/bias_n' of shape .16,. .* 16 numbers for 48 outputs",
     ("Equinox convolutions", "prefix"): _CONV,
     # Fused kernels.
     ("FlaxGPT2LMHeadModel", "prefix"): _BOTH,
@@ -52,7 +55,6 @@ FAULTS: dict[tuple[str, str], str] = {
         ("Equinox MLP as it is", column): _AS_IT_IS
         for column in ("sites", "roles", "LoRA", "DoRA", "IA3", "NF4 + LoRA", "prefix")
     },
-    ("Equinox GRU", "IA3"): "a bias of a third of the outputs is scaled as if it were of all",
     ("FlaxResNetModel", "roles"): _RUNNING,
     ("FlaxRegNetModel", "roles"): _RUNNING,
     ("FlaxWav2Vec2Model", "sites"): "the kernel under weight norm is not found",
