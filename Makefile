@@ -7,6 +7,8 @@
 #   make parity       comparisons with transformers and peft (installs torch)
 #   make test-bench   the benchmarks' own tests, with what they score and draw with
 #   make adapters     comparisons with the adapters package (installs torch once more)
+#   make clients      models of other libraries (Flax classes of transformers, Equinox, Haiku,
+#                     Penzai, Tunix) under five methods, and a table of how exact they are
 #   make newest       the core's tests on the newest Python of this machine
 #   make lint, types  ruff, mypy
 #   make tpu-check    compile the examples' steps for TPUs, without a TPU
@@ -22,17 +24,19 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 comma := ,
+# What needs environments of their own.
+OTHERS := --ignore=tests/parity --ignore=tests/clients
 
-.PHONY: demo test conformance parity test-bench adapters newest lint types tpu-check
+.PHONY: demo test conformance parity test-bench adapters clients newest lint types tpu-check
 
 demo: $(VENV)/installed-train
 	$(VENV)/bin/python examples/demo/run.py $(ARGS)
 
 test: $(VENV)/installed-train-test
-	$(RUN) pytest -n $(WORKERS) -m "not conformance and not parity" --ignore=tests/parity
+	$(RUN) pytest -n $(WORKERS) -m "not conformance and not parity" $(OTHERS)
 
 conformance: $(VENV)/installed-train-test
-	$(RUN) pytest -n $(WORKERS) -m conformance --ignore=tests/parity
+	$(RUN) pytest -n $(WORKERS) -m conformance $(OTHERS)
 
 parity: $(VENV)/installed-train-test-parity
 	$(RUN) pytest -n $(WORKERS) tests/parity
@@ -47,6 +51,31 @@ adapters: .venv-adapters/installed
 .venv-adapters/installed: pyproject.toml
 	test -x .venv-adapters/bin/python || $(PYTHON) -m venv .venv-adapters
 	.venv-adapters/bin/python -m pip install --quiet --editable . pytest adapters==1.3.0 torch==2.13.0
+	touch $@
+
+# Version 4 of transformers is the last with Flax classes; Tunix comes without what its trainers
+# require, of which its models read nothing.
+CLIENTS_TRANSFORMERS := transformers==4.49.0
+CLIENTS_JAX := equinox==0.13.8 dm-haiku==0.0.17 penzai==0.2.5 einops==0.8.2
+CLIENTS_JAX_ALONE := google-tunix==0.1.7
+
+# Both run, whether or not the first fails.
+clients: .venv-clients-transformers/installed .venv-clients-jax/installed
+	failed=0; \
+	.venv-clients-transformers/bin/python -m pytest tests/clients/test_transformers.py || failed=1; \
+	.venv-clients-jax/bin/python -m pytest tests/clients \
+		--ignore=tests/clients/test_transformers.py || failed=1; \
+	exit $$failed
+
+.venv-clients-transformers/installed: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --editable . pytest $(CLIENTS_TRANSFORMERS)
+	touch $@
+
+.venv-clients-jax/installed: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --editable . pytest $(CLIENTS_JAX)
+	$(@D)/bin/python -m pip install --quiet --no-deps $(CLIENTS_JAX_ALONE)
 	touch $@
 
 lint: $(VENV)/installed-lint
@@ -79,7 +108,7 @@ ifeq ($(NEWEST),)
 	@echo "No Python 3.12 or newer on this machine: nothing to do."
 else
 	$(MAKE) .venv-newest/installed
-	.venv-newest/bin/python -m pytest -n $(WORKERS) -m "not conformance and not parity" --ignore=tests/parity
+	.venv-newest/bin/python -m pytest -n $(WORKERS) -m "not conformance and not parity" $(OTHERS)
 endif
 
 .venv-newest/installed: pyproject.toml

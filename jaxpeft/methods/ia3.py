@@ -113,7 +113,9 @@ def ia3(sites: Sites, feedforward: Sites | None = None, *, dtype: Any = jnp.floa
       of `feedforward`.
 
     Raises:
-      ValueError: A part of the outputs is selected in `feedforward`, whose inputs are scaled.
+      ValueError: A part of the outputs is selected in `feedforward`, whose inputs are scaled; or,
+        when it is called, a bias has not one number for each output of its weight, or follows
+        several weights.
 
     References:
       Liu et al., Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
@@ -144,6 +146,7 @@ def ia3(sites: Sites, feedforward: Sites | None = None, *, dtype: Any = jnp.floa
         return dataclasses.replace(view, weight=ScaledIn(view.weight, Train(ones)))
 
     def apply(key: jax.Array, tree: Any) -> Any:
+        _check_biases(sites)
         if sites:
             tree = place(key, tree, sites, scaled_out, who="ia3", parts=True)
             biases = {site.bias: site for site in sites.values() if site.bias}
@@ -160,3 +163,25 @@ def ia3(sites: Sites, feedforward: Sites | None = None, *, dtype: Any = jnp.floa
         return tree
 
     return Method("ia3", {"sites": sites, "feedforward": feedforward, "dtype": dtype}, apply)
+
+
+def _check_biases(sites: Sites) -> None:
+    """Raises ValueError where a bias cannot be scaled as its weight is; names both."""
+    for site in sites.values():
+        if site.bias is None:
+            continue
+        bias = sites.every[site.bias]
+        if bias.size(OUT) != site.size(OUT) or bias.stack != site.stack:
+            raise ValueError(
+                f"`ia3`: the model adds '{bias.path}' of shape {bias.shape} to the product of "
+                f"'{site.path}' of shape {site.shape}, and both are scaled by one vector: there "
+                f"are {bias.size(OUT)} numbers for {site.size(OUT)} outputs, in stacks "
+                f"{bias.stack} and {site.stack}. Leave '{site.path}' out of the sites."
+            )
+        followed = [other.path for other in sites.every.values() if other.bias == site.bias]
+        if len(followed) > 1:
+            raise ValueError(
+                f"`ia3`: the model adds '{bias.path}' to the products of {followed}, which have "
+                f"a vector each, so it cannot be scaled with '{site.path}'. Leave it out of the "
+                "sites."
+            )

@@ -25,8 +25,9 @@ from jaxpeft.tree import flatten
 
 from .outcomes import DENSE, FAULTS, REFUSED
 
+VOCAB, PAD = 37, 0  # tokens of 1 and 2 are placeholders
 LENGTH = 3  # of a prefix
-MOVED = 0.05  # of its norm, by which an adapter has to move the output before a law means anything
+MOVED = 0.02  # of its norm, by which an adapter has to move the output before a law means anything
 
 #: {client: {column: text}}, printed at the end of the run.
 RESULTS: dict[str, dict[str, str]] = {}
@@ -53,9 +54,11 @@ class Client:
       build: Makes it.
       kernels, tables, heads: Patterns of paths: all that multiplies an activation, all that is
         read by row, and the kernels that give the result. `None`: there are none.
+      norms, biases: Patterns of scales and biases of normalizations, and of all biases.
       keys, values, feedforward: Patterns of the projections for IA3 and prefix.
       scaled: What IA3 scales instead of keys and values, such as a part of a fused kernel.
       rows: How the library is told of rows at the output of a projection.
+      unrolled: The same function to tell of it, where layers are one program in a loop.
       virtual: {position in args: name of its slots}: the arguments that hold tokens.
       slots: From the path of a projection to the name of its slots.
       tolerance: 1e-10 where the library computes in float64 throughout.
@@ -69,8 +72,11 @@ class Client:
     feedforward: str | None = None
     tables: str | None = None
     heads: str | None = None
+    norms: str | None = None
+    biases: str | None = None
     scaled: Callable[[jp.Sites], jp.Sites] | None = None
     rows: Rows | None = None
+    unrolled: Callable[..., Any] | None = None
     virtual: Mapping[int, str] = dataclasses.field(default_factory=lambda: {0: "virtual"})
     slots: Callable[[str], str] = lambda path: "virtual"
     tolerance: float = 1e-10
@@ -138,6 +144,13 @@ def random(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
     return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape))
 
 
+def tokens(seed: int, time: int = 6) -> jax.Array:
+    """Two rows of tokens, the second with padding at its end."""
+    ids = np.random.default_rng(seed).integers(3, VOCAB, (2, time))
+    ids[1, -2:] = PAD
+    return jnp.asarray(ids)
+
+
 def random_params(shapes: Any, dtype: Any = jnp.float64) -> Any:
     """Every array random: kernels keep lengths, scales and variances are around one."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(shapes)
@@ -147,7 +160,8 @@ def random_params(shapes: Any, dtype: Any = jnp.float64) -> Any:
             return jnp.zeros(x.shape, x.dtype)
         name = jax.tree_util.keystr(path, simple=True, separator="/").lower()
         rng = np.random.default_rng(i)
-        if x.ndim <= 1 and re.search(r"(scale|var|norm.*/weight|norm.*/w)(/value)?$", name):
+        vector = x.size == max(x.shape, default=1)
+        if vector and re.search(r"(scale|var|var_ema/\w+|norm.*/weight|norm.*/w)$", name):
             return jnp.asarray(rng.uniform(0.7, 1.3, x.shape), dtype)
         fan_in = max(1, int(np.prod(x.shape[:-1]))) if x.ndim > 1 else 10
         return jnp.asarray(rng.normal(size=x.shape) / fan_in**0.5, dtype)
@@ -165,7 +179,7 @@ def worst(a: Any, b: Any) -> float:
     """The largest of |x - y| / (1 + |y|) over all leaves, infinite where one is no number."""
     a, b = real(a), real(b)
     assert [x.shape for x in a] == [y.shape for y in b]
-    pairs = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in zip(a, b)]
+    pairs = zip(map(np.float64, a), map(np.float64, b), strict=True)
     errors = [np.max(np.abs(x - y) / (1 + np.abs(y)), initial=0.0) for x, y in pairs]
     return float(np.nan_to_num(max(errors), nan=np.inf))
 
@@ -224,13 +238,19 @@ def _compare(given: Callable, wanted: Callable, adapter: Any, plain: Any) -> tup
     return worst(outputs, wanted_outputs), worst(slope, wanted_slope)
 
 
+def _plain(client: Client) -> Any:
+    """The outputs without a method. Parameters are closed over: a tree may hold functions."""
+    fn, params, args = client.model
+    return jax.jit(lambda *args: fn(params, *args))(*args)
+
+
 def _merged_law(client: Client, frozen: Any, adapter: Any) -> tuple[float, float]:
     """lift(fn)(tree) = fn(merge(tree))."""
-    fn, params, args = client.model
+    fn, _, args = client.model
     tree = lambda adapter: jp.combine(frozen, adapter)  # noqa: E731
     given = lambda adapter: jp.lift(fn)(tree(adapter), *args)  # noqa: E731
     wanted = lambda adapter: fn(jp.merge(tree(adapter)), *args)  # noqa: E731
-    return _compare(given, wanted, adapter, jax.jit(fn)(params, *args))
+    return _compare(given, wanted, adapter, _plain(client))
 
 
 def _prefix_law(client: Client, frozen: Any, adapter: Any) -> tuple[float, float]:
@@ -253,11 +273,10 @@ def _prefix_law(client: Client, frozen: Any, adapter: Any) -> tuple[float, float
             for path, value in adapter.items()
         }
         with client.rows(rows):
-            outputs = fn(params, *args)
+            outputs = (client.unrolled or fn)(params, *args)
         return jax.tree.map(trimmed, outputs)
 
-    plain = jax.jit(fn)(params, *plain_args)
-    errors = _compare(given, wanted, adapter, plain)
+    errors = _compare(given, wanted, adapter, _plain(client))
     other = worst(jax.jit(lambda a: given(a, 2))(adapter), jax.jit(given)(adapter))
     assert other <= client.tolerance, f"placeholders are read: outputs differ by {other:.2g}"
     return errors
@@ -277,19 +296,26 @@ def virtual(client: Client, fill: int) -> tuple[tuple, dict[str, jax.Array]]:
 # --- Tests -----------------------------------------------------------------------------------
 
 
-def clients(every: list[Client]) -> Any:
-    return pytest.mark.parametrize("client", every, ids=[c.name for c in every])
+COLUMNS = ("sites", "roles", *METHODS)
 
 
 def cases(every: list[Client]) -> Any:
-    """Clients crossed with methods; what is known to be at fault carries a strict mark."""
+    """Clients crossed with columns; what is known to be at fault carries a strict mark."""
     pairs = []
     for c in every:
-        for name in METHODS:
-            reason = FAULTS.get((c.name, name))
+        for column in COLUMNS:
+            reason = FAULTS.get((c.name, column))
             marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
-            pairs.append(pytest.param(c, name, id=f"{c.name}: {name}", marks=marks))
-    return pytest.mark.parametrize(("client", "method"), pairs)
+            pairs.append(pytest.param(c, column, id=f"{c.name}: {column}", marks=marks))
+    return pytest.mark.parametrize(("client", "column"), pairs)
+
+
+def hold(client: Client, column: str) -> None:
+    """The one assertion of every file here."""
+    if column in METHODS:
+        check_method(client, column)
+    else:
+        {"sites": check_sites, "roles": check_roles}[column](client)
 
 
 def check_sites(client: Client) -> None:
@@ -304,6 +330,15 @@ def check_sites(client: Client) -> None:
         assert dense == client.paths(DENSE.get(client.name))
         known = f"{len(kernels)} kernels, {len(tables)} tables"
         RESULTS[client.name]["sites"] = known + (f", {len(dense)} dense" if dense else "")
+
+
+def check_roles(client: Client) -> None:
+    """Biases, and scales of normalizations, are what the model has of them."""
+    with _noted(client.name, "roles"):
+        norms, biases = client.paths(client.norms), client.paths(client.biases)
+        assert set(client.sites.bias) == biases
+        assert set(client.sites.norm) == norms
+        RESULTS[client.name]["roles"] = f"{len(norms)} norms, {len(biases)} biases"
 
 
 def check_method(client: Client, method: str) -> None:
@@ -340,8 +375,7 @@ def _first(text: str, width: int = 110) -> str:
 
 def table() -> str:
     """The results as Markdown."""
-    columns = ["sites", *METHODS]
-    rows = [["model", *columns]]
-    rows += [[name, *(row.get(c, "") for c in columns)] for name, row in RESULTS.items()]
+    rows = [["model", *COLUMNS]]
+    rows += [[name, *(row.get(c, "") for c in COLUMNS)] for name, row in RESULTS.items()]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])

@@ -1,4 +1,4 @@
-"""What transformers 4.49 expects of JAX that today's JAX has no longer, for as long as it is called."""
+"""What transformers 4.49 expects of JAX and JAX no longer has, put there during its calls."""
 
 import contextlib
 from collections.abc import Iterator

@@ -61,3 +61,47 @@ def test_a_bias_that_heads_share_is_refused():
     message = r"adds 'b' of shape \(3,\) to the product of 'w'.*3 numbers for 6 outputs"
     with pytest.raises(ValueError, match=message):
         adapted(lambda p, x: jnp.einsum("td,dnh->tnh", x, p["w"]) + p["b"], p, x)
+
+
+# Biases that do not follow a weight output by output, each in a program of its own.
+SCALED_WITH_NOTHING = {
+    "a half of the outputs": (
+        lambda p, x: jnp.split(x @ p["w"], 2, -1)[0] + jnp.split(x @ p["w"], 2, -1)[1] + p["b"],
+        {"w": (5, 6), "b": (3,)},
+        r"'b' of shape \(3,\) .* 'w' of shape \(5, 6\).*3 numbers for 6 outputs",
+    ),
+    "heads share it": (
+        lambda p, x: jnp.einsum("td,dnh->tnh", x, p["w"]) + p["b"],
+        {"w": (5, 2, 3), "b": (3,)},
+        r"'b' of shape \(3,\) .* 'w' of shape \(5, 2, 3\).*3 numbers for 6 outputs",
+    ),
+    "scanned layers share it": (
+        lambda p, x: jax.lax.scan(lambda x, w: (x @ w + p["b"], None), x, p["w"])[0],
+        {"w": (2, 5, 5), "b": (5,)},
+        r"'b' of shape \(5,\) .* 'w' of shape \(2, 5, 5\).*in stacks \(\) and \(2,\)",
+    ),
+    "two weights share it": (
+        lambda p, x: jnp.tanh(x @ p["u"] + p["b"]) @ p["w"] + p["b"],
+        {"u": (5, 5), "w": (5, 5), "b": (5,)},
+        r"adds 'b' to the products of \['u', 'w'\], .* cannot be scaled with 'w'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCALED_WITH_NOTHING)
+def test_ia3_refuses_a_bias_that_has_not_the_vector_of_its_weight(name):
+    fn, shapes, message = SCALED_WITH_NOTHING[name]
+    p = {name: toy.normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    sites = jp.sites(fn, p, toy.normal(9, 4, 5))
+    assert sites["w"].bias == "b"
+    with pytest.raises(ValueError, match=message):
+        jp.ia3(sites.match("w"))(jax.random.key(0), p)
+
+
+def test_ia3_scales_a_bias_that_each_expert_has():
+    p, x = {"w": toy.normal(0, 4, 5, 6), "b": toy.normal(1, 4, 1, 6)}, toy.normal(2, 4, 3, 5)
+    fn = lambda p, x: jnp.einsum("ecd,edf->ecf", x, p["w"]) + p["b"]  # noqa: E731
+    frozen, adapter = jp.split(jp.ia3(jp.sites(fn, p, x).linear)(jax.random.key(0), p))
+    adapter = toy.perturbed(adapter)
+    out = jp.lift(fn)(jp.combine(frozen, adapter), x)
+    np.testing.assert_allclose(out, fn(p, x) * adapter["w/scale"][:, None], rtol=1e-10)
