@@ -125,11 +125,11 @@ def _warn_of_whole(
     at = max(range(len(leaves)), key=lambda i: leaves[i].size * leaves[i].dtype.itemsize)
     have, want = (parts_of(sharding.mesh, spec) for spec in (specs[at], sharding.spec))
     if have < want:
+        codes = f"{leaves[at].dtype} of shape {leaves[at].shape}"
         warnings.warn(
-            f"`quantize`: the codes of '{view.path}', {leaves[at].dtype} of shape {leaves[at].shape}, lie in "
-            f"{have} parts on the devices, while the array of shape {view.shape} lies in {want} by "
-            f"{sharding.spec}: their sides do not divide as its own do. Divide another side, or "
-            "leave the weight out of the sites.",
+            f"`quantize`: the codes of '{view.path}', {codes}, lie in {have} parts on the devices, "
+            f"while the array of shape {view.shape} lies in {want} by {sharding.spec}: their sides "
+            "do not divide as its own do. Divide another side, or leave the weight out.",
             stacklevel=2,
         )
 

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxpeft.lift import merge
+from jaxpeft.methods.oft import as_sharded
 from jaxpeft.quant.coded import Coded
-from jaxpeft.quant.quantize import check_finite, encoder
+from jaxpeft.quant.quantize import check_finite, encoded, encoder
 from jaxpeft.weight import View, innermost, map_views
 
 
@@ -48,11 +49,12 @@ def requantize(tree: Any, format: str | None = None, **options: Any) -> Requanti
             return merge(view)
         whole = merge(view, dtype=jnp.promote_types(view.dtype, jnp.float32))
         check_finite(whole, view.path, "requantize")
-        matrix = View.of(whole, view.axes, view.path).canonical()
-        fresh = (encode or coded.again)(matrix)
+        plain = View.of(whole, view.axes, view.path)
+        matrix, fresh = plain.canonical(), encoded(plain, encode or coded.again).weight
         # Blocks of zeros have no error to speak of.
         size = jnp.maximum(jnp.linalg.norm(matrix.ravel()), jnp.finfo(matrix.dtype).tiny)
-        error[view.path] = float(jnp.linalg.norm((fresh.materialize() - matrix).ravel()) / size)
+        lost = as_sharded(jnp.subtract, matrix, fresh.materialize())
+        error[view.path] = float(jnp.linalg.norm(lost.ravel()) / size)
         return dataclasses.replace(view, weight=fresh, natural=False)
 
     done = map_views(one, tree)

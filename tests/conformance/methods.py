@@ -294,6 +294,7 @@ _DENSE_ONLY = {
     "weight split into parts before use": r"'qkv'.*split",
     "weights concatenated before use": r"'[qk]'.*concatenate",
     "a weight under a non-linear operation": r"'w'.*tanh",
+    "a rounded weight": r"'w'.*convert_element_type",
     "a weight times a weight": r"'[wu]'.*another weight",
     "a weight carried through a loop": r"'w'.*carried from step to step",
     "custom_vjp that halves the gradient": r"'(up|down)'.*derivative rule of the custom_vjp",

@@ -236,6 +236,28 @@ def scaled():
     return Case(fn, params(up=(D, F), down=(F, D)), (x3(),))
 
 
+@row("a multi-hot input", linear=("up", "down"))
+def multi_hot():
+    """Booleans meet the weight in the product itself, which promotes them."""
+
+    def fn(p, x):
+        return jnp.tanh((x > 0.5) @ p["up"] + p["bias"]) @ p["down"]
+
+    return Case(fn, params(up=(D, F), bias=(F,), down=(F, D)), (x3(),))
+
+
+# A Fourier transform of bfloat16 there is not.
+@row("complex activations", linear=("up", "down"), bf16=False)
+def spectrum():
+    """Real weights on a spectrum, along axes of which a transform keeps the length."""
+
+    def fn(p, x):
+        h = jnp.fft.fft(x) @ p["up"]
+        return jnp.fft.ifft(jnp.tanh(h.real) + 1j * h.imag).real @ p["down"]
+
+    return Case(fn, params(up=(D, F), down=(F, D)), (x3(),))
+
+
 # ---- experts
 
 
@@ -512,6 +534,17 @@ def concatenated():
 def nonlinear():
     def fn(p, x):
         return jnp.tanh(x @ jnp.tanh(p["w"]) + x @ p["w"]) @ p["u"]
+
+    return Case(fn, params(w=(D, F), u=(F, D)), (x3(),))
+
+
+# In bfloat16 nothing is rounded, and nothing materialized.
+@row("a rounded weight", linear=("w", "u"), materializes=("w",), everyday=True, bf16=False)
+def rounded():
+    """What a product in a wider dtype sees of a narrow one: simulated low precision."""
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["w"].astype(jnp.bfloat16).astype(x.dtype)) @ p["u"]
 
     return Case(fn, params(w=(D, F), u=(F, D)), (x3(),))
 
