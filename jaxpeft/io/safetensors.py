@@ -88,7 +88,7 @@ def open_file(file: str | Path) -> dict[str, Tensor]:
             header = json.loads(f.read(length))
             header.pop("__metadata__", None)
             tensors = {name: _entry(file, 8 + length, row) for name, row in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file} has a header that cannot be read: {error!r}.") from error
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, _nbytes(item[1]))):
@@ -196,9 +196,11 @@ def _entry(file: Path, data: int, row: Mapping[str, Any]) -> Tensor:
     if row["dtype"] not in DTYPES:
         raise ValueError(f"{row['dtype']} is none of the types {', '.join(DTYPES)}")
     start, end = row["data_offsets"]
-    shape = tuple(int(n) for n in row["shape"])
-    tensor = Tensor(file, data + int(start), DTYPES[row["dtype"]], shape)
-    if min((0, start, *shape)) < 0 or end - start != _nbytes(tensor):
+    shape = tuple(row["shape"])
+    numbers = (start, end, *shape)
+    whole = all(type(n) is int and 0 <= n < 2**63 for n in numbers)  # a JSON `true` is none
+    tensor = Tensor(file, data + start if whole else 0, DTYPES[row["dtype"]], shape)
+    if not whole or end - start != _nbytes(tensor):
         raise ValueError(f"{row} does not fit together")
     return tensor
 
@@ -214,7 +216,7 @@ def _truncated(file: Path, needed: int, size: int) -> str:
 def _json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no valid JSON: {error}. Fetch it again.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} must hold a JSON object, it holds a {type(value).__name__}.")

@@ -202,8 +202,11 @@ def test_a_file_of_another_kind_is_named(folder):
     file = folder / "model-00001-of-00002.safetensors"
     file.write_bytes(b"PK\x03\x04 a zip file, say, of some length")
     refuses(folder, f"{file} is no safetensors file: it has no header")
-    put_header(file, b"[1, 2]", b"")
-    refuses(folder, f"{file} has a header that cannot be read: ")
+    for header in (b"[1, 2]", b"[" * 100_000):
+        put_header(file, header, b"")
+        refuses(folder, f"{file} has a header that cannot be read: ")
+    (folder / "config.json").write_bytes(b"[" * 100_000)
+    refuses(folder, f"{folder / 'config.json'} is no valid JSON: ")
 
 
 @pytest.mark.parametrize(
@@ -211,6 +214,11 @@ def test_a_file_of_another_kind_is_named(folder):
     [
         ({"dtype": "F8_E4M3"}, "F8_E4M3 is none of the types F64, F32, F16, BF16, "),
         ({"shape": [5]}, "does not fit together"),
+        ({"shape": [4.0]}, "does not fit together"),
+        ({"shape": [True, 4]}, "does not fit together"),
+        ({"shape": [float("inf")]}, "does not fit together"),
+        ({"shape": [0, 2**70], "data_offsets": [0, 0]}, "does not fit together"),
+        ({"data_offsets": [0.0, 32.0]}, "does not fit together"),
         ({"shape": [-4]}, "does not fit together"),
         ({"data_offsets": [0, 24]}, "does not fit together"),
         ({"data_offsets": [8, 40]}, "tensor 'a' starts at byte"),
