@@ -81,6 +81,15 @@ def ancestors_of(value: Any, shape: Sequence[int], shapes: Mapping) -> tuple[Anc
     return (own.moved(dims, own.known == math.prod(shapes[value.param])),)
 
 
+def reshaped(ancestor: Ancestor, old: Sequence[int], new: Sequence[int]) -> tuple[Dim | None, ...]:
+    """The dimensions of a parameter some of which are copies; `None` where nothing is its own."""
+    dims = digits.reshape(ancestor.dims, old, new)
+    return tuple(
+        dim if dim is not None and any(d.of == ancestor.param for d in dim) else None
+        for dim in dims
+    )
+
+
 def merged(several: Sequence[Sequence[Ancestor]]) -> tuple[Ancestor, ...]:
     """All of them, each once: where most of it is known."""
     found: dict[str, Ancestor] = {}

@@ -141,6 +141,8 @@ class _Walk:
         """Records a use, once."""
         if value.param is None:
             return
+        for name in ("rows", "cols", "stack"):  # in part of copies
+            what[name] = frozenset(d for d in what.get(name, ()) if d.of == value.param)
         use = Use(kind, source=compat.source(eqn), **what)
         if use not in self.uses[value.param]:
             self.uses[value.param].append(use)
@@ -425,8 +427,12 @@ def _transpose(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def _reshape(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
-    old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    return [dataclasses.replace(values[0], dims=digits.reshape(values[0].dims, old, new))]
+    value, old, new = values[0], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if value.param is None or None not in value.dims:
+        return [dataclasses.replace(value, dims=digits.reshape(value.dims, old, new))]
+    # Entries are repeated: a dimension of copies and of the parameter's own is known in part.
+    dims = ancestry.reshaped(walk.ancestors(value, eqn.invars[0].aval)[0], old, new)
+    return [dataclasses.replace(value, dims=dims)]
 
 
 def _squeeze(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
