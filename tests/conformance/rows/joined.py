@@ -132,7 +132,7 @@ def tables_joined():
         table = jnp.concatenate([p["table"], p["new"]])
         return norm(table[ids], p["scale"]) @ table.T
 
-    return Case(fn, params(table=(V, D), new=(4, D), scale=(D,)), (tokens(B, T, high=V + 4),))
+    return Case(fn, params(table=(V, D), new=(12, D), scale=(D,)), (tokens(B, T, high=V + 12),))
 
 
 @row("convolution of joined kernels", conv=("w", "u"))
