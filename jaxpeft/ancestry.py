@@ -83,6 +83,15 @@ def ancestors_of(value: Any, shape: Sequence[int], shapes: Mapping) -> tuple[Anc
     return (own.moved(dims, own.known == math.prod(shapes[value.param])),)
 
 
+def reshaped(ancestor: Ancestor, old: Sequence[int], new: Sequence[int]) -> tuple[Dim | None, ...]:
+    """The dimensions of a parameter some of which are copies; `None` where nothing is its own."""
+    dims = digits.reshape(ancestor.dims, old, new)
+    return tuple(
+        dim if dim is not None and any(d.of == ancestor.param for d in dim) else None
+        for dim in dims
+    )
+
+
 def merged(several: Sequence[Sequence[Ancestor]]) -> tuple[Ancestor, ...]:
     """All of them, each once: where most of it is known."""
     found: dict[str, Ancestor] = {}
@@ -237,22 +246,40 @@ def either(values: Sequence[Any], aval: Any, shapes: Mapping) -> tuple[int, tupl
     return depends, () if depends == ACTIVE else merged(several)
 
 
-def sides(
-    ancestor: Ancestor,
-    shape: Sequence[int],
-    rows: frozenset[Digit],
-    cols: frozenset[Digit],
-    stacked: set[int],
+def added(values: Sequence[Any]) -> list[Ancestor]:
+    """Ancestors of what is added to an activation here."""
+    if len(values) != 2 or not any(v.depends == ACTIVE for v in values):
+        return []
+    return [a for v in values if v.param is None for a in v.ancestors]
+
+
+def adopt(ancestor: Ancestor, shapes: Mapping, uses: Mapping, of_descendant: Mapping) -> None:
+    """Adds to the uses of a parameter those of what was computed from it, as a matrix."""
+    param = ancestor.param
+    for use in of_descendant[param]:
+        stack = digits_of(param, shapes[param], use.stack)
+        known = frozenset(d for other in uses[param] for d in other.stack)
+        found = _sides(ancestor, shapes[param], use, {d.axis for d in known | stack})
+        if use.kind == "expert":  # says which axis is a stack, and nothing else
+            found = (use.rows, use.cols) if stack else None
+        if use.kind == "other" or found is None:
+            continue
+        use = dataclasses.replace(use, rows=found[0], cols=found[1], stack=stack)
+        if use not in uses[param]:
+            uses[param].append(use)
+
+
+def _sides(
+    ancestor: Ancestor, shape: Sequence[int], use: Any, stacked: set[int]
 ) -> tuple[frozenset[Digit], frozenset[Digit]] | None:
-    """(rows, cols) of a parameter whose descendant met a product; `None` if it is no matrix.
+    """(rows, cols) of a parameter whose descendant is used like this; `None` if it is no matrix.
 
     Args:
       ancestor: The parameter, as it stands in the dimensions of its descendant.
       shape: Of the parameter.
-      rows, cols: Digits of the descendant's dimensions that were summed over, and that remain.
-      stacked: Axes of the parameter that are known to be a stack.
+      stacked: Its axes that are known to be a stack.
     """
-    rows, cols = own(ancestor.param, shape, rows), own(ancestor.param, shape, cols)
+    rows, cols = (digits_of(ancestor.param, shape, some) for some in (use.rows, use.cols))
     if digits.significant(rows) and digits.significant(cols):
         return rows, cols
     wide = [i for i, n in enumerate(shape) if n > 1 and i not in stacked]
@@ -268,7 +295,14 @@ def sides(
     return None
 
 
-def own(param: str, shape: Sequence[int], some: frozenset[Digit]) -> frozenset[Digit]:
+def own(ancestor: Ancestor, shapes: Mapping) -> frozenset[Digit]:
+    """The digits of a vector in what was computed from it; none of what has more sides."""
+    some = frozenset(d for dim in ancestor.dims for d in dim)
+    found = digits_of(ancestor.param, shapes[ancestor.param], some)
+    return found if len(digits.significant(found)) == 1 else frozenset()
+
+
+def digits_of(param: str, shape: Sequence[int], some: frozenset[Digit]) -> frozenset[Digit]:
     """The digits among some that are of the parameter, no longer than they are there."""
     found = set()
     for d in some:

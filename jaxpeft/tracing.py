@@ -218,6 +218,8 @@ class _Walk:
         """Records a use, once."""
         if value.param is None:
             return
+        for name in ("rows", "cols", "stack"):  # in part of copies
+            what[name] = frozenset(d for d in what.get(name, ()) if d.of == value.param)
         use = Use(kind, source=compat.source(eqn), **what)
         if use not in self.uses[value.param]:
             self.uses[value.param].append(use)
@@ -233,51 +235,23 @@ class _Walk:
         return ancestry.inherited(eqn, values, self.equation(eqn, values), self.shapes)
 
     def computed(self, eqn: Any, values: list[Value]) -> None:
-        """Records what weights are that were computed from parameters and meet a product here."""
-        if eqn.primitive in _SUMS and len(values) == 2:
-            self.vectors(eqn, values)
-        if eqn.primitive not in ancestry.PRODUCTS | {p.gather_p}:
-            return
-        for i, value in enumerate(values[:2]):
-            other = values[1 - i]
-            if value.param is not None or other.param is not None or other.ancestors:
-                continue
-            for ancestor in value.ancestors:
-                # Where it stands, its parameter stood.
-                alone = _Walk(self.shapes)
-                stand = Value(ancestor.dims, ancestor.param, flow=value.flow)
-                stands = [stand if v is value else v for v in values]
-                for out in _STEPS[eqn.primitive](alone, eqn, stands):
-                    alone.settled(eqn, out)
-                self.adopt(ancestor, alone.uses[ancestor.param])
-                self.consumed |= alone.consumed
-
-    def adopt(self, ancestor: Ancestor, uses: list[Use]) -> None:
-        """Records the uses of what is computed from a parameter as uses of the parameter."""
-        param, shape = ancestor.param, self.shapes[ancestor.param]
-        stacked = {d.axis for use in self.uses[param] for d in use.stack}
-        for use in uses:
-            stack = ancestry.own(param, shape, use.stack)
-            stacked |= {d.axis for d in stack}
-            found = ancestry.sides(ancestor, shape, use.rows, use.cols, stacked)
-            if use.kind == "other" or found is None or use.kind == "expert" and not stack:
-                continue
-            rows, cols = found if use.kind != "expert" else (use.rows, use.cols)
-            use = dataclasses.replace(use, rows=rows, cols=cols, stack=stack)
-            if use not in self.uses[param]:
-                self.uses[param].append(use)
-
-    def vectors(self, eqn: Any, values: list[Value]) -> None:
-        """Vectors that were joined or computed, and are added to an activation."""
-        for value, other in zip(values, values[::-1], strict=True):
-            if other.depends != ancestry.ACTIVE or value.param is not None:
-                continue
-            for ancestor in value.ancestors:
-                stand = Value(ancestor.dims, ancestor.param)
-                cols = stand.digits(range(len(stand.dims)))
-                cols = ancestry.own(ancestor.param, self.shapes[ancestor.param], cols)
-                if len(digits.significant(cols)) == 1:
-                    self.note(stand, "added", eqn, cols=cols)
+        """Records what parameters are whose descendants meet a product or a sum here."""
+        if eqn.primitive in _SUMS:
+            for ancestor in ancestry.added(values):
+                if cols := ancestry.own(ancestor, self.shapes):
+                    self.note(Value((), ancestor.param), "added", eqn, cols=cols)
+        elif eqn.primitive in ancestry.PRODUCTS | {p.gather_p}:
+            for value, other in (values[:2], values[1::-1]):
+                alone = value.param is None and other.param is None and not other.ancestors
+                for ancestor in value.ancestors if alone else ():
+                    # What its parameter would do in its place.
+                    walk = _Walk(self.shapes)
+                    stand = Value(ancestor.dims, ancestor.param, flow=value.flow)
+                    stands = [stand if v is value else v for v in values]
+                    for out in _STEPS[eqn.primitive](walk, eqn, stands):
+                        walk.settled(eqn, out)
+                    ancestry.adopt(ancestor, self.shapes, self.uses, walk.uses)
+                    self.consumed |= walk.consumed
 
     def equation(self, eqn: Any, values: list[Value]) -> list[Value]:
         """One equation: what it does with parameters, and what is known of its results."""
@@ -630,8 +604,12 @@ def _transpose(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def _reshape(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
-    old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    return [dataclasses.replace(values[0], dims=digits.reshape(values[0].dims, old, new))]
+    value, old, new = values[0], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if value.param is None or None not in value.dims:
+        return [dataclasses.replace(value, dims=digits.reshape(value.dims, old, new))]
+    # Entries are repeated: a dimension of copies and of the parameter's own is known in part.
+    dims = ancestry.reshaped(walk.ancestors(value, eqn.invars[0].aval)[0], old, new)
+    return [dataclasses.replace(value, dims=dims)]
 
 
 def _squeeze(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
@@ -707,7 +685,7 @@ def _scan(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     for x in xs:
         walk.note(x, "stack", eqn, stack=frozenset(x.dims[0] or ()))
         for a in x.ancestors:
-            lead = ancestry.own(a.param, walk.shapes[a.param], frozenset(a.dims[0]))
+            lead = ancestry.digits_of(a.param, walk.shapes[a.param], frozenset(a.dims[0]))
             if lead:
                 walk.note(Value((), a.param), "stack", eqn, stack=lead)
         rest = tuple(a.moved(a.dims[1:]) for a in x.ancestors)

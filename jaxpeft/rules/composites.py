@@ -381,7 +381,19 @@ def dot_general(run: Any, eqn: Any, lhs: Any, rhs: Any) -> list | None:
     return [run.program(program, eqn, x, *w.parts).astype(eqn.outvars[0].aval.dtype)]
 
 
-def _dot(eqn: Any, first: bool, x: jax.Array, w: jax.Array, numbers: Any = None) -> jax.Array:
+def _wide(eqn: Any) -> Any:
+    """The dtype in which products are summed, so that only their sum is rounded."""
+    return jnp.promote_types(eqn.outvars[0].aval.dtype, jnp.float32)
+
+
+def _dot(
+    eqn: Any,
+    first: bool,
+    x: jax.Array,
+    w: jax.Array,
+    numbers: Any = None,
+    preferred: Any = None,
+) -> jax.Array:
     """The equation's product, or one with other dimensions; operands in the equation's order."""
     dtype = jnp.promote_types(x.dtype, w.dtype)
     if x.dtype != w.dtype and dtype != eqn.outvars[0].aval.dtype:
@@ -391,7 +403,7 @@ def _dot(eqn: Any, first: bool, x: jax.Array, w: jax.Array, numbers: Any = None)
         *((w, x) if first else (x, w)),
         numbers or eqn.params["dimension_numbers"],
         precision=eqn.params["precision"],
-        preferred_element_type=eqn.params["preferred_element_type"],
+        preferred_element_type=preferred or eqn.params["preferred_element_type"],
     )
 
 
@@ -410,7 +422,7 @@ def _joined_product(
     dot = functools.partial(_dot, eqn, first)
     (xc, xb), (wc, wb) = x_dims, w_dims
     if w.dim in wc:
-        at = xc[wc.index(w.dim)]
+        at, dot = xc[wc.index(w.dim)], functools.partial(dot, preferred=_wide(eqn))
         return lambda x, *ws: functools.reduce(jnp.add, map(dot, lax.split(x, w.lengths, at), ws))
     if w.dim in wb:
         at, out = xb[wb.index(w.dim)], wb.index(w.dim)
@@ -532,7 +544,7 @@ def ragged_dot(run: Any, eqn: Any, x: Any, w: Any, groups: Any) -> list | None:
         ]
         return functools.reduce(jnp.add, terms)
 
-    return [run.program(program, eqn, x, groups, *w.pieces)]
+    return [run.program(program, eqn, x, groups, *w.pieces).astype(eqn.outvars[0].aval.dtype)]
 
 
 @composite_rule(p.conv_general_dilated_p)

@@ -54,12 +54,12 @@ def joined_and_split():
     """Five heads of queries and two of keys; the last three go through another activation."""
 
     def fn(p, x):
-        joined = jnp.concatenate([p["q"].T, p["k"].T]).reshape(7, H, D).transpose(2, 0, 1)
+        joined = jnp.concatenate([p["q"].T, p["k"].T], 1).T
         first, last = joined[:, :4], joined[:, 4:]
         y = [jnp.tanh(jnp.einsum("btd,dnh->btnh", x, first)), jnp.einsum("btd,dnh->btnh", x, last)]
         return jnp.einsum("btnh,nhd->btd", jnp.concatenate(y, 2), p["o"])
 
-    return Case(fn, params(q=(D, 5 * H), k=(D, 2 * H), o=(7, H, 11)), (x3(),))
+    return Case(fn, params(q=(D, 5, H), k=(D, 2, H), o=(7, H, 11)), (x3(),))
 
 
 @row("kernels stacked for one product", linear=("up", "gate", "down"))
@@ -132,7 +132,7 @@ def tables_joined():
         table = jnp.concatenate([p["table"], p["new"]])
         return norm(table[ids], p["scale"]) @ table.T
 
-    return Case(fn, params(table=(V, D), new=(4, D), scale=(D,)), (tokens(B, T, high=V + 4),))
+    return Case(fn, params(table=(V, D), new=(12, D), scale=(D,)), (tokens(B, T, high=V + 12),))
 
 
 @row("convolution of joined kernels", conv=("w", "u"))
@@ -143,7 +143,7 @@ def conv_joined():
         y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dims)
         return jnp.tanh(y)
 
-    return Case(fn, params(w=(3, 3, 5, 7), u=(3, 3, 5, 2), scale=(9,)), (activations(B, 4, 6, 5),))
+    return Case(fn, params(w=(3, 3, 5, 7), u=(3, 3, 5, 4), scale=(11,)), (activations(B, 4, 6, 5),))
 
 
 @row(
@@ -235,7 +235,9 @@ computed(
 )
 computed(
     "cond between two kernels",
-    lambda p, x: jax.lax.cond(x.sum() > 0, lambda: p["w"], lambda: 0.5 * p["v"]),
+    lambda p, x: jax.lax.cond(
+        x.sum() > 0, lambda: p["w"] + 0.5 * p["v"], lambda: p["v"] - 2 * p["w"]
+    ),
     _TWO,
 )
 
