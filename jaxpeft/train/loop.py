@@ -122,8 +122,9 @@ def fit(
     Raises:
       UserError: for a loss that is not finite (with `on_nan="stop"`, naming the step), for a
         checkpoint that cannot be written or belongs to another run.
-      ValueError: for options that do not fit together; for a loss with a prefix that reads the
-        placeholders at virtual positions, before the first step.
+      ValueError: for options that do not fit together; before the first step, for a loss with
+        virtual tokens that reads the placeholders of a prefix, or that puts virtual tokens in front
+        of the first example of a packed row alone (`jp.check_prefix` says more).
     """
     for name, every in [("eval_every", eval_every), ("save_every", save_every)]:
         if every is not None and every < 1:

@@ -463,6 +463,30 @@ def test_fit_refuses_a_loss_that_reads_a_placeholder(at, jitted):
     assert int(go().state.step) == 1
 
 
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_fit_refuses_packed_rows_of_which_the_first_examples_alone_have_virtual_tokens(name):
+    frozen, adapter, fill = tuned(name)
+    tokens = [train.Tokens(x.astype(np.int32), np.ones(len(x), bool)) for x in EXAMPLES]
+    batches = train.Batches(train.Examples(tokens, context=12), batch_size=2, epochs=1)
+
+    def loss(mind, adapter, frozen, batch, key):
+        shown = batch["segment_ids"] if mind else None
+        ids, slots, *shown = jp.with_virtual(batch["tokens"], N, fill, shown)
+        tree = jp.combine(frozen, adapter, **({"virtual": slots} if name == "prefix" else {}))
+        out = jp.lift(decoder.pure(CONFIG))(tree, ids, segment_ids=shown[0] if mind else None)
+        return train.cross_entropy(out[:, N:], batch["targets"], batch["weights"])
+
+    def go(mind):
+        some = functools.partial(loss, mind)
+        return train.fit(some, optax.sgd(0.1), adapter, frozen, [batches[0]], progress=False)
+
+    with pytest.raises(
+        ValueError, match=r"Row \d of the batch packs 2 examples, but the loss puts"
+    ):
+        go(False)
+    assert int(go(True).state.step) == 1
+
+
 # Rounding -----------------------------------------------------------------------------------------
 
 
