@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.lift import lift
+from jaxpeft.methods.hybrids import GatedBottleneck, GatedLowRank, GatedPrefix
 from jaxpeft.methods.prefix import EncodedPrefix, Prefix, exchanged_placeholders
 from jaxpeft.weight import View, Weight, base_field, chain_of, is_view
 
@@ -203,7 +204,14 @@ def check_loss(loss_fn: Callable, adapter: Any, frozen: Any, batch: Any, key: An
         return
     while hasattr(loss_fn, "lower") and hasattr(loss_fn, "__wrapped__"):
         loss_fn = loss_fn.__wrapped__  # of a jitted loss: its trace keeps the placeholders
-    if packed := _packed(batch):
+    packed = _packed(batch)
+    if packed and any(isinstance(w, (GatedLowRank, GatedPrefix, GatedBottleneck)) for w in weights):
+        raise ValueError(
+            f"Row {packed[0]} of the batch packs {packed[1]} examples, but a gate of `unipelt` is "
+            "one number for each row, the mean over all of its positions. Give each example a row "
+            "of its own: `Batches(..., pack=False)`."
+        )
+    if packed:
         with exchanged_placeholders() as told:
             jax.eval_shape(lambda *given: loss_fn(*given), adapter, frozen, batch, key)
         if not all(told):

@@ -155,6 +155,8 @@ def prefix(
             now = slots if slots.shape == tokens.shape else jnp.full(tokens.shape, -1)
             return jp.lift(model)(jp.combine(frozen, adapter, virtual=now), tokens, **where)
 
+    where the decoder of this library has a window, with `segment_ids=jnp.where(now < 0, 1, -1)`.
+
     LoRA on the same projections comes first in the `chain`, or it would add to virtual rows too.
 
     With `hidden`, the rows of all layers are made by one network of a table of embeddings P,

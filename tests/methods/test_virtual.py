@@ -487,6 +487,18 @@ def test_fit_refuses_packed_rows_of_which_the_first_examples_alone_have_virtual_
     assert int(go(True).state.step) == 1
 
 
+def test_fit_refuses_gates_over_packed_rows():
+    """A gate of UniPELT is a mean over the row, in which examples would mix."""
+    found = jp.sites(decoder.pure(CONFIG), params(), one(EXAMPLES[0]))
+    k, v, down = (found.match(f"*/{name}/kernel") for name in ("attn/k", "attn/v", "down"))
+    method = jp.unipelt(found.match("*/q/kernel"), k, v, down, rank=2, length=N, width=2)
+    frozen, adapter = jp.split(method(KEY, params()))
+    batch = {"segment_ids": np.array([[1, 1, 0], [1, 2, 3]])}
+    loss = lambda *given: None  # noqa: E731
+    with pytest.raises(ValueError, match="Row 1 of the batch packs 3 examples, but a gate of `uni"):
+        train.fit(loss, optax.sgd(0.1), adapter, frozen, [batch], progress=False)
+
+
 # Rounding -----------------------------------------------------------------------------------------
 
 
