@@ -7,7 +7,7 @@ checks exchange the placeholders and look whether anything changes.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.lift import lift
+from jaxpeft.methods.hybrids import GatedBottleneck, GatedLowRank, GatedPrefix
 from jaxpeft.methods.prefix import EncodedPrefix, Prefix, exchanged_placeholders
 from jaxpeft.weight import View, Weight, base_field, chain_of, is_view
 
@@ -73,9 +74,9 @@ def check_prefix(
     if tokens.shape != slots.shape or not virtual.any() or not paths:
         raise ValueError(
             f"`check_prefix` is given tokens {tokens.shape} and slots {slots.shape}, "
-            f"{int(virtual.sum())} of which are virtual, with a tree in which {paths or 'no weights'} "
-            "have them. Give the tokens and slots of `with_virtual`, and the tree that "
-            "`combine(frozen, adapter, virtual=slots)` makes."
+            f"{int(virtual.sum())} of which are virtual, with a tree in which "
+            f"{paths or 'no weights'} have them. Give the tokens and slots of `with_virtual`, and "
+            "the tree that `combine(frozen, adapter, virtual=slots)` makes."
         )
     run = jax.jit(lambda tree, tokens: jax.tree.leaves(lift(fn)(tree, tokens, *args, **kwargs)))
     outputs = run(tree, tokens)
@@ -182,7 +183,10 @@ def _check_felt(path: str, outputs: list, changed: list, virtual: np.ndarray) ->
 
 
 def check_loss(loss_fn: Callable, adapter: Any, frozen: Any, batch: Any, key: Any) -> None:
-    """Runs a loss once more with other placeholders, where it has a prefix.
+    """Runs a loss once more with other placeholders, where it has a prefix or a prompt.
+
+    Of packed rows, each example has to see its virtual tokens: where the batch is a mapping with
+    `segment_ids`, as those of `jaxpeft.train.Batches` are, `with_virtual` has to be told of them.
 
     Args:
       loss_fn: `loss_fn(adapter, frozen, batch, key)`, which calls `with_virtual` or
@@ -191,14 +195,35 @@ def check_loss(loss_fn: Callable, adapter: Any, frozen: Any, batch: Any, key: An
       batch, key: As the loss takes them.
 
     Raises:
-      ValueError: The loss changes.
+      ValueError: The loss changes, or rows are packed and it does not mind.
     """
     views = [x for x in jax.tree.leaves(frozen, is_leaf=is_view) if is_view(x)]
-    prefixes = (Prefix, EncodedPrefix)
-    if not any(isinstance(w, prefixes) for view in views for w in chain_of(view.weight)):
+    weights = [w for view in views for w in chain_of(view.weight)]
+    has_prefix = any(isinstance(w, (Prefix, EncodedPrefix)) for w in weights)
+    if not has_prefix and not any(type(w).extra_rows is not Weight.extra_rows for w in weights):
         return
     while hasattr(loss_fn, "lower") and hasattr(loss_fn, "__wrapped__"):
         loss_fn = loss_fn.__wrapped__  # of a jitted loss: its trace keeps the placeholders
+    packed = _packed(batch)
+    if packed and any(isinstance(w, (GatedLowRank, GatedPrefix, GatedBottleneck)) for w in weights):
+        raise ValueError(
+            f"Row {packed[0]} of the batch packs {packed[1]} examples, but a gate of `unipelt` is "
+            "one number for each row, the mean over all of its positions. Give each example a row "
+            "of its own: `Batches(..., pack=False)`."
+        )
+    if packed:
+        with exchanged_placeholders() as told:
+            jax.eval_shape(lambda *given: loss_fn(*given), adapter, frozen, batch, key)
+        if not all(told):
+            row, count = packed
+            raise ValueError(
+                f"Row {row} of the batch packs {count} examples, but the loss puts virtual tokens "
+                "in front of the first alone. Give `with_virtual` (or `with_prefixes`) the "
+                "`segment_ids` where the model is `jaxpeft.models.decoder`; for another model, "
+                "give each example virtual tokens of its own: `Batches(..., virtual=...)`."
+            )
+    if not has_prefix:
+        return
     plain = jax.jit(lambda *given: loss_fn(*given))(adapter, frozen, batch, key)
     with exchanged_placeholders():
         other = jax.jit(lambda *given: loss_fn(*given))(adapter, frozen, batch, key)
@@ -208,3 +233,12 @@ def check_loss(loss_fn: Callable, adapter: Any, frozen: Any, batch: Any, key: An
                 f"The loss reads a placeholder: with another token at virtual positions, it is {b} "
                 f"instead of {a}. {_WAY_OUT} `jp.check_prefix` says at which output."
             )
+
+
+def _packed(batch: Any) -> tuple[int, int] | None:
+    """The first row of a batch that holds several examples, and how many."""
+    ids = batch.get("segment_ids") if isinstance(batch, Mapping) else None
+    if ids is None or isinstance(ids, jax.Array) and not ids.is_fully_addressable:
+        return None
+    counts = [len(np.unique(row[row > 0])) for row in np.asarray(ids)]
+    return next(((row, count) for row, count in enumerate(counts) if count > 1), None)

@@ -156,6 +156,8 @@ def prefix(
             now = slots if slots.shape == tokens.shape else jnp.full(tokens.shape, -1)
             return jp.lift(model)(jp.combine(frozen, adapter, virtual=now), tokens, **where)
 
+    where the decoder of this library has a window, with `segment_ids=jnp.where(now < 0, 1, -1)`.
+
     LoRA on the same projections comes first in the `chain`, or it would add to virtual rows too.
 
     With `hidden`, the rows of all layers are made by one network of a table of embeddings P,
@@ -341,8 +343,10 @@ def with_prefixes(
     starts = ends - jnp.asarray(lengths)
     slots = jnp.where(slots >= starts[tasks][:, None], slots, -1)
     fill = jnp.asarray(fill, tokens.dtype)
-    if _exchanged.get() and not fill.ndim:  # ids of a prompt are no placeholders
-        fill = jnp.where(fill == 1, 0, 1).astype(tokens.dtype)
+    if (told := _exchanged.get()) is not None:
+        told.append(segment_ids is not None)
+        if not fill.ndim:  # ids of a prompt are no placeholders
+            fill = jnp.where(fill == 1, 0, 1).astype(tokens.dtype)
     pad = jnp.broadcast_to(fill, (batch, longest))
     real = jnp.full((batch, time), -1)
     last = jnp.concatenate([slots >= 0, jnp.ones((batch, time), bool)], axis=1)
@@ -354,15 +358,20 @@ def with_prefixes(
     return jnp.concatenate([pad, tokens], axis=1), slots, last
 
 
-_exchanged: contextvars.ContextVar[bool] = contextvars.ContextVar("exchanged", default=False)
+_exchanged: contextvars.ContextVar[list[bool] | None]
+_exchanged = contextvars.ContextVar("exchanged", default=None)
 
 
 @contextlib.contextmanager
-def exchanged_placeholders() -> Iterator[None]:
-    """Within it, `with_virtual` and `with_prefixes` put another placeholder than they are told."""
-    token = _exchanged.set(True)
+def exchanged_placeholders() -> Iterator[list[bool]]:
+    """Within it, `with_virtual` and `with_prefixes` put another placeholder than they are told.
+
+    Yields a list of whether each of their calls has been told of segments.
+    """
+    told: list[bool] = []
+    token = _exchanged.set(told)
     try:
-        yield
+        yield told
     finally:
         _exchanged.reset(token)
 

@@ -264,7 +264,7 @@ class Batches:
         seed: int = 0,
         epochs: int | None = None,
         shard: tuple[int, int] = (0, 1),
-        virtual: Any = 0,
+        virtual: int | Sequence[int] | np.ndarray = 0,
     ):
         index, count = shard
         if batch_size < 1:
@@ -276,12 +276,7 @@ class Batches:
                 f"`shard=(index, count)` needs an index below the count and a count that divides "
                 f"`batch_size`; got {shard} and {batch_size}."
             )
-        front: Any = [0] * virtual if isinstance(virtual, int | np.integer) else virtual
-        self._front = np.asarray(front, np.int32)
-        if self._front.ndim != 1 or np.ndim(virtual) == 0 and virtual < 0:
-            raise ValueError(
-                f"`virtual` is a number of placeholders, or a sequence of ids; got {virtual!r}."
-            )
+        self._front = _in_front(virtual)
         self._examples = examples
         self._batch_size = batch_size
         self._pack = pack
@@ -373,6 +368,20 @@ class Batches:
             # Rows that were begun early hold more of the small examples.
             random.shuffle(rows)
         return [[int(order[i]) for i in row] for row in rows]
+
+
+def _in_front(virtual: int | Sequence[int] | np.ndarray) -> np.ndarray:
+    """The ids that stand in front of each example."""
+    if isinstance(virtual, int | np.integer):
+        ids, fits = np.zeros(max(virtual, 0)), virtual >= 0
+    else:
+        ids = np.asarray(virtual)
+        fits = ids.ndim == 1
+    if not fits:
+        raise ValueError(
+            f"`virtual` is a number of placeholders, or a sequence of ids; got {virtual!r}."
+        )
+    return ids.astype(np.int32)
 
 
 def pack(lengths: list[int], context: int) -> list[list[int]]:

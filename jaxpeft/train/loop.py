@@ -125,8 +125,9 @@ def fit(
       UserError: for a loss or an update that is not finite (with `on_nan="stop"`, naming the
         step), for a checkpoint that cannot be written or belongs to another run; before the first
         step for a figure or progress that needs what is not installed.
-      ValueError: for options that do not fit together; for a loss with a prefix that reads the
-        placeholders at virtual positions, before the first step.
+      ValueError: for options that do not fit together; before the first step, for a loss with
+        virtual tokens that reads the placeholders of a prefix, or that puts virtual tokens in front
+        of the first example of a packed row alone (`jp.check_prefix` says more).
     """
     for name, every in [("eval_every", eval_every), ("save_every", save_every)]:
         if every is not None and every < 1:

@@ -463,6 +463,42 @@ def test_fit_refuses_a_loss_that_reads_a_placeholder(at, jitted):
     assert int(go().state.step) == 1
 
 
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_fit_refuses_packed_rows_of_which_the_first_examples_alone_have_virtual_tokens(name):
+    frozen, adapter, fill = tuned(name)
+    tokens = [train.Tokens(x.astype(np.int32), np.ones(len(x), bool)) for x in EXAMPLES]
+    batches = train.Batches(train.Examples(tokens, context=12), batch_size=2, epochs=1)
+
+    def loss(mind, adapter, frozen, batch, key):
+        shown = batch["segment_ids"] if mind else None
+        ids, slots, *shown = jp.with_virtual(batch["tokens"], N, fill, shown)
+        tree = jp.combine(frozen, adapter, **({"virtual": slots} if name == "prefix" else {}))
+        out = jp.lift(decoder.pure(CONFIG))(tree, ids, segment_ids=shown[0] if mind else None)
+        return train.cross_entropy(out[:, N:], batch["targets"], batch["weights"])
+
+    def go(mind):
+        some = functools.partial(loss, mind)
+        return train.fit(some, optax.sgd(0.1), adapter, frozen, [batches[0]], progress=False)
+
+    with pytest.raises(
+        ValueError, match=r"Row \d of the batch packs 2 examples, but the loss puts"
+    ):
+        go(False)
+    assert int(go(True).state.step) == 1
+
+
+def test_fit_refuses_gates_over_packed_rows():
+    """A gate of UniPELT is a mean over the row, in which examples would mix."""
+    found = jp.sites(decoder.pure(CONFIG), params(), one(EXAMPLES[0]))
+    k, v, down = (found.match(f"*/{name}/kernel") for name in ("attn/k", "attn/v", "down"))
+    method = jp.unipelt(found.match("*/q/kernel"), k, v, down, rank=2, length=N, width=2)
+    frozen, adapter = jp.split(method(KEY, params()))
+    batch = {"segment_ids": np.array([[1, 1, 0], [1, 2, 3]])}
+    loss = lambda *given: None  # noqa: E731
+    with pytest.raises(ValueError, match="Row 1 of the batch packs 3 examples, but a gate of `uni"):
+        train.fit(loss, optax.sgd(0.1), adapter, frozen, [batch], progress=False)
+
+
 # Rounding -----------------------------------------------------------------------------------------
 
 
