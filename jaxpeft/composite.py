@@ -117,7 +117,7 @@ class Concatenation(Composite):
         weight = jax.tree.unflatten(jax.tree.structure(nameless[0].weight), stacked)
         axes = (Axis(count, STACK), *nameless[0].axes)
         paths = ", ".join(dict.fromkeys(p.path for p in self.pieces))
-        return View(weight, axes, tuple(dims), first.dtype, paths, first.natural)
+        return dataclasses.replace(first, weight=weight, axes=axes, dims=tuple(dims), path=paths)
 
 
 @_node

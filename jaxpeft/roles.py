@@ -25,11 +25,11 @@ def heads(uses: Uses, results: Iterable[Any], consumed: set[str]) -> None:
       consumed: The weights that another weight comes after.
     """
     read = [use for every in uses.values() for use in every if use.by_id]
-    vocabularies = {_size(use.rows) for use in read}
+    vocabularies = {size(use.rows) for use in read}
     last = {path for value in results for path, lookup in value.flow.made if not lookup}
     for path in last - consumed:
         for use in uses[path]:
-            if use.kind == "linear" and _size(use.cols) in vocabularies:
+            if use.kind == "linear" and size(use.cols) in vocabularies:
                 head = dataclasses.replace(use, kind="head", stack=frozenset())
                 uses[path].append(head)
                 break
@@ -128,5 +128,6 @@ def unlike(
     return out
 
 
-def _size(side: Iterable[Digit]) -> int:
+def size(side: Iterable[Digit]) -> int:
+    """Length of a side."""
     return math.prod(d.size for d in side)

@@ -68,6 +68,7 @@ class Value:
       biased: The weights whose product, with a bias and nothing else added, this is.
       stack: Digits of the parameter that a gather has chosen by, one slice for each id.
       ids: Shape of these ids.
+      mixture: The weight of whose slices along these digits this is a sum, one-hot or by shares.
       by_id: Whether what was chosen was chosen by numbers that the caller gives.
       flow: Where it comes from; `None` where that follows from the operands.
     """
@@ -86,6 +87,7 @@ class Value:
     biased: tuple[str, ...] = ()
     stack: frozenset[Digit] = frozenset()
     ids: tuple[int, ...] = ()
+    mixture: tuple[str, frozenset[Digit]] | None = None
     by_id: bool = False
     flow: Flow = None  # type: ignore[assignment]  # filled in by `_Walk.step`
 
@@ -257,7 +259,7 @@ class _Walk:
         """One equation: what it does with parameters, and what is known of its results."""
         primitive = eqn.primitive
         if primitive is p.dot_general_p:
-            values = [_as_matrices(eqn, side, v) for side, v in enumerate(values)]
+            values = [self.as_matrices(eqn, side, v) for side, v in enumerate(values)]
         if primitive not in _SUMS | _PRODUCTS | _KEEP | _LAYOUT | _CALLS:
             values = [self.settled(eqn, v) for v in values]
         if primitive in _STEPS:
@@ -287,6 +289,30 @@ class _Walk:
         rows = flow.of_rows(dataclasses.replace(value.flow, live=True), value.param)
         return value.data(after=(value.param,), chosen=frozenset(), flow=rows)
 
+    def as_matrices(self, eqn: Any, side: int, value: Value) -> Value:
+        """Slices of a weight, chosen by a gather or a one-hot product, that this takes as matrices.
+
+        Of a row that was looked up, a product takes all or nothing.
+        """
+        contracted, batch = (pair[side] for pair in eqn.params["dimension_numbers"])
+        free = [i for i in range(len(value.dims)) if i not in contracted and i not in batch]
+        path, stack = value.mixture or (value.param, value.chosen)
+        rows, cols = (
+            frozenset(d for d in digits.significant(value.digits(dims)) if d.of == path)
+            for dims in (contracted, free)
+        )
+        if not (rows and cols and (value.mixture or value.ids and stack)):
+            return value
+        if not value.mixture:
+            return dataclasses.replace(value, chosen=frozenset(), stack=stack)
+        kinds = ("linear", "one-hot")
+        kept = [u for u in self.uses[path] if u.kind not in kinds or u.rows != stack]
+        self.uses[path] = kept
+        owner = dataclasses.replace(value, param=path)
+        self.note(owner, "linear", eqn, rows=rows, cols=cols, stack=stack)
+        self.note(owner, "expert", eqn, stack=stack)
+        return value
+
     def elementwise(self, eqn: Any, values: list[Value]) -> list[Value]:
         """Sums and products with a parameter have a meaning; everything else is `other`."""
         primitive = eqn.primitive
@@ -300,7 +326,7 @@ class _Walk:
             if any(scalar) and values[not scalar.index(True)].param:
                 return [self.times_number(*sorted(values, key=lambda v: not v.dims))]
             values = [
-                v if v.param is None or _is_vector_use(w) else self.settled(eqn, v)
+                v if v.param is None or self.is_vector_use(v, w) else self.settled(eqn, v)
                 for v, w in zip(values, values[::-1], strict=True)
             ]
             found = [v for v in values if v.param]
@@ -315,7 +341,7 @@ class _Walk:
         normed = primitive in (p.rsqrt_p, p.sqrt_p) or any(v.normed for v in values)
         dims = tuple(next((v.dims[i] for v in same if v.dims[i]), None) for i in range(len(shape)))
         if primitive in _SUMS | _PRODUCTS:
-            self.observe(primitive, values, same)
+            self.observe(primitive, values)
         # A residual is often added before the bias: (x + h @ w) + b is x + (h @ w + b).
         after: tuple[str, ...] = ()
         if primitive in _SUMS:
@@ -332,6 +358,19 @@ class _Walk:
             out = dataclasses.replace(out, flow=dataclasses.replace(made, made=_stream(same)))
         return [out]
 
+    def is_vector_use(self, value: Value, other: Value) -> bool:
+        """Whether what meets `other` is a bias or the scale of a normalization.
+
+        Of rows that a gather has chosen, only those that go with the matrices of experts.
+        """
+        if not value.ids or not value.chosen:
+            return bool(other.after) or other.normed
+        count = roles.size(value.chosen)
+        return bool(other.after) and all(
+            any(use.kind == "expert" and roles.size(use.stack) == count for use in self.uses[path])
+            for path in other.after
+        )
+
     def times_number(self, param: Value, number: Value) -> Value:
         """A weight times a number is a weight; if the number was made of it, to scale it only."""
         if number.flow.live and (param.param, False) in number.flow.made:
@@ -343,10 +382,10 @@ class _Walk:
             self.products[path] = []
         return dataclasses.replace(param, plain=False)
 
-    def observe(self, primitive: Any, values: list[Value], same: list[Value]) -> None:
+    def observe(self, primitive: Any, values: list[Value]) -> None:
         """What a sum or a product of activations tells of the parameters in them."""
         first, second = values
-        if len(same) == 2:
+        if len(first.dims) == len(second.dims):
             pairs = list(zip(first.dims, second.dims, strict=True))
             if primitive in _PRODUCTS:
                 where = [(i, i) for i in range(len(pairs))]
@@ -376,7 +415,8 @@ class _Walk:
         for mine, theirs in pairs:
             self.stacks.align(mine, theirs)
         where: dict[str, Any] = {"cols": cols - stack, "stack": stack}
-        made = flow.merged(eqn, [v.flow for v in values])
+        flows = [flow.parameter(str(v.param)) if v is param else v.flow for v in values]
+        made = flow.merged(eqn, flows)
         # What weight normalization divides by is no standard deviation of activations.
         normed = other.normed and (other.flow.live or bool(other.flow.deviation))
         if param.param in other.flow.weights:  # computed of the parameter, to scale it
@@ -416,20 +456,6 @@ def _stream(pair: list[Value]) -> frozenset[tuple[str, bool]]:
     return frozenset(out)
 
 
-def _as_matrices(eqn: Any, side: int, value: Value) -> Value:
-    """Slices that a gather has chosen, where this product takes each of them as a matrix.
-
-    Of a row that was looked up, a product takes all or nothing.
-    """
-    if not value.ids or not value.chosen:
-        return value
-    contracted, batch = (pair[side] for pair in eqn.params["dimension_numbers"])
-    free = [i for i in range(len(value.dims)) if i not in contracted and i not in batch]
-    if not all(digits.significant(value.digits(dims)) for dims in (contracted, free)):
-        return value
-    return dataclasses.replace(value, chosen=frozenset(), stack=value.chosen)
-
-
 def _parameters(eqn: Any) -> list:
     """The parameters of an equation, those in tuples too."""
     nested = [x if isinstance(x, (tuple, list)) else (x,) for x in eqn.params.values()]
@@ -449,11 +475,6 @@ def _as_wide(value: Value, shape: Sequence[int]) -> Value:
         for dim, n in zip(value.dims, shape, strict=True)
     )
     return dataclasses.replace(value, dims=dims)
-
-
-def _is_vector_use(other: Value) -> bool:
-    """Whether what meets `other` is a bias or the scale of a normalization."""
-    return bool(other.after) or other.normed
 
 
 def _stack_of(param: Value, other: Value, uses: dict[Any, list[Use]]) -> set[Digit]:
@@ -506,7 +527,11 @@ def _product(
     dims = [pair[0].dims[i] or pair[1].dims[j] for i, j in zip(*batch, strict=True)]
     dims += [pair[side].dims[i] for side in (0, 1) for i in free[side]]
     made = flow.of_product([v.flow for v in pair], after)
-    return [Value(tuple(dims), after=tuple(after), flow=made)]
+    mixture = None
+    for value, other in (pair, pair[::-1]):
+        if value.param and len(after) == 1 and (other.one_hot or other.flow.shares):
+            mixture = value.param, value.digits(contracted[pair.index(value)])
+    return [Value(tuple(dims), after=tuple(after), mixture=mixture, flow=made)]
 
 
 def _experts(walk: _Walk, pair: list[Value], contracted: Any, batch: Any) -> None:
@@ -523,6 +548,7 @@ def _experts(walk: _Walk, pair: list[Value], contracted: Any, batch: Any) -> Non
         for side, pairs in enumerate(([*batched, *summed], [ji[::-1] for ji in batched + summed])):
             for dim in flow.weighed(pair[side], pair[1 - side], pairs):
                 walk.stacks.note(dim)
+                walk.stacks.align(dim, pair[1 - side].flow.shares)
 
 
 def _dot_general(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
@@ -565,7 +591,7 @@ def _gather(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     where = {"free": free, "by_id": ids.flow.ids}
     if lookup:
         cols, stack = table.digits(keep), table.digits(batch)
-        if len(digits.significant(cols)) < 2 or batch or not free:
+        if batch or not free:
             walk.note(
                 table, "embedding", eqn, rows=table.digits(rows), cols=cols, stack=stack, **where
             )
@@ -592,7 +618,8 @@ def _gather(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
         chosen = table.digits(rows)
         dims = [() if any(d in chosen for d in dim or ()) else dim for dim in dims]
         what = {"chosen": chosen, "ids": free, "by_id": ids.flow.ids, "depends": ACTIVE}
-        return [Value(tuple(dims), table.param, flow=table.flow, **what)]
+        made = flow.of_rows(dataclasses.replace(ids.flow, live=True), table.param)
+        return [Value(tuple(dims), table.param, flow=made, **what)]
     if not table.param:
         return [Value(tuple(dims))]
     return [Value(tuple(dims), after=(table.param,), flow=flow.of_rows(ids.flow, table.param))]

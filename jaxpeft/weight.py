@@ -245,6 +245,7 @@ class Site:
         own product would promote them, and so does the base.
       precision: As in `jax.lax.dot_general`.
       preferred: `preferred_element_type` of the program's own product, for the base only.
+      where: `file:line` of the program, for messages.
       salt: Number of this place, so that two uses of a weight draw different dropout masks.
       taps: Where weights of one program meet each other, by name; `None` where they cannot.
       residual: Finds what the program adds to this product, given the numbers of one row where
@@ -257,12 +258,13 @@ class Site:
         *,
         precision: Any = None,
         preferred: Any = None,
+        where: str = "",
         salt: int = 0,
         taps: dict[str, Any] | None = None,
         residual: Callable[[int | None], list[jax.Array]] | None = None,
     ):
         self.dtype, self.precision, self.preferred = dtype, precision, preferred
-        self._residual = residual
+        self._residual, self.where = residual, where
         self.salt, self.taps = salt, taps
         self.rows = 0  # of the table, at a lookup
         self.arrays: dict[str, jax.Array] = {}  # what a product depends on beside its factors
@@ -732,8 +734,16 @@ class View(NotAnArray):
         axes = tuple(a for i, a in enumerate(self.axes) if i != axis)
         return dataclasses.replace(self, weight=weight, axes=axes, dims=kept)
 
-    def over_stack(self, f: Callable[[Any, Any], Any], x: Any) -> Any:
-        """f(weight, x), mapped over the stack axes of the weight and the leading axes of x."""
+    def over_stack(
+        self, f: Callable[[Any, Any], Any], x: Any, along: Sequence[bool] | None = None
+    ) -> Any:
+        """f(weight, x), mapped over the stack axes of the weight and the leading axes of x.
+
+        Args:
+          f: What to map.
+          x: The one operand.
+          along: Which of the stack axes x leads with; `None` is all of them.
+        """
         stack = self.indices(STACK)
         if not stack:
             return f(self.weight, x)
@@ -742,9 +752,10 @@ class View(NotAnArray):
 
         def slice_of(leaves: list, x: Any) -> Any:
             one = dataclasses.replace(rest, weight=jax.tree.unflatten(treedef, leaves))
-            return one.over_stack(f, x)
+            return one.over_stack(f, x, rest_along)
 
-        in_axes = (self.stack_positions(stack[0]), None if x is None else 0)
+        has_it, *rest_along = along or [x is not None] * len(stack)
+        in_axes = (self.stack_positions(stack[0]), 0 if has_it else None)
         return jax.vmap(slice_of, in_axes=in_axes)(leaves, x)
 
     def over_each(self, f: Callable[["View"], Any]) -> Any:

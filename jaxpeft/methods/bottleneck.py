@@ -93,6 +93,13 @@ class Tap(Weight):
         taps = self.down.site.taps
         if taps is None:
             raise Unsupported("a parallel adapter on a stack of experts")
+        if self.name in taps:
+            raise ValueError(
+                f"The model multiplies by the input of the parallel adapter '{self.name}' a second "
+                f"time ({self.down.site.where}) before it has reached its output, so it is not "
+                "known which input the adapter is to read. Choose a sub-layer whose first kernel "
+                "runs once."
+            )
         taps[self.name] = ACTIVATIONS[self.activation](x @ self.down + self.down_bias)
         return x @ self.w
 
@@ -264,7 +271,8 @@ def parallel(
 
     Raises:
       ValueError: Inputs and outputs differ in number, a part of the outputs is selected, or (when
-        the model is called) the two ends lie in scopes of the model that cannot see each other.
+        the model is called) the two ends lie in scopes of the model that cannot see each other,
+        or the first kernel runs twice before the last one.
 
     References:
       He et al., Towards a Unified View of Parameter-Efficient Transfer Learning, 2021,

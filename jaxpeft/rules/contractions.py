@@ -39,6 +39,7 @@ def site_of(run: Any, view: View, eqn: Any, kind: type[Site] = Site, **more: Any
         view.dtype,
         precision=eqn.params.get("precision"),
         preferred=preferred,
+        where=compat.source(eqn),
         salt=run.number(),
         # Under vmap over a stack, what one weight leaves could not be met by another.
         taps=None if view.indices(STACK) else run.taps,
@@ -68,7 +69,10 @@ def bound(view: View, w: Any, site: Site) -> Any:
 
 
 def _orientation(view: View, contracted: list[int], batch: list[int]) -> tuple[str, str] | None:
-    """(IN, OUT) for a forward use of a refined view, (OUT, IN) for a transposed one, else None."""
+    """(IN, OUT) for a forward use of a refined view, (OUT, IN) for a transposed one, else None.
+
+    Axes of the stack may be anywhere: each of them chooses a matrix all the same.
+    """
 
     def axes_of(dims: list[int]) -> set[int]:
         return {d.axis for i in dims for d in view.dims[i] if d.size > 1}
@@ -77,10 +81,11 @@ def _orientation(view: View, contracted: list[int], batch: list[int]) -> tuple[s
         return {i for i in view.indices(role) if view.axes[i].size > 1}
 
     free = [i for i in range(view.ndim) if i not in contracted and i not in batch]
-    if axes_of(batch) != axes_with(STACK):
+    stack = axes_with(STACK)
+    if not axes_of(batch) <= stack or not stack <= axes_of([*batch, *contracted, *free]):
         return None
     for a, b in ((IN, OUT), (OUT, IN)):
-        if axes_of(contracted) == axes_with(a) and axes_of(free) == axes_with(b):
+        if axes_of(contracted) - stack == axes_with(a) and axes_of(free) - stack == axes_with(b):
             return a, b
     return None
 
@@ -114,24 +119,36 @@ def _contract(
     orientation = _orientation(view, vc, vb)
     if orientation is None:
         return None
-    # x as (*stack, *free, *contracted axes in the order of the weight) -> (*stack, *free, n)
-    stack = [view.dims[i][0].axis if view.dims[i] else -1 for i in vb]
     if any(len(view.dims[i]) > 1 for i in vb):
         return None
-    stack_order = _sorting(stack)
+    # Stack axes by where they are: batched over, summed over, or of the result alone.
+    batch = [view.dims[i][0].axis if view.dims[i] else -1 for i in vb]
+    stack, parts = view.indices(STACK), [d for i in vc for d in view.dims[i]]
+    summed = [i for i in stack if i in {d.axis for d in parts}]
+    view_free = [i for i in range(view.ndim) if i not in vc and i not in vb]
+    alone = [i for i in stack if i in {d.axis for k in view_free for d in view.dims[k]}]
+    if len(stack) != len(batch) + len(summed) + len(alone):
+        return None  # a stack of size 1 that the program has squeezed away
+    # x as (*stack but for what is alone, *free, *contracted axes in the order of the weight)
     free = [i for i in range(x.ndim) if i not in xc and i not in xb]
+    stack_order = _sorting(batch)
     x = permute(x, [*(xb[i] for i in stack_order), *free, *xc])
     lead = x.shape[: len(xb) + len(free)]
-    parts = [d for i in vc for d in view.dims[i]]
     x = refold(x, (*lead, *(d.size for d in parts)))
     order = _sorting([d.axis for d in parts])
     x = permute(x, [*range(len(lead)), *(len(lead) + i for i in order)])
-    x = refold(x, (*lead, math.prod(d.size for d in parts)))
+    if summed:
+        at = {parts[i].axis: len(lead) + place for place, i in enumerate(order)}
+        at |= {batch[i]: place for place, i in enumerate(stack_order)}
+        front = [at[i] for i in stack if i in at]
+        x = permute(x, [*front, *(i for i in range(x.ndim) if i not in front)])
+    shared = x.shape[: len(batch) + len(summed) + len(free)]
+    x = refold(x, (*shared, math.prod(d.size for d in parts if d.axis not in summed)))
 
     # y is (*stack, *free, m); m is cut into the axes of the weight, then into the program's dims
-    view_free = [i for i in range(view.ndim) if i not in vc and i not in vb]
     parts = [d for i in view_free for d in view.dims[i]]
-    order = _sorting([d.axis for d in parts])
+    out = [d for d in parts if d.axis not in alone]
+    order = _sorting([d.axis for d in out])
 
     def beside(row: int | None) -> list[jax.Array]:
         found = [refold(r, (*lead, *(d.size for d in parts))) for r in run.residual(view.path, row)]
@@ -139,21 +156,25 @@ def _contract(
         return [permute(r, to_weight) for r in found]
 
     # Where y has the order of the equation's own result, but for that of its outputs.
-    plain = not vb and not first and orientation == (IN, OUT)
+    plain = not stack and not first and orientation == (IN, OUT)
     site = site_of(run, view, eqn, residual=beside if plain else None)
 
     def product(w: Any, x: jax.Array) -> jax.Array:
         w = bound(view, w, site)
         return x @ w if orientation == (IN, OUT) else x @ w.T
 
-    if len(view.indices(STACK)) != len(vb):
-        return None  # a stack of size 1 that the program has squeezed away
-    y = view.over_stack(product, x)
-
-    y = refold(y, (*lead, *(parts[i].size for i in order)))
-    back = [len(lead) + i for i in _sorting(order)]
-    y = permute(y, [*_sorting(stack_order), *range(len(xb), len(lead)), *back])
-    return refold(y, (*y.shape[: len(lead)], *(view.shape[i] for i in view_free)))
+    y = view.over_stack(product, x, [i not in alone for i in stack])
+    if summed:
+        y = jnp.sum(y, [stack.index(i) for i in summed])
+    kept = [i for i in stack if i not in summed]
+    lead = y.shape[: len(kept) + len(free)]
+    y = refold(y, (*lead, *(out[i].size for i in order)))
+    # Of y's dimensions: those of the batch, of x, and of the weight as the program has them.
+    at = {axis: place for place, axis in enumerate(kept)}
+    at |= {out[i].axis: len(lead) + place for place, i in enumerate(order)}
+    mine, theirs = [at[d.axis] for d in parts], [at[i] for i in batch]
+    y = permute(y, [*theirs, *range(len(kept), len(lead)), *mine])
+    return refold(y, (*y.shape[: len(batch) + len(free)], *(view.shape[i] for i in view_free)))
 
 
 @rule(p.dot_general_p, computes=True)

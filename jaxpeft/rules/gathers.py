@@ -1,5 +1,6 @@
 """Reading rows of a table: gathers by id in every mode, and runs of rows."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -7,10 +8,22 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
+from jaxpeft.axes import Digit, Dim
 from jaxpeft.rules.contractions import bound, site_of
 from jaxpeft.rules.registry import cut_dims, row_dims, rule
 from jaxpeft.rules.views import dynamic_slice as pick_from_stack
-from jaxpeft.weight import IN, OUT, STACK, View, Weight, computing, is_view, permute, refold
+from jaxpeft.weight import (
+    IN,
+    OUT,
+    STACK,
+    Axis,
+    View,
+    Weight,
+    computing,
+    is_view,
+    permute,
+    refold,
+)
 
 
 def _rows_dim(view: View, dim: int) -> bool:
@@ -59,12 +72,14 @@ def _as_dims(view: View, y: jax.Array, lead: int, keep: list[int]) -> jax.Array:
 
 @rule(p.gather_p, computes=True)
 def gather(run: Any, eqn: Any, view: Any, indices: Any) -> list | None:
-    """Whole rows by id, each mode as it says; batched over a stack."""
+    """Whole rows by id, each mode as it says, batched over a stack; or matrices of a stack."""
     numbers = eqn.params["dimension_numbers"]
     looked_up = row_dims(eqn)
     if is_view(indices) or len(looked_up) != 1:
         return None
     view = view.refined()
+    if any(view.axes[d.axis].role == STACK for d in view.dims[looked_up[0]]):
+        return matrices(eqn, view, indices, looked_up[0])
     rows, batch = looked_up[0], list(numbers.operand_batching_dims)
     keep = [i for i in range(view.ndim) if i != rows and i not in batch]
     sizes = eqn.params["slice_sizes"]
@@ -128,3 +143,60 @@ def dynamic_slice(run: Any, eqn: Any, view: Any, *starts: Any) -> list | None:
     y = jnp.moveaxis(_as_dims(view, y, 1, keep), 0, cut[0])
     assert math.prod(y.shape) == math.prod(aval.shape)
     return [y]
+
+
+def matrices(eqn: Any, view: View, indices: jax.Array, dim: int) -> list | None:
+    """A matrix of a stack for each id: every field gives the slices that the program takes.
+
+    The weight stays factored; of a quantized one only these slices are ever dequantized.
+    """
+    params = eqn.params
+    numbers, sizes, shape = params["dimension_numbers"], params["slice_sizes"], view.shape
+    whole = all(n == shape[i] for i, n in enumerate(sizes) if i != dim)
+    if not whole or sizes[dim] != 1 or len(view.dims[dim]) != 1 or numbers.operand_batching_dims:
+        return None
+    mode, fill = params["mode"].name, params["fill_value"]
+    if mode == "FILL_OR_DROP" and not (fill is None or fill != fill):
+        return None  # an id out of range stands for a matrix of other numbers, not of NaN
+    axis = view.dims[dim][0].axis
+    ids = indices[..., numbers.start_index_map.index(dim)]
+    extra = ids.ndim - 1
+
+    def chosen(x: jax.Array, at: int | None) -> jax.Array:
+        if at is None:
+            return x
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return _keys(jnp.moveaxis(x, at, 0), ids, at)
+        filled = mode == "FILL_OR_DROP" and jnp.issubdtype(x.dtype, jnp.inexact)
+        if filled:
+            return jnp.take(x, ids, axis=at, mode="fill", fill_value=jnp.nan)
+        return jnp.take(x, ids, axis=at, mode="clip")
+
+    leaves, treedef = jax.tree.flatten(view.weight)
+    positions = view.stack_positions(axis)
+    picked = [chosen(x, at) for x, at in zip(leaves, positions, strict=True)]
+    of_ids = tuple(Axis(n, STACK) for n in ids.shape)
+    axes = view.axes[:axis] + of_ids + view.axes[axis + 1 :]
+    of = view.dims[dim][0].of
+    index = iter([(Digit(of, axis + i, 1, n),) for i, n in enumerate(ids.shape)])
+    kept = iter(i for i in range(view.ndim) if i not in numbers.collapsed_slice_dims)
+    dims: list[Dim] = []
+    for i in range(eqn.outvars[0].aval.ndim):
+        if i not in numbers.offset_dims:
+            dims.append(next(index))
+            continue
+        source = next(kept)
+        moved = [d._replace(axis=d.axis + extra * (d.axis > axis)) for d in view.dims[source]]
+        dims.append(() if source == dim else tuple(moved))
+    weight = jax.tree.unflatten(treedef, picked)
+    return [dataclasses.replace(view, weight=weight, axes=axes, dims=tuple(dims))]
+
+
+def _keys(keys: jax.Array, ids: jax.Array, at: int) -> jax.Array:
+    """Keys of the chosen slices, one of its own for each id: ids may share a slice."""
+    own = keys[jnp.clip(ids, 0, len(keys) - 1)]
+    numbers = jnp.arange(ids.size).reshape(ids.shape + (1,) * (own.ndim - ids.ndim))
+    own = jax.vmap(jax.random.fold_in)(own.ravel(), jnp.broadcast_to(numbers, own.shape).ravel())
+    return jnp.moveaxis(
+        own.reshape(ids.shape + keys.shape[1:]), range(ids.ndim), range(at, at + ids.ndim)
+    )

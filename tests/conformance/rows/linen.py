@@ -224,3 +224,50 @@ def dropout():
         return module.apply({"params": p}, x, rngs={"dropout": key})
 
     return Case(fn, p, (x, jax.random.key(2)))
+
+
+@row("linen SpectralNorm", linear=("up/kernel", "down/kernel"))
+def spectral_norm():
+    """The power iteration multiplies by the kernel first, and the other way round."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, update_stats):
+            up = nn.SpectralNorm(nn.Dense(F, param_dtype=X, name="up"))
+            h = nn.gelu(up(x, update_stats=update_stats))
+            return nn.Dense(D, param_dtype=X, name="down")(h)
+
+    module, x = Model(), activations(B, T, D)
+    made = module.init(jax.random.key(0), x, update_stats=False)
+    rest = {"batch_stats": randomized(made["batch_stats"])}
+
+    def fn(p, rest, x):
+        variables = {"params": p, **rest}
+        return module.apply(variables, x, update_stats=True, mutable=["batch_stats"])
+
+    return Case(fn, randomized(made["params"]), (rest, x))
+
+
+@row("linen BatchNorm on averages", linear=("up/kernel", "down/kernel"))
+def batch_norm():
+    """The averages in one tree with the parameters, as a checkpoint keeps them."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            h = nn.Dense(F, param_dtype=X, name="up")(x)
+            h = nn.BatchNorm(use_running_average=True, param_dtype=X, name="norm")(h)
+            return nn.Dense(D, param_dtype=X, name="down")(nn.gelu(h))
+
+    module, x = Model(), activations(B, T, D)
+    made = module.init(jax.random.key(0), x)
+    averages = jax.tree.map(lambda a: a.astype(X) + 0.5, made["batch_stats"])["norm"]
+    params = randomized(made["params"])
+    params["norm"] |= {"mean_scale": averages["mean"], "var_scale": averages["var"]}
+
+    def fn(p, x):
+        norm = {n: w for n, w in p["norm"].items() if n in ("scale", "bias")}
+        stats = {"norm": {"mean": p["norm"]["mean_scale"], "var": p["norm"]["var_scale"]}}
+        return module.apply({"params": {**p, "norm": norm}, "batch_stats": stats}, x)
+
+    return Case(fn, params, (x,))

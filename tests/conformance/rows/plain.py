@@ -298,6 +298,95 @@ def ragged():
     return Case(fn, params(up=(E, D, F), down=(E, F, D)), (activations(11, D), sizes))
 
 
+def _shares(p, x):
+    """What each expert counts for each token: a softmax over experts."""
+    return jax.nn.softmax(x @ p["router"])
+
+
+@row("all experts on all tokens", linear=("router", "up", "gate", "down"), everyday=True)
+def experts_on_all_tokens():
+    def fn(p, x):
+        h = jnp.einsum("btd,edf->btef", x, p["up"]) + p["bias"]
+        h = jax.nn.silu(jnp.einsum("btd,edf->btef", x, p["gate"])) * h
+        return jnp.einsum(
+            "bte,bted->btd", _shares(p, x), jnp.einsum("btef,efd->bted", h, p["down"])
+        )
+
+    shapes = dict(router=(D, E), up=(E, D, F), gate=(E, D, F), bias=(E, F), down=(E, F, D))
+    return Case(fn, params(**shapes), (x3(),))
+
+
+@row("all experts on all tokens, weighed before they are summed", linear=("router", "up", "down"))
+def experts_weighed_inside():
+    def fn(p, x):
+        h = jnp.tanh(jnp.einsum("btd,edf->btef", x, p["up"])) * _shares(p, x)[..., None]
+        return jnp.einsum("btef,efd->btd", h, p["down"])
+
+    return Case(fn, params(router=(D, E), up=(E, D, F), down=(E, F, D)), (x3(),))
+
+
+# Each token has its matrices in the dense program, too: E = 4 and C * 2 are unlike.
+@row("experts gathered for each token", linear=("router", "up", "down"))
+def experts_gathered():
+    def fn(p, x):
+        shares, chosen = jax.lax.top_k(_shares(p, x), 2)
+        h = jnp.tanh(jnp.einsum("cd,ckdf->ckf", x, p["up"][chosen]) + p["bias"][chosen])
+        return jnp.einsum("ck,ckf,ckfd->cd", shares, h, p["down"][chosen])
+
+    shapes = dict(router=(D, E), up=(E, D, F), bias=(E, F), down=(E, F, D))
+    return Case(fn, params(**shapes), (activations(C, D),))
+
+
+@row("experts gathered under vmap", linear=("router", "up", "down"))
+def experts_gathered_under_vmap():
+    def fn(p, x):
+        def token(x):
+            e = jnp.argmax(x @ p["router"])
+            return jnp.tanh(x @ p["up"][e] + p["bias"][e]) @ p["down"][e]
+
+        return jax.vmap(token)(x)
+
+    shapes = dict(router=(D, E), up=(E, D, F), bias=(E, F), down=(E, F, D))
+    return Case(fn, params(**shapes), (activations(C, D),))
+
+
+# The slices of the weight are formed by the program's own one-hot product.
+@row(
+    "experts chosen by a one-hot product",
+    linear=("up", "down"),
+    materializes=("up", "down"),
+)
+def experts_one_hot():
+    def fn(p, x, chosen):
+        one_hot = jax.nn.one_hot(chosen, E, dtype=x.dtype)
+        h = jnp.einsum("cd,cdf->cf", x, jnp.einsum("ce,edf->cdf", one_hot, p["up"]))
+        return jnp.einsum("cf,cfd->cd", jnp.tanh(h), jnp.einsum("ce,efd->cfd", one_hot, p["down"]))
+
+    return Case(fn, params(up=(E, D, F), down=(E, F, D)), (activations(C, D), tokens(C, high=E)))
+
+
+# ---- biases and statistics
+
+
+@row("a bias subtracted, a bias times two", linear=("up", "down"))
+def turned_biases():
+    def fn(p, x):
+        return jnp.tanh(x @ p["up"] - p["up_bias"]) @ p["down"] + 2 * p["down_bias"]
+
+    return Case(fn, params(up=(D, F), up_bias=(F,), down=(F, D), down_bias=(D,)), (x3(),))
+
+
+@row("a normalization by counted statistics", linear=("up", "down"), everyday=True)
+def counted_statistics():
+    def fn(p, x):
+        h = x @ p["up"] + p["up_bias"]
+        h = (h - p["mean_bias"]) * (jax.lax.rsqrt(p["variance_scale"] ** 2 + 1.0) * p["scale"])
+        return jax.nn.gelu(h + p["bias"]) @ p["down"]
+
+    vectors = dict.fromkeys(("up_bias", "mean_bias", "variance_scale", "scale", "bias"), (F,))
+    return Case(fn, params(up=(D, F), **vectors, down=(F, D)), (x3(),))
+
+
 # ---- embeddings
 
 
