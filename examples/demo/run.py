@@ -3,6 +3,7 @@
     make demo                                                     # what ships here
     make demo ARGS="--quantize nf4"                               # QLoRA beside LoRA
     python examples/demo/run.py --model FOLDER --data FILE.jsonl  # your own
+    make demo ARGS="--folder RUN"                                 # can be stopped and gone on with
 
 A Llama of a million parameters (base/, made by pretrain.py) is fine-tuned on source code (data/)
 by LoRA, in full, and by a probe (the final norm and an untied copy of the head), with equal tokens
@@ -12,6 +13,9 @@ the two folders, and merged; the last line printed is JSON.
 
 With --quantize, QLoRA runs beside LoRA on the same batches, over a base whose hidden matrices are
 in that format, and both are evaluated on the way.
+
+On a terminal a bar shows how far it is; where the output goes to a file, each evaluation writes a
+line. With --folder, checkpoints are kept there, and the same command goes on where it was stopped.
 
 With a model of your own (a Hugging Face folder of the Llama family) only LoRA runs, or only QLoRA,
 unless --methods asks for more. Records are `messages`, `prompt` and `completion`, or `text`.
@@ -65,6 +69,7 @@ METHODS = ("lora", "full", "probe")
 RANK = 16
 ROWS = 4  # of a batch
 STEPS = 300  # a little more than one pass over data/train.jsonl
+WRITTEN = 80  # tokens of a sample, at most
 KEY = jax.random.key(0)
 PROMPT = "class Stack:\n\n    def __init__(self, items=None):\n"
 
@@ -142,19 +147,15 @@ def measure(model: Model, adapter, frozen, examples: Examples) -> Evaluation:
 
 
 def tune(name, base: Model, train: Examples, held_out: Examples, options, folder=None) -> Tuned:
-    """One method, some steps of AdamW with warmup and cosine decay.
+    """One method, some steps of AdamW with warmup and cosine decay, evaluated at each quarter.
 
-    With a folder, checkpoints go there, and it is evaluated four times on the way.
+    With a folder, checkpoints go there, and a run that was stopped goes on from them.
     """
     begin = time.perf_counter()
     model, method = method_for(name, base, options.rank, options.quantize)
     frozen, adapter = jp.split(method(KEY, model.params))
     rate, steps = options.rates[name], options.steps
     schedule = optax.warmup_cosine_decay_schedule(0, rate, steps // 20, steps, rate / 10)
-    on_the_way: dict[str, Any] = {}
-    if folder is not None:
-        batches = Batches(held_out, batch_size=16, shuffle=False, epochs=1)
-        on_the_way = dict(folder=folder, held_out=batches, eval_every=max(1, steps // 4))
     run = fit(
         loss_of(model),
         optax.adamw(schedule, b2=0.98, weight_decay=0.0),
@@ -163,14 +164,57 @@ def tune(name, base: Model, train: Examples, held_out: Examples, options, folder
         Batches(train, batch_size=ROWS),  # the same batches for every method
         steps=steps,
         clip=1.0,
-        **on_the_way,
+        held_out=Batches(held_out, batch_size=16, shuffle=False, epochs=1),
+        eval_every=max(1, steps // 4),
+        folder=folder,
+        save_every=None if folder is None else max(1, steps // 12),
+        keep=1,
+        progress=None if sys.stdout.isatty() else "lines",
     )
-    adapter, course = run.state.adapter, {}
+    if not run.finished:
+        onward = "--folder to keep checkpoints" if folder is None else "the same command to go on"
+        step = int(run.state.step)
+        raise UserError(f"{name} was stopped at step {step} of {steps}. Use {onward}.")
+    course = {}
     if folder is not None:
         records = read_metrics(folder / "metrics.jsonl")
         course = {r["step"]: r["held_out_loss"] for r in records if "held_out_loss" in r}
-    evaluation = run.held_out or measure(model, adapter, frozen, held_out)
-    return Tuned(model, method, frozen, adapter, evaluation, course, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    return Tuned(model, method, frozen, run.state.adapter, run.held_out, course, seconds)
+
+
+def claim(folder: Path, options) -> None:
+    """Writes down what is run in a folder, or refuses one in which something else was."""
+    said = {"model": options.model, "data": options.data, "held_out": options.held_out}
+    said = {name: value and str(Path(value).resolve()) for name, value in said.items()}
+    for name in ("rank", "steps", "context", "quantize", "rates"):
+        said[name] = getattr(options, name)
+    note = folder / "run.json"
+    if note.exists():
+        before = json.loads(note.read_text())
+        for name, value in said.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"{folder} holds a run with {name} {before.get(name)}, not {value}. Use the "
+                    f"options that it was begun with, or another folder."
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(said, indent=1) + "\n")
+
+
+def sample_prompt(examples: Examples, room: int) -> np.ndarray:
+    """How the first example begins whose prompt leaves room for what is to be written.
+
+    Its whole prompt, up to what the loss counts. A text has none: then its first 24 tokens.
+    """
+    prompts = []
+    for index in range(len(examples)):
+        ids, counted = examples[index]
+        first = int(np.argmax(counted))
+        prompts.append(ids[:first] if first else ids[: min(24, len(ids) - 1)])
+        if len(prompts[-1]) <= room:
+            return prompts[-1]
+    return min(prompts, key=len)
 
 
 def writer(tokenizer: TextTokenizer, model: Model, prompt: np.ndarray) -> Callable[[Any], str]:
@@ -179,10 +223,10 @@ def writer(tokenizer: TextTokenizer, model: Model, prompt: np.ndarray) -> Callab
     write = generator(
         jp.lift(model.forward),
         functools.partial(decoder.init_cache, model.config),
-        max_new=80,
+        max_new=min(WRITTEN, model.config.longest + 1 - len(prompt)),
         temperature=0.6,
         top_p=0.9,
-        eos=model.config.eos,
+        eos=sorted({*model.config.eos, *tokenizer.stop_ids}),
     )
 
     def text(tree: Any) -> str:
@@ -238,6 +282,8 @@ def arguments(argv=None):
     parser.add_argument("--context", type=int, default=256, help="tokens of a row")
     parser.add_argument("--prompt", help="of the samples; default: how a held-out text begins")
     parser.add_argument("--out", type=Path, help="where the adapter folder is left")
+    parser.add_argument("--merged", type=Path, help="where the merged model is left, a --model")
+    parser.add_argument("--folder", type=Path, help="for checkpoints, to go on where it stopped")
     options = parser.parse_args(argv)
     own = options.model is not None or options.data is not None
     if own and options.data is None:
@@ -342,6 +388,16 @@ def main(argv=None) -> dict[str, Any]:
         f"held out: {len(held_out):,} records, {held_out.targets:,} tokens\n"
         f"{options.steps} steps of {ROWS} x {context} tokens for each method"
     )
+    if options.folder is not None:
+        claim(options.folder, options)
+    if options.prompt is None:
+        prompt = sample_prompt(held_out, model.config.longest + 1 - WRITTEN)
+    else:
+        prompt = np.asarray(tokenizer.tokenizer.encode(options.prompt).ids, np.int32)
+    if len(prompt) > model.config.longest:
+        raise UserError(
+            f"--prompt has {len(prompt)} tokens, the model's context {model.config.longest}."
+        )
 
     base = measure(model, {}, model.params, held_out)
     console.print(f"base: held-out loss {base.loss:.4f}")
@@ -351,18 +407,20 @@ def main(argv=None) -> dict[str, Any]:
         for name in options.methods:
             # The two that are compared step by step leave a record of their way.
             way = Path(scratch) / name if options.quantize and name in ("lora", "qlora") else None
+            way = way if options.folder is None else options.folder / name
+            console.print(f"{name}:")
             tuned[name] = tune(name, model, train, held_out, options, way)
             console.print(f"{name}: held-out loss {tuned[name].held_out.loss:.4f}")
         main = tuned[options.main]
-        folder = options.out or Path(scratch) / "adapter"
+        folder = options.out or (options.folder or Path(scratch)) / "adapter"
         save_adapter(folder, main.adapter, main.method, model.params, key=KEY)
         adapter_bytes = sum(file.stat().st_size for file in folder.glob("adapter-*.safetensors"))
         reload_diff = reload_difference(options.model, folder, main)
     merge_diff = merge_difference(main, held_out)
+    if options.merged is not None:
+        merged = jp.merge(jp.combine(main.frozen, main.adapter))
+        decoder.save(options.merged, model.config, merged, tokenizer_from=options.model)
 
-    prompt = held_out[0].ids[: min(24, len(held_out[0].ids) - 1)]
-    if options.prompt is not None:
-        prompt = np.asarray(tokenizer.tokenizer.encode(options.prompt).ids, np.int32)
     write = writer(tokenizer, model, prompt)
     console.rule("a text begins")
     console.print(tokenizer.tokenizer.decode(prompt.tolist()), markup=False, highlight=False)

@@ -212,7 +212,7 @@ _with_paths, _key = jax.tree_util.tree_leaves_with_path, jax.tree_util.keystr
 
 def _is_narrow(dtype: Any) -> bool:
     """Whether a dtype lacks the small numbers that gradients are (float16, float8)."""
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).tiny > 1e-30
+    return bool(jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).tiny > 1e-30)
 
 
 def _update(tx: Any, grads: Any, state: State, bad: jax.Array) -> tuple[Any, Any, jax.Array]:

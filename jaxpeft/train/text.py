@@ -53,6 +53,7 @@ class TextTokenizer:
         self.eos_id = self._id("eos", ids)
         ends = ids.get("eos_token_id")
         self._ends = {self.eos_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self._turn_ends: set[int] = set()
         self._chat: ChatTemplate | None = None
         self._told: set[str] = set()
 
@@ -65,6 +66,12 @@ class TextTokenizer:
         if value is not None:
             self._special.setdefault(f"{name}_token", self.tokenizer.id_to_token(value) or "")
         return value
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Where generation is to stop: the folder's end tokens, and those that end the assistant's
+        turns in what has been encoded so far."""
+        return sorted(self._ends | self._turn_ends)
 
     @property
     def chat(self) -> ChatTemplate:
@@ -128,10 +135,11 @@ class TextTokenizer:
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=False)
         end = next((i for i in reversed(said) if decode([i]).strip()), None)
         if end is not None and self._ends and end not in self._ends:
+            self._turn_ends.add(end)
             self._tell(
                 f"assistant turns end with {decode([end])!r} (id {end}), which is none of the end "
                 f"tokens {sorted(self._ends)} of {self.folder}. Let generation stop there, too: "
-                f"generator(..., eos=...)."
+                f"generator(..., eos=tokenizer.stop_ids)."
             )
 
     def _tell(self, message):

@@ -1,6 +1,7 @@
 """`make demo`'s entry point, on a tiny model of one's own."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -38,14 +39,22 @@ def demo(*options):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_a_model_of_ones_own_gives_the_table_and_a_last_line_of_json(own, tmp_path):
-    out = tmp_path / "adapter"
-    options = ["--model", own / "model", "--data", own / "data.jsonl", "--out", out]
-    done = demo(
-        *options, "--methods", "lora,full,probe", "--rank", 4, "--steps", 40, "--rate", 0.01
-    )
+def options_for(own):
+    options = ["--model", own / "model", "--data", own / "data.jsonl"]
+    return [*options, "--rank", 4, "--steps", 40, "--rate", 0.01]
+
+
+@pytest.fixture(scope="module")
+def whole(own):
+    """A run of all methods from begin to end, its last line, and where its adapter is."""
+    out = own / "adapter"
+    done = demo(*options_for(own), "--methods", "lora,full,probe", "--out", out)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    return done, json.loads(done.stdout.splitlines()[-1]), out
+
+
+def test_a_model_of_ones_own_gives_the_table_and_a_last_line_of_json(whole):
+    done, result, out = whole
     assert list(result) == [
         "loss", "recovered", "trainable", "adapter_bytes", "seconds", "reload_diff",
         "merge_max_diff",
@@ -64,6 +73,69 @@ def test_a_model_of_ones_own_gives_the_table_and_a_last_line_of_json(own, tmp_pa
         assert text in done.stdout
 
 
+def test_output_to_a_file_has_a_line_for_each_evaluation(whole):
+    lines = whole[0].stdout.splitlines()
+    for name in ("lora", "full", "probe"):
+        begin = lines.index(f"{name}:")
+        for line, step in zip(lines[begin + 1 :], (0, 10, 20, 30, 40), strict=False):
+            assert re.match(rf"step {step}/40  .*held out \d\.\d{{4}}", line), line
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_folder_and_ends_the_same(own, whole, tmp_path):
+    options = [*options_for(own), "--folder", tmp_path / "run"]
+    command = [sys.executable, str(DEMO / "run.py"), *map(str, options)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in first.stdout:  # known while it runs, and not at its end
+        if line.startswith("step 10/40"):
+            first.terminate()
+            break
+    _, err = first.communicate()
+    assert first.returncode == 2
+    stopped = re.search(r"error: lora was stopped at step (\d+) of 40. Use the same command", err)
+    assert 10 <= int(stopped[1]) < 40, err
+    merged = tmp_path / "merged"
+    done = demo(*options, "--merged", merged)
+    assert done.returncode == 0, done.stderr
+    assert "step 0/40" not in done.stdout and "step 40/40" in done.stdout
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["loss"]["lora"] == whole[1]["loss"]["lora"]
+    assert (tmp_path / "run" / "adapter" / "adapter.json").exists()
+    # What was merged is a model to start from: it has its tokenizer.
+    config, _ = decoder.load(merged)
+    assert run.TextTokenizer(merged).eos_id == config.eos[0]
+
+
+def test_a_folder_of_another_run_is_refused_by_name(own, tmp_path):
+    given = lambda *more: run.arguments(["--data", str(own / "data.jsonl"), *more])  # noqa: E731
+    run.claim(tmp_path, given("--steps", "40"))
+    run.claim(tmp_path, given("--steps", "40", "--methods", "lora,full"))
+    with pytest.raises(UserError, match=rf"{tmp_path} holds a run with steps 40, not 20"):
+        run.claim(tmp_path, given("--steps", "20"))
+    with pytest.raises(UserError, match="holds a run with rank 16, not 2"):
+        run.claim(tmp_path, given("--steps", "40", "--rank", "2"))
+
+
+def test_samples_begin_with_the_whole_prompt_of_a_record(own):
+    tokenizer = run.TextTokenizer(own / "model")
+    file = own / "asked.jsonl"
+    question = "Which of these modules reads files of configuration, and how is it used? " * 2
+    asked = [{"prompt": question, "completion": "configparser"}]
+    file.write_text("".join(json.dumps(record) + "\n" for record in asked))
+    examples = run.read_examples(file, tokenizer, context=256)
+    prompt = run.sample_prompt(examples, room=200)
+    assert len(prompt) > 24
+    assert tokenizer.tokenizer.decode(prompt.tolist()).strip() == question.strip()
+    # A shorter one where the first leaves no room for what is to be written.
+    asked.append({"prompt": "What is cmd? ", "completion": "a module"})
+    file.write_text("".join(json.dumps(record) + "\n" for record in asked))
+    examples = run.read_examples(file, tokenizer, context=256)
+    for room in (20, 1):  # and the shortest where none does
+        prompt = run.sample_prompt(examples, room)
+        assert tokenizer.tokenizer.decode(prompt.tolist()).strip() == "What is cmd?"
+    texts = run.read_examples(own / "data.jsonl", tokenizer, context=64)
+    assert len(run.sample_prompt(texts, room=200)) == 24
+
+
 def test_faults_of_the_user_are_one_line(own, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n{"text": \n')
@@ -71,6 +143,10 @@ def test_faults_of_the_user_are_one_line(own, tmp_path):
         (["--model", own / "model"], "--model needs --data"),
         (["--model", own / "model", "--data", bad], f"{bad}, line 2"),
         (["--model", tmp_path / "none", "--data", bad], "none"),
+        (
+            ["--model", own / "model", "--data", own / "data.jsonl", "--prompt", "one two " * 40],
+            "tokens, the model's context 64",
+        ),
     ):
         done = demo(*options)
         assert done.returncode == 2, done.stderr

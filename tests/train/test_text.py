@@ -73,6 +73,7 @@ def test_the_marker_of_the_next_role_is_counted_as_the_one_token_that_it_is(tmp_
     (record,) = caplog.records  # once: this folder's end token is another
     assert f"turns end with '<|im_start|>' (id {start}), which is none of the end" in record.message
     assert f"[{tokenizer.eos_id}] of {folder}" in record.message
+    assert tokenizer.stop_ids == sorted([tokenizer.eos_id, start])
 
 
 def test_turns_that_end_with_one_of_the_folders_end_tokens_are_no_news(tmp_path, caplog):
