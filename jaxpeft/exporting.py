@@ -56,15 +56,10 @@ def _encode(value: Any, who: str, names: Sequence[str] = ()) -> Any:
     kind = type(value).__name__
     if isinstance(value, np.generic):
         return _encode(value.item(), who)
-    if isinstance(value, (np.dtype, type)) and jnp.dtype(value).name != "object":
-        return {"dtype": jnp.dtype(value).name}
+    if (dtype := _dtype(value)) is not None:
+        return {"dtype": dtype.name}
     if _RECORDS.get(kind) is type(value):
-        parts = (
-            [getattr(value, field.name) for field in dataclasses.fields(value)]
-            if dataclasses.is_dataclass(value)
-            else value
-        )
-        return {kind: [_encode(x, who) for x in parts]}
+        return {kind: [_encode(x, who) for x in _parts(value)]}
     if type(value) in (list, tuple):
         whose = [f"{who}.{name}" for name in names] or [who] * len(value)
         return {kind: [_encode(x, owner) for x, owner in zip(value, whose, strict=True)]}
@@ -74,15 +69,31 @@ def _encode(value: Any, who: str, names: Sequence[str] = ()) -> Any:
     )
 
 
+def _dtype(value: Any) -> Any:
+    """The dtype of numbers that this is, or whose class it is; `None` for all else."""
+    if not isinstance(value, (np.dtype, type)):
+        return None
+    try:
+        dtype = jnp.dtype(value)  # takes any class for a dtype, if of objects
+    except TypeError:
+        return None
+    known = jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
+    return dtype if known else None
+
+
+def _parts(record: Any) -> list[Any]:
+    if dataclasses.is_dataclass(record):
+        return [getattr(record, field.name) for field in dataclasses.fields(record)]
+    return list(record)
+
+
 def _decode(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, parts),) = value.items()
     if kind == "dtype":
         return jnp.dtype(parts)
-    parts = [_decode(x) for x in parts]
-    return (
-        {"list": list, "tuple": tuple}[kind](parts)
-        if kind in ("list", "tuple")
-        else (_RECORDS[kind](*parts))
-    )
+    decoded = [_decode(x) for x in parts]
+    if kind in ("list", "tuple"):
+        return decoded if kind == "list" else tuple(decoded)
+    return _RECORDS[kind](*decoded)

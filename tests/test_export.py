@@ -165,7 +165,7 @@ def test_a_weight_of_the_users_own_goes_through_a_file():
     np.testing.assert_allclose(again.call(tree, X), jp.lift(model)(tree, X), rtol=1e-6)
 
 
-@pytest.mark.parametrize("note", [print, object, {1, 2}, P["b"]], ids=str)
+@pytest.mark.parametrize("note", [print, object, str, np.generic, {1, 2}, P["b"]], ids=str)
 def test_a_static_field_without_a_form_in_a_file_is_named(note):
     kind = type(note).__name__
     with pytest.raises(

@@ -76,9 +76,9 @@ def test_a_value_of_the_call_that_nothing_takes_is_refused():
 
 
 @functools.cache
-def low_rank(rank=4, **options):
+def low_rank(rank=4, alpha=8, **options):
     sites = jp.sites(model, params(), jnp.ones((2, 6)))
-    return jp.split(jp.lora(rank, sites.match("w"), alpha=8, **options)(KEY, params()))
+    return jp.split(jp.lora(rank, sites.match("w"), alpha=alpha, **options)(KEY, params()))
 
 
 MADE = "'w/b' has shape (2, 8), where `lora` trains an array of shape (4, 8)"
@@ -194,10 +194,13 @@ def test_other_things_than_arrays_still_go_in():
 
 
 def test_two_adapters_of_a_method_share_one_program():
-    one, two = low_rank(), low_rank(dtype=jnp.bfloat16)
+    # Without an alpha the scale is 1 at every rank: only the places differ.
+    one, two, other = (
+        low_rank(r, None, dtype=d) for r, d in ((4, "float32"), (4, "bfloat16"), (2, "float32"))
+    )
     assert jax.tree.structure(one[0]) == jax.tree.structure(two[0])
     jax.tree.map(np.testing.assert_array_equal, one[0], two[0])
-    assert jax.tree.structure(one[0]) != jax.tree.structure(low_rank(2)[0])
+    assert jax.tree.structure(one[0]) != jax.tree.structure(other[0])
     traced = []
 
     @jax.jit
@@ -206,11 +209,11 @@ def test_two_adapters_of_a_method_share_one_program():
         return jp.merge(jp.combine(frozen, adapter))["w"]
 
     step(*one)
-    step(low_rank.__wrapped__()[0], {k: 2 * v for k, v in one[1].items()})
+    step(low_rank.__wrapped__(4, None)[0], {k: 2 * v for k, v in one[1].items()})
     assert len(traced) == 1
     # The program of one tree never serves an adapter that belongs to another.
     with refused("'w/a' has shape (6, 4), where `lora` trains an array of shape (6, 2)"):
-        step(low_rank(2)[0], one[1])
+        step(other[0], one[1])
 
 
 def test_places_are_pickled_with_what_they_expect():
