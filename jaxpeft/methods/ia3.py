@@ -171,12 +171,13 @@ def _check_biases(sites: Sites) -> None:
         if site.bias is None:
             continue
         bias = sites.every[site.bias]
-        if bias.size(OUT) != site.size(OUT) or bias.stack != site.stack:
+        numbers, outputs = bias.size(OUT), site.size(OUT)
+        if numbers != outputs or bias.stack != site.stack:
             raise ValueError(
                 f"`ia3`: the model adds '{bias.path}' of shape {bias.shape} to the product of "
                 f"'{site.path}' of shape {site.shape}, and both are scaled by one vector: there "
-                f"are {bias.size(OUT)} numbers for {site.size(OUT)} outputs, in stacks "
-                f"{bias.stack} and {site.stack}. Leave '{site.path}' out of the sites."
+                f"are {numbers} numbers for {outputs} outputs, in stacks {bias.stack} and "
+                f"{site.stack}. Leave '{site.path}' out of the sites."
             )
         followed = [other.path for other in sites.every.values() if other.bias == site.bias]
         if len(followed) > 1:
