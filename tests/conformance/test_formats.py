@@ -17,7 +17,11 @@ from .rows import ROWS
 from .rows.row import marks
 from .subject import differentiated, in_mesh, lifted_call, score, scores, subject, worst
 
-pytestmark = pytest.mark.filterwarnings("ignore::jaxpeft.MaterializedWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::jaxpeft.MaterializedWarning"),
+    # Sides of a few rows, in blocks: no device could have a part of its own.
+    pytest.mark.filterwarnings("ignore:`quantize`. the codes of"),
+]
 
 # Blocks so small that the table's tiny weights have several, some cut short.
 FORMATS = {
