@@ -75,8 +75,11 @@ def _fits(value: Any, kind: Any) -> bool:
         if any(_fits(value, one) for one in args):
             return True
         # By pattern of path there may be whatever may stand there alone.
-        by_pattern = any(get_origin(one) is Mapping for one in args)
-        return by_pattern and _fits(value, Mapping[str, _without_mappings(args)])
+        alone = [one for one in args if get_origin(one) is not Mapping]
+        by_pattern = len(alone) < len(args) and isinstance(value, Mapping)
+        return by_pattern and all(
+            isinstance(k, str) and any(_fits(v, one) for one in alone) for k, v in value.items()
+        )
     if origin is Literal:
         return isinstance(value, str) and value in args
     if origin is tuple and args[-1] is not Ellipsis:
@@ -96,10 +99,6 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is float:
         return _fits(value, int) or isinstance(value, float) and math.isfinite(value)
     return isinstance(value, kind)
-
-
-def _without_mappings(kinds: Sequence[Any]) -> Any:
-    return Union[tuple(one for one in kinds if get_origin(one) is not Mapping)]  # noqa: UP007
 
 
 def _is_sequence(value: Any) -> bool:

@@ -104,7 +104,7 @@ def _check(description: Any) -> None:
     conform_fields(description, _FIELDS if version == 1 else _FIELDS_2, "description")
     for path, entry in description["adapter"].items():
         conform(entry, tuple[list[int], str], f"adapter.{path}")
-        _check_array(*entry, f"adapter.{path}")
+        _check_array(entry[0], entry[1], f"adapter.{path}")
     for path, entry in description["base"].items():
         if version > 1:
             conform_fields(entry, ENTRY, f"base.{path}")
