@@ -112,6 +112,8 @@ _REDUCING |= {p.reduce_and_p, p.reduce_or_p, p.argmax_p, p.argmin_p}
 
 def inherited(eqn: Any, values: list, outs: list, shapes: Mapping) -> list:
     """The results of an equation, with what they depend on."""
+    if not outs:
+        return outs
     mine = [
         ancestors_of(v, getattr(x.aval, "shape", ()), shapes)
         for v, x in zip(values, eqn.invars, strict=True)

@@ -71,3 +71,11 @@ def test_cuts_are_the_digits_of_an_axis_most_significant_first():
     dims = axes.reshape(axes.whole(0, (12, 5)), (12, 5), (3, 4, 5))[::-1]
     assert [d.size for d in axes.cuts(dims, 0, 12)] == [3, 4]
     assert [d.size for d in axes.cuts(dims, 1, 5)] == [5]
+
+
+def test_a_dimension_whose_digits_are_not_as_many_as_it_is_long_is_unknown():
+    """As that of a broadcast: a label for one entry, where there are four."""
+    (row,), (col,) = axes.whole("w", (1, 3))
+    assert axes.reshape([(row,), (col,)], (4, 3), (2, 2, 3)) == (None, None, (col,))
+    assert axes.reshape([(row,), (col,)], (4, 3), (12,)) == (None,)
+    assert axes.reshape([(col,)], (2,), (2,)) == (None,)

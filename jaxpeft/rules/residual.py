@@ -14,7 +14,7 @@ from jax.extend import core as jex
 from jax.extend.core import primitives as p
 
 from jaxpeft import compat
-from jaxpeft.weight import is_view
+from jaxpeft.composite import is_structured
 
 #: What a product may go through on its way, its elements in the same order.
 _PASSING = {p.reshape_p, p.convert_element_type_p, p.squeeze_p, p.copy_p, p.name_p}
@@ -80,7 +80,7 @@ def residual(frames: Sequence[Frame], path: str, row: int | None) -> list[jax.Ar
         if other is None:
             return end(f"is added to itself ({compat.source(eqn)})")
         if not _is_bias(frame, other, value):
-            exists = other in frame.env and not is_view(frame.env[other])
+            exists = other in frame.env and not is_structured(frame.env[other])
             if not alike and exists:
                 raise _lost(path, f"is added to several values ({compat.source(eqn)})")
             alike = max(alike - 1, 0)

@@ -329,6 +329,8 @@ _COARSE = (
     "linen LSTM under nn.RNN",
     "lax.scan over time with constant weights",
     "weight sliced into parts before use",
+    "layers stacked, then scanned",
+    "linen OptimizedLSTMCell under nn.RNN",
 )
 
 # Where weights lie in parts, and what numbers their entries would have to be told.

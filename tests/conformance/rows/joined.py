@@ -137,13 +137,16 @@ def tables_joined():
 
 @row("convolution of joined kernels", conv=("w", "u"))
 def conv_joined():
+    """Of pixels, which have no gradient: it would reverse each kernel, and here the joined one."""
+
     def fn(p, x):
         dims = ("NHWC", "HWIO", "NHWC")
         kernel = jnp.concatenate([p["w"], p["u"]], axis=-1) * p["scale"]
+        x = x.astype(kernel.dtype) / V
         y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dims)
         return jnp.tanh(y)
 
-    return Case(fn, params(w=(3, 3, 5, 7), u=(3, 3, 5, 4), scale=(11,)), (activations(B, 4, 6, 5),))
+    return Case(fn, params(w=(3, 3, 5, 7), u=(3, 3, 5, 4), scale=(11,)), (tokens(B, 4, 6, 5),))
 
 
 @row(

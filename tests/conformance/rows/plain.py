@@ -616,7 +616,7 @@ def concatenated():
         both = jnp.concatenate([x @ p["q"], x @ p["k"]], -1)
         return jnp.tanh(both + x @ jnp.concatenate([p["q"], p["k"]], 1)) @ p["o"]
 
-    return Case(fn, params(q=(D, F), k=(D, 11), o=(F + 11, 7)), (x3(),))
+    return Case(fn, params(q=(D, F), k=(D, 11), o=(F + 11, 11)), (x3(),))
 
 
 @row("a weight under a non-linear operation", linear=("w", "u"), materializes=("w",))
