@@ -191,7 +191,9 @@ class Sites(Mapping[str, Site]):
 
     @property
     def expert(self) -> "Sites":
-        """Stacks of which each product takes one slice per expert."""
+        """Stacks of which each product takes one slice per expert: side by side, gathered by id,
+        or all of them on all tokens, which the shares of a router or a second stack tell from
+        heads."""
         return self._of_kind("expert")
 
     @property
@@ -298,7 +300,9 @@ class Sites(Mapping[str, Site]):
     def override(self, path: str, *roles: str) -> "Sites":
         """The same sites with other roles for the axes of one parameter.
 
-        For what no program reveals: an ensemble under `vmap` looks like heads.
+        For what no program reveals: an ensemble under `vmap` looks like heads, and so do experts
+        that are summed with other weights than the shares of a softmax. Products that share
+        their input among a stack, or sum over it, keep every factor apart.
 
         Raises:
           ValueError: A role is not "stack", "in" or "out", or their number differs.

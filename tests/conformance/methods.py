@@ -295,6 +295,7 @@ _PARTS = dict.fromkeys(
     ),
     r"'(up|down)'.*sharding that the weight cannot follow",
 )
+_TURNED = {"a bias subtracted, a bias times two": r"'(up|down)'.*subtracts or scales '\w+_bias'"}
 _POSITIONS = r"prefix at '.*' is told of virtual positions"
 
 # Sides are prime, so a block is all of them: as large as a square weight, cut where that is.
@@ -371,7 +372,7 @@ METHODS = [
         | by_hand.ATTENTION
         | by_hand.BATCH_ON_MESH
         | by_hand.EXPLICIT,
-        refused=_DENSE_ONLY | _PARTS | {"jit inside": r"'up'.*dot_general"},
+        refused=_DENSE_ONLY | _PARTS | _TURNED | {"jit inside": r"'up'.*dot_general"},
     ),
     Method(
         "parallel",
@@ -388,6 +389,7 @@ METHODS = [
         by_hand=by_hand.prefix,
         models=by_hand.FEED_FORWARD | by_hand.ATTENTION,
         refused=_PARTS
+        | _TURNED
         | dict.fromkeys(("experts by a batch axis", *by_hand.BATCH_ON_MESH), _POSITIONS),
         given=_virtual_positions,
     ),
