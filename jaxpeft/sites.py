@@ -203,7 +203,9 @@ class Sites(Mapping[str, Site]):
 
     @property
     def expert(self) -> "Sites":
-        """Stacks of which each product takes one slice per expert."""
+        """Stacks of which each product takes one slice per expert: side by side, gathered by id,
+        or all of them on all tokens, which the shares of a router or a second stack tell from
+        heads."""
         return self._of_kind("expert")
 
     @property
@@ -325,8 +327,10 @@ class Sites(Mapping[str, Site]):
     def override(self, path: str, *roles: str) -> "Sites":
         """The same sites with other roles for the axes of one parameter.
 
-        For what no program reveals: an ensemble under `vmap` looks like heads. With an input
-        and an output side it is a matrix from then on, also where the model computes something
+        For what no program reveals: an ensemble under `vmap` looks like heads, and so do experts
+        that are summed with other weights than the shares of a softmax. Products that share
+        their input among a stack, or sum over it, keep every factor apart. With an input and an
+        output side a parameter is a matrix from then on, also where the model computes something
         of it before it uses it; `lift` forms the array there, with a warning.
 
         Raises:

@@ -432,6 +432,8 @@ class _Walk:
             minus = eqn.primitive is p.sub_p
             if minus and second:
                 made = dataclasses.replace(made, minus=param.param)
+            elif minus and other.flow.times:  # shift - mean * inverse, folded into one vector
+                self.statistics |= {other.flow.times, *other.flow.deviation}
             product = other.after or other.biased
             if product and not normed and all(aligned):
                 where |= {"of": product, "plain": param.plain and not minus}

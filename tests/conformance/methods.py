@@ -313,8 +313,9 @@ _PARTS = dict.fromkeys(
     ),
     r"'(up|down)'.*sharding that the weight cannot follow",
 )
+_TURNED = {"a bias subtracted, a bias times two": r"'(up|down)'.*subtracts or scales '\w+_bias'"}
 _POSITIONS = r"prefix at '.*' is told of virtual positions"
-_TURNED = {
+_MISPLACED = {
     "layers with time before batch, as many of both": r"is told of virtual positions \(4, 5\).*"
     r"input has leading axes \(5, 4\)",
     "a pooler of the first position": r"Output 0 of shape \(2, 19\) reads a placeholder",
@@ -398,7 +399,7 @@ METHODS = [
         | by_hand.ATTENTION
         | by_hand.BATCH_ON_MESH
         | by_hand.EXPLICIT,
-        refused=_DENSE_ONLY | _PARTS | {"jit inside": r"'up'.*dot_general"},
+        refused=_DENSE_ONLY | _PARTS | _TURNED | {"jit inside": r"'up'.*dot_general"},
     ),
     Method(
         "parallel",
@@ -415,8 +416,9 @@ METHODS = [
         by_hand=by_hand.prefix,
         models=by_hand.FEED_FORWARD | by_hand.ATTENTION,
         refused=_PARTS
-        | dict.fromkeys(("experts by a batch axis", *by_hand.BATCH_ON_MESH), _POSITIONS)
-        | _TURNED,
+        | _MISPLACED
+        | _TURNED
+        | dict.fromkeys(("experts by a batch axis", *by_hand.BATCH_ON_MESH), _POSITIONS),
         given=_virtual_positions,
     ),
     Method(

@@ -298,6 +298,11 @@ def ragged():
     return Case(fn, params(up=(E, D, F), down=(E, F, D)), (activations(11, D), sizes))
 
 
+# Outputs of experts: E * O is unlike D * E, so that scales of all experts are not as many as the
+# router's numbers.
+O = 19
+
+
 def _shares(p, x):
     """What each expert counts for each token: a softmax over experts."""
     return jax.nn.softmax(x @ p["router"])
@@ -312,7 +317,7 @@ def experts_on_all_tokens():
             "bte,bted->btd", _shares(p, x), jnp.einsum("btef,efd->bted", h, p["down"])
         )
 
-    shapes = dict(router=(D, E), up=(E, D, F), gate=(E, D, F), bias=(E, F), down=(E, F, D))
+    shapes = dict(router=(D, E), up=(E, D, F), gate=(E, D, F), bias=(E, F), down=(E, F, O))
     return Case(fn, params(**shapes), (x3(),))
 
 
@@ -322,10 +327,9 @@ def experts_weighed_inside():
         h = jnp.tanh(jnp.einsum("btd,edf->btef", x, p["up"])) * _shares(p, x)[..., None]
         return jnp.einsum("btef,efd->btd", h, p["down"])
 
-    return Case(fn, params(router=(D, E), up=(E, D, F), down=(E, F, D)), (x3(),))
+    return Case(fn, params(router=(D, E), up=(E, D, F), down=(E, F, O)), (x3(),))
 
 
-# Each token has its matrices in the dense program, too: E = 4 and C * 2 are unlike.
 @row("experts gathered for each token", linear=("router", "up", "down"))
 def experts_gathered():
     def fn(p, x):
@@ -333,7 +337,7 @@ def experts_gathered():
         h = jnp.tanh(jnp.einsum("cd,ckdf->ckf", x, p["up"][chosen]) + p["bias"][chosen])
         return jnp.einsum("ck,ckf,ckfd->cd", shares, h, p["down"][chosen])
 
-    shapes = dict(router=(D, E), up=(E, D, F), bias=(E, F), down=(E, F, D))
+    shapes = dict(router=(D, E), up=(E, D, F), bias=(E, F), down=(E, F, O))
     return Case(fn, params(**shapes), (activations(C, D),))
 
 
@@ -341,12 +345,14 @@ def experts_gathered():
 def experts_gathered_under_vmap():
     def fn(p, x):
         def token(x):
-            e = jnp.argmax(x @ p["router"])
-            return jnp.tanh(x @ p["up"][e] + p["bias"][e]) @ p["down"][e]
+            shares = _shares(p, x)
+            e = jnp.argmax(shares)
+            h = jnp.tanh(x @ p["up"][e] + p["bias"][e])
+            return jnp.max(shares) * (h @ p["down"][e])
 
         return jax.vmap(token)(x)
 
-    shapes = dict(router=(D, E), up=(E, D, F), bias=(E, F), down=(E, F, D))
+    shapes = dict(router=(D, E), up=(E, D, F), bias=(E, F), down=(E, F, O))
     return Case(fn, params(**shapes), (activations(C, D),))
 
 
