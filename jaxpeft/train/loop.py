@@ -162,7 +162,7 @@ def fit(
     eval_loss = jax.jit(in_dtype(loss_fn, compute_dtype))
     state = init(adapter, tx)
     # Before the first evaluation, which may take long.
-    check_dtypes(adapter, frozen, compute_dtype, scale_of(state.opt_state) is not None)
+    check_dtypes(state.adapter, frozen, compute_dtype, scale_of(state.opt_state) is not None)
     evaluation = None
     last, unchecked = False, True
 

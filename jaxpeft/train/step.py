@@ -21,6 +21,8 @@ from jaxpeft.train.loss_scale import SMALLEST, scale_of
 LossFn = Callable[[Any, Any, Any, Any], tuple[jax.Array, jax.Array]]
 """`loss_fn(adapter, frozen, batch, key) -> (loss_sum, weight)`, two scalars."""
 
+_with_paths, _key = jax.tree_util.tree_leaves_with_path, jax.tree_util.keystr
+
 AxisName = Hashable | Sequence[Hashable]
 
 
@@ -205,9 +207,6 @@ def check_dtypes(adapter: Any, frozen: Any, compute_dtype: Any, scaled: bool) ->
                 stacklevel=1,
             )
             return
-
-
-_with_paths, _key = jax.tree_util.tree_leaves_with_path, jax.tree_util.keystr
 
 
 def _is_narrow(dtype: Any) -> bool:
