@@ -153,7 +153,7 @@ def _say_unchecked(about: Path) -> None:
             f"'{about}' has format 1, which carries no hash: damage to a number in it cannot be "
             "seen. Load the adapter and save it again. (Said once, whatever else is loaded.)",
             UncheckedAdapterWarning,
-            stacklevel=4,
+            stacklevel=5,  # who called `load_adapter`
         )
 
 
