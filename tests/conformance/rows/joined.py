@@ -261,7 +261,7 @@ def standardized():
 _KERNEL = "params/layer_instance/kernel"
 
 
-@row("linen WeightNorm", linear=(_KERNEL,), materializes=(_KERNEL,))
+@row("linen WeightNorm", linear=(_KERNEL, "u"), materializes=(_KERNEL,))
 def linen_weight_norm():
     """The scale has a name of its own: flax's is what IA3 calls its field at the kernel."""
     model = nn.WeightNorm(nn.Dense(F, param_dtype=jnp.float64))
@@ -269,8 +269,9 @@ def linen_weight_norm():
 
     def fn(p, x):
         weights = {k: v for k, v in p["params"].items() if k != "g_scale"}
-        return model.apply({"params": weights | {name: p["params"]["g_scale"]}}, x)
+        h = model.apply({"params": weights | {name: p["params"]["g_scale"]}}, x)
+        return jnp.tanh(h) @ p["u"]
 
     variables = model.init(jax.random.key(0), x3())["params"]
     variables = {k.replace(name, "g_scale"): v for k, v in variables.items()}
-    return Case(fn, randomized({"params": variables}), (x3(),))
+    return Case(fn, randomized({"params": variables}) | params(u=(F, 11)), (x3(),))
