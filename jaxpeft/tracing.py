@@ -282,7 +282,7 @@ class _Walk:
         if value.fixed:
             return dataclasses.replace(value, chosen=frozenset(), fixed=False)
         cols = value.digits(range(len(value.dims)))
-        where = {"rows": value.chosen, "cols": cols, "free": value.ids or (1,)}
+        where: dict[str, Any] = {"rows": value.chosen, "cols": cols, "free": value.ids or (1,)}
         self.note(value, "embedding", eqn, by_id=value.by_id, **where)
         if not value.param:
             return value.data(chosen=frozenset())
@@ -306,8 +306,8 @@ class _Walk:
         if not value.mixture:
             return dataclasses.replace(value, chosen=frozenset(), stack=stack)
         kinds = ("linear", "one-hot")
-        kept = [u for u in self.uses[path] if u.kind not in kinds or u.rows != stack]
-        self.uses[path] = kept
+        uses = self.uses[str(path)]
+        uses[:] = [use for use in uses if use.kind not in kinds or use.rows != stack]
         owner = dataclasses.replace(value, param=path)
         self.note(owner, "linear", eqn, rows=rows, cols=cols, stack=stack)
         self.note(owner, "expert", eqn, stack=stack)
@@ -590,7 +590,7 @@ def _gather(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     whole = all(sizes[i] == shape[i] for i in keep)
     lookup = len(rows) == 1 and sizes[rows[0]] == 1 and whole
     free = tuple(eqn.invars[1].aval.shape[:-1])
-    where = {"free": free, "by_id": ids.flow.ids}
+    where: dict[str, Any] = {"free": free, "by_id": ids.flow.ids}
     if lookup:
         cols, stack = table.digits(keep), table.digits(batch)
         if batch or not free:
@@ -619,7 +619,8 @@ def _gather(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     if lookup and table.param:  # rows of a table, or matrices of a stack: the next use tells
         chosen = table.digits(rows)
         dims = [() if any(d in chosen for d in dim or ()) else dim for dim in dims]
-        what = {"chosen": chosen, "ids": free, "by_id": ids.flow.ids, "depends": ACTIVE}
+        what: dict[str, Any] = {"chosen": chosen, "ids": free, "by_id": ids.flow.ids}
+        what["depends"] = ACTIVE
         made = flow.of_rows(dataclasses.replace(ids.flow, live=True), table.param)
         return [Value(tuple(dims), table.param, flow=made, **what)]
     if not table.param:
@@ -671,10 +672,13 @@ def _slice(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
         return [dataclasses.replace(value, dims=kept)]
     if len(cut) == len(one) == len(rest) == 1:
         kept = tuple(() if i in one else dim for i, dim in enumerate(value.dims))
-        what = {"fixed": eqn.primitive is p.slice_p, "by_id": any(v.flow.ids for v in values[1:])}
+        what: dict[str, Any] = {
+            "fixed": eqn.primitive is p.slice_p,
+            "by_id": any(v.flow.ids for v in values[1:]),
+        }
         return [dataclasses.replace(value, dims=kept, chosen=value.digits(one), **what)]
     if eqn.primitive is p.dynamic_slice_p and len(cut) == 1 and len(rest) == 1:
-        where = {"rows": value.digits(cut), "cols": value.digits(rest)}
+        where: dict[str, Any] = {"rows": value.digits(cut), "cols": value.digits(rest)}
         by_id = any(v.flow.ids for v in values[1:])
         walk.note(value, "embedding", eqn, free=(shape[cut[0]],), by_id=by_id, **where)
         rows = flow.of_rows(dataclasses.replace(value.flow, live=True), value.param)

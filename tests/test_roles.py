@@ -317,9 +317,12 @@ HEADS = [
     ),
     # Attention: what is weighed by shares has been mixed over time before.
     lambda p, x: jnp.einsum(
-        "ste,tef,efd->sd",
-        jax.nn.softmax(jnp.einsum("sd,tg->stg", x, x @ p["router"]), 1),
-        jnp.einsum("td,edf->tef", x, p["up"]),
+        "sef,efd->sd",
+        jnp.einsum(
+            "ste,tef->sef",
+            jax.nn.softmax(jnp.einsum("se,te->ste", x @ p["router"], x @ p["router"]), 1),
+            jnp.einsum("td,edf->tef", x, p["up"]),
+        ),
         p["down"],
     ),
 ]

@@ -298,9 +298,9 @@ def ragged():
     return Case(fn, params(up=(E, D, F), down=(E, F, D)), (activations(11, D), sizes))
 
 
-# Outputs of experts: E * O is unlike D * E, so that scales of all experts are not as many as the
+# Outputs of experts: E * G is unlike D * E, so that scales of all experts are not as many as the
 # router's numbers.
-O = 19
+G = 19
 
 
 def _shares(p, x):
@@ -317,7 +317,7 @@ def experts_on_all_tokens():
             "bte,bted->btd", _shares(p, x), jnp.einsum("btef,efd->bted", h, p["down"])
         )
 
-    shapes = dict(router=(D, E), up=(E, D, F), gate=(E, D, F), bias=(E, F), down=(E, F, O))
+    shapes = dict(router=(D, E), up=(E, D, F), gate=(E, D, F), bias=(E, F), down=(E, F, G))
     return Case(fn, params(**shapes), (x3(),))
 
 
@@ -327,7 +327,7 @@ def experts_weighed_inside():
         h = jnp.tanh(jnp.einsum("btd,edf->btef", x, p["up"])) * _shares(p, x)[..., None]
         return jnp.einsum("btef,efd->btd", h, p["down"])
 
-    return Case(fn, params(router=(D, E), up=(E, D, F), down=(E, F, O)), (x3(),))
+    return Case(fn, params(router=(D, E), up=(E, D, F), down=(E, F, G)), (x3(),))
 
 
 @row("experts gathered for each token", linear=("router", "up", "down"))
@@ -337,7 +337,7 @@ def experts_gathered():
         h = jnp.tanh(jnp.einsum("cd,ckdf->ckf", x, p["up"][chosen]) + p["bias"][chosen])
         return jnp.einsum("ck,ckf,ckfd->cd", shares, h, p["down"][chosen])
 
-    shapes = dict(router=(D, E), up=(E, D, F), bias=(E, F), down=(E, F, O))
+    shapes = dict(router=(D, E), up=(E, D, F), bias=(E, F), down=(E, F, G))
     return Case(fn, params(**shapes), (activations(C, D),))
 
 
@@ -352,7 +352,7 @@ def experts_gathered_under_vmap():
 
         return jax.vmap(token)(x)
 
-    shapes = dict(router=(D, E), up=(E, D, F), bias=(E, F), down=(E, F, O))
+    shapes = dict(router=(D, E), up=(E, D, F), bias=(E, F), down=(E, F, G))
     return Case(fn, params(**shapes), (activations(C, D),))
 
 
