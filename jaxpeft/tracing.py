@@ -179,9 +179,7 @@ class _Walk:
       products: How often a weight was multiplied, by the digits that it was contracted over.
     """
 
-    def __init__(
-        self, shapes: dict[str, tuple[int, ...]], ids_are_constants: bool = False
-    ) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]], ids_are_constants: bool = False) -> None:
         self.shapes = shapes
         self.uses: dict[str, list[Use]] = collections.defaultdict(list)
         self.ids_are_constants = ids_are_constants
@@ -240,7 +238,10 @@ class _Walk:
         """Records what parameters are whose descendants meet a product or a sum here."""
         if eqn.primitive in _SUMS:
             for ancestor in ancestry.added(values):
-                if cols := ancestry.own(ancestor, self.shapes):
+                # What scales or shifts a normalization may be folded into a sum that follows.
+                kinds = {use.kind for use in self.uses[ancestor.param]}
+                cols = ancestry.own(ancestor, self.shapes)
+                if cols and not kinds & {"norm", "scale", "bias"}:
                     self.note(Value((), ancestor.param), "added", eqn, cols=cols)
         elif eqn.primitive in ancestry.PRODUCTS | {p.gather_p}:
             for value, other in (values[:2], values[1::-1]):

@@ -274,7 +274,8 @@ def test_bitfit_needs_a_bias():
     ],
 )
 def test_an_empty_selection_lists_what_there_is(method, who):
-    with says(ValueError, f"`{who}` selects no parameter", "the matrices 'v', 'w'", "'b' (8,) (bias)"):
+    there_is = "the matrices 'v', 'w'", "'b' (8,) (bias)"
+    with says(ValueError, f"`{who}` selects no parameter", *there_is):
         method()(KEY, P)
 
 
