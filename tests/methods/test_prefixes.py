@@ -378,7 +378,7 @@ def on_toy():
         ),
         (
             lambda k, v: jp.prefix(2, on_toy().match("embed"), v),
-            "`prefix`: 'embed' is no projection but ['embedding', 'linear']",
+            "`prefix`: 'embed' is no projection but ['embedding', 'head', 'linear']",
         ),
         (
             lambda k, v: jp.prefix(2, on_toy().match("positions"), v),
