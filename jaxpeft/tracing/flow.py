@@ -1,6 +1,6 @@
 """What a value is made of: where it comes from, beside the labels of its dimensions.
 
-`tracing` asks it which tables are read by a number that the caller gives, which product goes on to
+The walk asks it which tables are read by a number that the caller gives, which product goes on to
 the result, what is computed of parameters alone, and which axes are experts rather than outputs.
 """
 
