@@ -7,6 +7,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import bridge
+from jaxpeft.methods.placing import bias_of
 
 D, V = 6, 9
 IDS = jnp.array([[1, 2, 3], [4, 5, 6]])
@@ -399,3 +400,54 @@ def test_tokens_of_one_expert_draw_masks_of_their_own():
     adapter = {n: jnp.ones_like(a) for n, a in adapter.items()}
     out = jp.lift(fn)(jp.combine(frozen, adapter, dropout=jax.random.key(3)), x, e)
     assert len({float(row[0]) for row in out}) > 1
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda p, y: p["scale"] * y / jnp.sqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6),
+        lambda p, y: (y * p["scale"]) * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6),
+        lambda p, y: jnp.einsum(
+            "be,e->be", y / jnp.sqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6), p["scale"]
+        ),
+        lambda p, y: jnp.einsum("e,be->be", p["scale"], y / jnp.std(y, -1, keepdims=True)),
+    ],
+    ids=["scale first", "scale first, rsqrt", "einsum", "einsum, scale first"],
+)
+def test_the_scale_of_a_normalization_is_found_wherever_it_stands(apply):
+    sites = jp.sites(
+        lambda p, x: apply(p, x @ p["w"]) @ p["v"],
+        arrays(w=(D, D), v=(D, D), scale=(D,)),
+        jnp.ones((2, D)),
+    )
+    assert set(sites.norm) == {"scale"}
+    assert set(sites.linear) == {"w", "v"} and not sites.expert
+
+
+def test_a_scale_that_an_einsum_applies_is_no_norm_where_nothing_is_normalized():
+    sites = jp.sites(
+        lambda p, x: jnp.einsum("be,e->be", x @ p["w"], p["scale"]) / jnp.sqrt(D * 1.0),
+        arrays(w=(D, D), scale=(D,)),
+        jnp.ones((2, D)),
+    )
+    assert sites["scale"].kinds == {"scale"} and sites["scale"].of == ("w",)
+    assert not sites.norm and not sites.expert
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda y, b: y[..., 2:] + b,
+        lambda y, b: jnp.split(y, [2], axis=-1)[1][..., ::-1] + b,
+        lambda y, b: y[..., :-2][..., ::-1] - b,
+    ],
+    ids=["a slice", "a slice, reversed", "reversed, subtracted"],
+)
+def test_a_bias_of_a_part_or_of_another_order_is_no_bias_of_the_product(add):
+    sites = jp.sites(
+        lambda p, x: add(x @ p["w"], p["b"]), arrays(w=(D, D), b=(D - 2,)), jnp.ones((2, D))
+    )
+    assert sites["w"].bias is None
+    says = r"'w'.*adds 'b' to a part of its product, or to it in another order"
+    with pytest.raises(ValueError, match=says):
+        bias_of(sites["w"], sites)

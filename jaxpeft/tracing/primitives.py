@@ -33,6 +33,15 @@ def _product(
         free.append(
             [i for i in range(len(value.dims)) if i not in contracted[side] and i not in mine]
         )
+    dims = [pair[0].dims[i] or pair[1].dims[j] for i, j in zip(*batch, strict=True)]
+    dims += [pair[side].dims[i] for side in (0, 1) for i in free[side]]
+    for side, value in enumerate(pair):
+        other, sides = pair[1 - side], [*contracted[side], *free[side]]
+        if value.param and not other.param and batch[side] and not sides and not value.stack:
+            # `einsum("be,e->be")` multiplies entry by entry.
+            scaled = walk.scale(eqn, value, other, cols=value.digits(batch[side]))
+            made = flow.merged(eqn, [v.flow for v in pair])
+            return [dataclasses.replace(scaled, dims=tuple(dims), flow=made)]
     for side, value in enumerate(pair):
         if value.param is None:
             continue
@@ -52,8 +61,6 @@ def _product(
         walk.products[value.param].append(rows)
         walk.consumed |= {w for w, lookup in other.flow.made if not lookup}
     _experts(walk, pair, contracted, batch)
-    dims = [pair[0].dims[i] or pair[1].dims[j] for i, j in zip(*batch, strict=True)]
-    dims += [pair[side].dims[i] for side in (0, 1) for i in free[side]]
     made = flow.of_product([v.flow for v in pair], after)
     mixture = None
     for value, other in (pair, pair[::-1]):
@@ -181,6 +188,15 @@ def _broadcast(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
         if eqn.invars[0].aval.shape[i] == shape[j]:
             dims[j] = value.dims[i]
     return [dataclasses.replace(value, dims=tuple(dims))]
+
+
+def _reverse(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+    """An activation in another order is still the product of its weight."""
+    if values[0].param is not None:
+        return walk.elementwise(eqn, values)
+    turned = eqn.params["dimensions"]
+    dims = tuple(None if i in turned else dim for i, dim in enumerate(values[0].dims))
+    return [dataclasses.replace(values[0], dims=dims)]
 
 
 def _slice(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
@@ -338,6 +354,7 @@ STEPS: dict[Any, Callable[["Walk", Any, list[Value]], list[Value]]] = {
     p.reshape_p: _reshape,
     p.squeeze_p: _squeeze,
     p.broadcast_in_dim_p: _broadcast,
+    p.rev_p: _reverse,
     p.slice_p: _slice,
     p.dynamic_slice_p: _slice,
     compat.split_p: _split,

@@ -108,16 +108,21 @@ def unlike(
     out: dict[str, str] = {}
     by_weight: dict[str, list[tuple[Any, str]]] = {}
     for weights, use, bias in sums:
-        if len(weights) == 1 and any(u.kind == "bias" for u in uses[bias]):
+        if len(weights) == 1 and any(u.kind in ("bias", "added") for u in uses[bias]):
             by_weight.setdefault(weights[0], []).append((use, bias))
     for path, found in by_weight.items():
         names = list(dict.fromkeys(bias for _, bias in found))
         turned = [(use, bias) for use, bias in found if not use.plain]
+        cut = [(use, bias) for use, bias in found if use.kind == "added"]
         rows = [tuple(sorted(r)) for r in products[path]]
         times = max((rows.count(r) for r in rows), default=0)
         if turned:
             use, bias = turned[0]
             out[path] = f"subtracts or scales '{bias}' ({use.source})"
+        elif cut:
+            use, bias = cut[0]
+            part = "to a part of its product, or to it in another order"
+            out[path] = f"adds '{bias}' {part} ({use.source})"
         elif len(names) > 1:
             where = ", ".join(f"'{bias}' ({use.source})" for use, bias in found)
             out[path] = f"adds more than one bias: {where}"

@@ -50,6 +50,7 @@ class Value:
       chosen: Digits of the parameter of which one index was chosen: a row of a table, or one
         slice of a stack of vectors. What it meets next tells which.
       fixed: The index was part of the program (`w[0]`), so it is no lookup.
+      scaled: The parameter that this was multiplied with last, entry by entry.
       normed: Was divided by a standard deviation since the last product.
       one_hot: Comes from a comparison.
       depends: On what: `ancestry.FIXED`, `GIVEN` or `ACTIVE`.
@@ -69,6 +70,7 @@ class Value:
     summed: bool = False
     chosen: frozenset[Digit] = frozenset()
     fixed: bool = False
+    scaled: str | None = None
     normed: bool = False
     one_hot: bool = False
     depends: int = FIXED

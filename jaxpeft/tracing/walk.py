@@ -313,6 +313,13 @@ class Walk:
                 self.stacks.align(a, b)
         if primitive in _PRODUCTS:
             for value, other in ((first, second), (second, first)):
+                if value.scaled and other.normed and other.flow.live and not value.normed:
+                    # scale * x / deviation: the scale came before the division.
+                    uses = self.uses[value.scaled]
+                    uses[:] = [
+                        dataclasses.replace(use, kind="norm", of=()) if use.kind == "scale" else use
+                        for use in uses
+                    ]
                 by = other.flow.deviation
                 if primitive is p.div_p and other is second:
                     by = by or other.flow.entries
@@ -334,13 +341,11 @@ class Walk:
         where: dict[str, Any] = {"cols": cols - stack, "stack": stack}
         flows = [flow.parameter(str(v.param)) if v is param else v.flow for v in values]
         made = flow.merged(eqn, flows)
-        # What weight normalization divides by is no standard deviation of activations.
-        normed = other.normed and (other.flow.live or bool(other.flow.deviation))
+        normed, met = _is_normed(other), other.data(after=(), biased=(), scaled=None)
         if param.param in other.flow.weights:  # computed of the parameter, to scale it
             self.note(param, "other", eqn, **where)
         elif eqn.primitive not in _SUMS:
-            kind, of = ("norm", ()) if normed else ("scale", other.after)
-            self.note(param, kind, eqn, of=of, **where)
+            met = self.scale(eqn, param, other, **where)
             if eqn.primitive is p.div_p and second and other.flow.minus:
                 self.statistics |= {other.flow.minus, str(param.param)}
             if other.flow.deviation and not other.flow.live:
@@ -359,10 +364,38 @@ class Walk:
                 self.sums.append((product, use, str(param.param)))
                 # A second one makes the first not the only one, unless a stream came between.
                 biased = () if other.summed else product
-                return other.data(after=(), biased=biased, flow=made)
+                return dataclasses.replace(met, biased=biased, flow=made)
+            if product and not normed and _lost(param, other, product):
+                use = Use("added", source=compat.source(eqn), **where)
+                self.sums.append((product, use, str(param.param)))
             for kind in ["norm", "bias"] if normed else ["added"]:
                 self.note(param, kind, eqn, **where)
-        return other.data(after=(), biased=(), flow=made)
+        return dataclasses.replace(met, flow=made)
+
+    def scale(self, eqn: Any, param: Value, other: Value, **where: Any) -> Value:
+        """A parameter multiplies an activation entry by entry."""
+        normed = _is_normed(other)
+        kind, of = ("norm", ()) if normed else ("scale", other.after)
+        self.note(param, kind, eqn, of=of, **where)
+        return other.data(after=(), biased=(), scaled=None if normed else param.param)
+
+
+def _is_normed(value: Value) -> bool:
+    """Whether it was divided by a standard deviation, of activations or one that was counted.
+
+    What weight normalization divides by is neither.
+    """
+    return value.normed and (value.flow.live or bool(value.flow.deviation))
+
+
+def _lost(param: Value, other: Value, product: Sequence[str]) -> bool:
+    """Whether a vector is added to a part of a product, or to it in another order.
+
+    Nothing of the product's own sides is left in the dimensions of what it is added to.
+    """
+    wide = [dim for dim in param.dims if dim is None or digits.significant(dim)]
+    left = {d.of for dim in other.dims for d in digits.significant(dim or ())}
+    return len(wide) == 1 and not left & set(product)
 
 
 def _stream(pair: list[Value]) -> frozenset[tuple[str, bool]]:

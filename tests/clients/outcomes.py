@@ -37,18 +37,10 @@ REFUSED: dict[tuple[str, str], str] = {
 }
 
 _POOLER = "the pooler reads position 0, which is a placeholder, and nothing says so"
-_SCALE_FIRST = "`w * x / rms`: a scale in front of the division is not that of a normalization"
-_EINSUM = "a scale that an einsum applies counts as a linear weight of experts"
 
 #: Wrong today; the test is a strict expected failure with this reason.
 FAULTS: dict[tuple[str, str], str] = {
     ("FlaxBertForSequenceClassification", "prefix"): _POOLER,
-    ("Tunix Llama 3", "roles"): _SCALE_FIRST,
-    ("Tunix Llama 3, tied and rematerialized", "roles"): _SCALE_FIRST,
-    ("Penzai Llama", "roles"): _EINSUM,
-    ("Penzai Gemma", "roles"): _EINSUM,
-    ("Penzai Mistral, stacked", "roles"): _EINSUM,
-    ("Penzai GPT-NeoX", "roles"): _EINSUM,
 }
 
 #: Clients of which some parameters are turned into dense arrays, and a pattern of these.
