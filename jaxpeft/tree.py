@@ -76,6 +76,7 @@ class Expected:
       kind: "floating", "complex", ...: an adapter may be stored in another width of its kind.
       dtype: That it was made in, for messages.
       method: That made it, for messages.
+      way: What to do about another shape, for messages; `None` for what to do as a rule.
     """
 
     shape: tuple[int, ...]
@@ -83,6 +84,7 @@ class Expected:
     # Two trees that differ in these alone are one program, and may be mapped over together.
     dtype: Any = dataclasses.field(default=None, compare=False)
     method: str | None = dataclasses.field(default=None, compare=False)
+    way: str | None = dataclasses.field(default=None, compare=False)
 
     @classmethod
     def like(cls, array: Any, method: str | None = None) -> "Expected | None":
@@ -123,7 +125,7 @@ class Expected:
                 "that each call has one: `jax.vmap(lambda adapter: ... combine(frozen, adapter))`."
             )
         else:
-            way = (
+            way = self.way or (
                 "The adapter is of a method with other options, or of other params: give the one "
                 "that `split` returned with this frozen tree, or make the tree with its options."
             )

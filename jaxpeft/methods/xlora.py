@@ -99,16 +99,8 @@ def _weighed(low: jax.Array, shares: jax.Array, w: Any) -> jax.Array:
     """low (..., columns), each times the share (..., groups or 1, experts) of its expert.
 
     A convolution in groups has the columns once for each of them.
-
-    Raises:
-      ValueError: The factors have other columns than the ranks say.
     """
     owner = np.repeat(np.arange(len(w.ranks)), w.ranks)
-    if w.a.shape[-1] != len(owner):
-        raise ValueError(
-            f"The experts at '{w.path}' have {w.a.shape[-1]} columns together, but `xlora` was "
-            f"told of ranks {list(w.ranks)}. Give `combine` the arrays of the same bank."
-        )
     grouped = low.reshape(*low.shape[:-1], -1, len(owner))
     return (grouped * shares[..., owner]).reshape(low.shape)
 
@@ -316,9 +308,10 @@ def xlora(
         a, b = (*site.stack, sides[0], columns), (*site.stack, columns, sides[1])
         # With names of their own: those of a LoRA on top of this weight would be the same.
         at = f"{site.path}/experts"
+        way = f"Its experts have ranks {ranks[site.path]} there: give the arrays of the same bank."
         fields: dict[str, Any] = dict(
-            a=Hole(f"{at}/a", expects=Expected(a, "floating", method="xlora")),
-            b=Hole(f"{at}/b", expects=Expected(b, "floating", method="xlora")),
+            a=Hole(f"{at}/a", expects=Expected(a, "floating", method="xlora", way=way)),
+            b=Hole(f"{at}/b", expects=Expected(b, "floating", method="xlora", way=way)),
             gate=Train(jnp.zeros((*site.stack, n, experts), dtype), name=f"{at}/gate"),
             bias=Train(jnp.zeros((*site.stack, experts), dtype), name=f"{at}/bias"),
             ranks=tuple(ranks[site.path]),

@@ -168,7 +168,7 @@ def _transpose(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
 
 def _reshape(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
     value, old, new = values[0], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    if value.param is None or None not in value.dims:
+    if value.param is None or value.ids or None not in value.dims:
         return [dataclasses.replace(value, dims=digits.reshape(value.dims, old, new))]
     # Entries are repeated: a dimension of copies and of the parameter's own is known in part.
     dims = ancestry.reshaped(walk.ancestors(value, eqn.invars[0].aval)[0], old, new)

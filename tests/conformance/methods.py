@@ -448,7 +448,7 @@ METHODS = [
         rows=("(d, heads, head_dim) kernels", "lax.scan over layers"),
         by_hand=by_hand.encoded_prefix,
         models=by_hand.FEED_FORWARD | by_hand.ATTENTION,
-        refused=_TURNED,
+        refused=_MISPLACED,
         given=_virtual_positions,
     ),
     Method(
@@ -471,7 +471,7 @@ METHODS = [
         rows=("post-norm layers, lax.scan",),
         by_hand=by_hand.mam,
         models=by_hand.TRANSFORMER,
-        refused=_TURNED,
+        refused=_MISPLACED,
         given=_virtual_positions,
     ),
     Method(
@@ -480,7 +480,7 @@ METHODS = [
         rows=("post-norm layers, lax.scan",),
         by_hand=by_hand.unipelt,
         models=by_hand.TRANSFORMER,
-        refused=_TURNED,
+        refused=_MISPLACED,
         given=_virtual_positions,
     ),
     Method(

@@ -173,14 +173,14 @@ MUTANTS = [
     Mutant(
         "dropped scale: a weight times a number without the number",
         scaling,
-        "return x @ self.w * self.factor",
+        "return self._times(x @ self.w)",
         "return x @ self.w",
         "a weight times a number",
     ),
     Mutant(
         "a division taken for a product",
         scaling,
-        "_times(a, 1 / b)",
+        "_times(a, b, divides=True)",
         "_times(a, b)",
         "a weight times a number",
     ),

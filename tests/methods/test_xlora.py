@@ -447,10 +447,9 @@ def test_hidden_states_may_be_a_list(lead):
 def test_another_bank_is_refused():
     frozen, adapter = gated(width=W)
     other = bank([(METHODS[0], ADAPTERS[0])] * 3)
-    tree = jp.combine(frozen, {**other.arrays, **adapter}, hidden=normal(50, N, W))
-    message = r"experts at 'layers/up' have 6 columns.*told of ranks \[2, 1, 1\].*same bank"
+    message = r"'head/experts/a' has shape \(5, 6\).*\(5, 5\).*ranks \[2, 3, 0\].*same bank"
     with pytest.raises(ValueError, match=message):
-        LIFTED(tree, X)
+        jp.combine(frozen, {**other.arrays, **adapter}, hidden=normal(50, N, W))
 
 
 def other_base():
