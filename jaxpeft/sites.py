@@ -19,7 +19,7 @@ import jax
 from jaxpeft import tracing
 from jaxpeft.axes import Digit
 from jaxpeft.exporting import exportable
-from jaxpeft.lift import Materialized, lift
+from jaxpeft.lift import Evaluation, Materialized
 from jaxpeft.schema import conform_fields
 from jaxpeft.tracing import Use
 from jaxpeft.tree import flatten, is_array
@@ -571,11 +571,12 @@ def sites(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Sites:
 
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat.values()]
     data = [jax.ShapeDtypeStruct(rest[i].shape, rest[i].dtype) for i in at]
-    uses, unlike = tracing.trace(flat_fn, list(flat), shapes, data)
+    program = jax.make_jaxpr(flat_fn)(shapes, data)
+    uses, unlike = tracing.trace(program, list(flat), shapes)
     found = {path: _site(path, x, uses[path], uses) for path, x in zip(flat, shapes, strict=True)}
     for path, what in unlike.items():
         found[path] = dataclasses.replace(found[path], unlike=what)
-    _announce(flat_fn, found, shapes, data)
+    _announce(program, found, shapes, data)
     return Sites(found)
 
 
@@ -658,8 +659,8 @@ class _Probe(Weight):
         return self.w[ids]
 
 
-def _announce(fn: Callable, found: dict[str, Site], shapes: list, data: list) -> None:
-    """Notes at each site where `lift` would materialize, by lifting `fn` abstractly."""
+def _announce(program: Any, found: dict[str, Site], shapes: list, data: list) -> None:
+    """Notes at each site where `lift` would materialize, by evaluating the program abstractly."""
     events: dict[str, list[Materialized]] = {}
 
     def note(event: Materialized) -> None:
@@ -667,13 +668,16 @@ def _announce(fn: Callable, found: dict[str, Site], shapes: list, data: list) ->
         if event not in seen:
             seen.append(event)
 
-    def lifted(arrays: list, data: list) -> Any:
-        views = [
-            dataclasses.replace(site.view(x), weight=_Probe(x)) if site.is_matrix else x
+    def evaluated(arrays: list, data: list) -> None:
+        values = [
+            dataclasses.replace(site.view(x), weight=_Probe(x)).unfolded() if site.is_matrix else x
             for x, site in zip(arrays, found.values(), strict=True)
         ]
-        return lift(fn, materialize=note)(views, data)
+        evaluation = Evaluation(note)
+        for out in evaluation.run(program, [*values, *data]):
+            if not any(out is value for value in values):
+                evaluation.dense(out, None)
 
-    jax.eval_shape(lifted, shapes, data)
+    jax.eval_shape(evaluated, shapes, data)
     for path, seen in events.items():
         found[path] = dataclasses.replace(found[path], materialized=tuple(seen))

@@ -3,10 +3,9 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 from jax.extend.core import primitives as p
@@ -22,16 +21,19 @@ from jaxpeft.tracing.values import Use, Value, unknown
 
 
 def trace(
-    fn: Callable, paths: Sequence[str], shapes: Sequence[Any], data: Sequence[Any]
+    program: Any, paths: Sequence[str], shapes: Sequence[Any]
 ) -> tuple[dict[str, list[Use]], dict[str, str]]:
-    """The uses of each parameter in `fn(arrays, data)`.
+    """The uses of each parameter in a program.
+
+    Args:
+      program: Its jaxpr; the parameters are its first arguments.
+      paths, shapes: Of the parameters.
 
     Returns:
       Them by path; and for weights to whose product the program adds something else than one
       bias as it is, what it does instead.
     """
-    closed = jax.make_jaxpr(fn)(list(shapes), list(data))
-    jaxpr, _ = compat.open_jaxpr(closed)
+    jaxpr, _ = compat.open_jaxpr(program)
     others = jaxpr.invars[len(paths) :]
     # A program that has its data closed over gives no argument that could be ids.
     walk = Walk(
