@@ -1,8 +1,11 @@
-"""What each primitive does with a parameter, and what is known of its results."""
+"""What each primitive does with a parameter, and what is known of its results.
+
+Each is called with the walk under way, the equation, and what is known of its operands.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jax.extend.core import primitives as p
 
@@ -14,12 +17,9 @@ from jaxpeft.tracing import ancestry, flow
 from jaxpeft.tracing.ancestry import ACTIVE
 from jaxpeft.tracing.values import Value, unknown
 
-if TYPE_CHECKING:
-    from jaxpeft.tracing.walk import Walk
-
 
 def _product(
-    walk: "Walk",
+    walk: Any,
     eqn: Any,
     pair: list[Value],
     contracted: tuple[Sequence[int], Sequence[int]],
@@ -69,7 +69,7 @@ def _product(
     return [Value(tuple(dims), after=tuple(after), mixture=mixture, flow=made)]
 
 
-def _experts(walk: "Walk", pair: list[Value], contracted: Any, batch: Any) -> None:
+def _experts(walk: Any, pair: list[Value], contracted: Any, batch: Any) -> None:
     """What a product tells of experts: see `flow.Stacks`."""
     batched, summed = list(zip(*batch, strict=True)), list(zip(*contracted, strict=True))
     params = [v for v in pair if v.param]
@@ -86,18 +86,18 @@ def _experts(walk: "Walk", pair: list[Value], contracted: Any, batch: Any) -> No
                 walk.stacks.align(dim, pair[1 - side].flow.shares)
 
 
-def _dot_general(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+def _dot_general(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     contracted, batch = eqn.params["dimension_numbers"]
     return _product(walk, eqn, values, contracted, batch)
 
 
-def _ragged_dot(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+def _ragged_dot(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     contracted, batch = numbers.dot_dimension_numbers
     return _product(walk, eqn, values[:2], contracted, batch, numbers.rhs_group_dimensions)
 
 
-def _convolution(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+def _convolution(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     x, kernel = values
     numbers = eqn.params["dimension_numbers"]
     out, *rows = numbers.rhs_spec
@@ -114,7 +114,7 @@ def _convolution(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
     return [Value(tuple(dims), after=after, flow=flow.of_product([x.flow, kernel.flow], after))]
 
 
-def _gather(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+def _gather(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     table, ids = values
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     rows, batch = row_dims(eqn), numbers.operand_batching_dims
@@ -161,12 +161,12 @@ def _gather(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
     return [Value(tuple(dims), after=(table.param,), flow=flow.of_rows(ids.flow, table.param))]
 
 
-def _transpose(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+def _transpose(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     dims = tuple(values[0].dims[i] for i in eqn.params["permutation"])
     return [dataclasses.replace(values[0], dims=dims)]
 
 
-def _reshape(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+def _reshape(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     value, old, new = values[0], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     if value.param is None or value.ids or None not in value.dims:
         return [dataclasses.replace(value, dims=digits.reshape(value.dims, old, new))]
@@ -175,13 +175,13 @@ def _reshape(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
     return [dataclasses.replace(value, dims=dims)]
 
 
-def _squeeze(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+def _squeeze(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     gone = eqn.params["dimensions"]
     dims = tuple(dim for i, dim in enumerate(values[0].dims) if i not in gone)
     return [dataclasses.replace(values[0], dims=dims)]
 
 
-def _broadcast(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+def _broadcast(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     value, shape = values[0], eqn.params["shape"]
     dims: list[Dim | None] = [() if n == 1 else None for n in shape]
     for i, j in enumerate(eqn.params["broadcast_dimensions"]):
@@ -190,7 +190,7 @@ def _broadcast(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
     return [dataclasses.replace(value, dims=tuple(dims))]
 
 
-def _reverse(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+def _reverse(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     """An activation in another order is still the product of its weight."""
     if values[0].param is not None:
         return walk.elementwise(eqn, values)
@@ -199,7 +199,7 @@ def _reverse(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
     return [dataclasses.replace(values[0], dims=dims)]
 
 
-def _slice(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+def _slice(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     """One slice of a stack, a part of a side, or a run of rows of a table."""
     value, cut = values[0], cut_dims(eqn)
     shape, old = eqn.outvars[0].aval.shape, eqn.invars[0].aval.shape
@@ -243,7 +243,7 @@ def _shortened(value: Value, old: Sequence[int], new: Sequence[int]) -> tuple[Di
     return tuple(dims)
 
 
-def _split(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+def _split(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     old = eqn.invars[0].aval.shape
     return [
         dataclasses.replace(values[0], dims=_shortened(values[0], old, out.aval.shape))
@@ -251,7 +251,7 @@ def _split(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
     ]
 
 
-def _scan(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+def _scan(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     body, _ = compat.open_jaxpr(eqn.params["jaxpr"])
     n_const, n_carry, _ = compat.scan_counts(eqn)
     consts, carry = values[:n_const], values[n_const : n_const + n_carry]
@@ -289,7 +289,7 @@ def _scan(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
     return [*outs[:n_carry], *stacked]
 
 
-def _while(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+def _while(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     params = eqn.params
     body, _ = compat.open_jaxpr(params["body_jaxpr"])
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
@@ -301,7 +301,7 @@ def _while(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
     return walk.run(body, [*consts, *carry])
 
 
-def _cond(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+def _cond(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     outs = [walk.run(branch, values[1:]) for branch in eqn.params["branches"]]
     results = []
     for each, v in zip(zip(*outs, strict=True), eqn.outvars, strict=True):
@@ -316,7 +316,7 @@ def _cond(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
     return results
 
 
-def _shard_map(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+def _shard_map(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     """Inside, a dimension that is split over devices keeps its label and is shorter."""
     body, _ = compat.open_jaxpr(eqn.params["jaxpr"])
     local = [
@@ -326,7 +326,7 @@ def _shard_map(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
     return [out.data() for out in walk.run(body, local)]
 
 
-def _all_gather(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+def _all_gather(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     """A dimension that is split over devices is as long as before the split."""
     old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     if not eqn.params["tiled"]:
@@ -334,7 +334,7 @@ def _all_gather(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
     return [dataclasses.replace(values[0], dims=_shortened(values[0], old, new))]
 
 
-def _reduce(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
+def _reduce(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     walk.note(values[0], "other", eqn)
     gone = eqn.params["axes"]
     dims = tuple(dim for i, dim in enumerate(values[0].dims) if i not in gone)
@@ -345,7 +345,7 @@ def _reduce(walk: "Walk", eqn: Any, values: list[Value]) -> list[Value]:
 
 
 #: By primitive; those that are not here only compute, see `Walk.elementwise`.
-STEPS: dict[Any, Callable[["Walk", Any, list[Value]], list[Value]]] = {
+STEPS: dict[Any, Callable[[Any, Any, list[Value]], list[Value]]] = {
     p.dot_general_p: _dot_general,
     compat.ragged_dot_p: _ragged_dot,
     p.conv_general_dilated_p: _convolution,
