@@ -47,11 +47,14 @@ class Part:
 
     def spread(self, y: jax.Array, rest: float) -> jax.Array:
         """Columns y (..., size) of the part at their places among all, the others `rest`."""
+        fill, size = jax.numpy.asarray(rest, y.dtype), y.shape[-1]
+        if self.groups == 1:  # without a reshape, which no mesh with Explicit axes follows
+            ends = (self.index * size, (self.of - self.index - 1) * size, 0)
+            return jax.lax.pad(y, fill, [*[(0, 0, 0)] * (y.ndim - 1), ends])
         blocks = y.reshape(*y.shape[:-1], self.groups, 1, -1)
         pad = [(0, 0, 0)] * blocks.ndim
         pad[-2] = (self.index, self.of - self.index - 1, 0)
-        whole = jax.lax.pad(blocks, jax.numpy.asarray(rest, y.dtype), pad)
-        return whole.reshape(*y.shape[:-1], y.shape[-1] * self.of)
+        return jax.lax.pad(blocks, fill, pad).reshape(*y.shape[:-1], size * self.of)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -208,12 +208,16 @@ def _unipelt(sites, dtype):
 
 
 def _ia3_on_a_part(sites, dtype):
-    """The second of as many blocks as the largest prime in each weight's outputs."""
+    """The second of as many blocks as the largest prime in each weight's outputs.
+
+    Over LoRA, since one output of many does not always move those of the model.
+    """
     parts = [
         sites.match(path.replace("[", "[[]")).columns(1, _largest_prime(site, "out"))
         for path, site in sites.linear.items()
     ]
-    return jp.ia3(functools.reduce(operator.or_, parts), dtype=dtype)
+    scaled = jp.ia3(functools.reduce(operator.or_, parts), dtype=dtype)
+    return jp.chain(jp.lora(2, sites.linear, dtype=dtype), scaled)
 
 
 def _moelora(sites, dtype):

@@ -113,7 +113,7 @@ KEYS = N * H
 NUMBERS = {
     "lora": 2 * (D + F) + 2 * (F + D),
     "ia3": F + D,
-    "ia3 on a part": 1 + 1,
+    "ia3 on a part": 2 * (D + F) + 2 * (F + D) + 1 + 1,  # over LoRA
     "lora on nf4": 2 * (D + F) + 2 * (F + D),
     "dora": (2 * (D + F) + F) + (2 * (F + D) + D),
     "lora_fa": 2 * F + 2 * D,
