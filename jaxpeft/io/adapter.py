@@ -29,6 +29,7 @@ from jaxpeft.io.description import (
     ABOUT,
     FORMAT,
     UncheckedAdapterWarning,
+    as_it_acted,
     file_name,
     key_of,
     parsed,
@@ -202,9 +203,12 @@ def load_adapter(
     folder = Path(folder)
     description, adapter = _read(folder)
     trained, about = description["adapter"], folder / ABOUT
+    made = description["method"]
+    if description["format"] == 1:
+        made = as_it_acted(made)
     try:
         key = key_of(description["key"])
-        method = from_json(description["method"], factories())
+        method = from_json(made, factories())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'{about}': {error}") from error
     if quantize != _AS_SAVED:

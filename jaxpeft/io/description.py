@@ -157,6 +157,31 @@ def _say_unchecked(about: Path) -> None:
         )
 
 
+#: Methods that acted on whole weights, whatever part was selected, while the format was 1; today
+#: they refuse one.
+_PASSED_OVER_PARTS = frozenset(
+    ["loftq", "p_tuning", "prompt", "quantize", "trainable_tokens", "unfreeze", "unipelt"]
+)
+
+
+def as_it_acted(method: Any, whole: bool = False) -> Any:
+    """The method of a description of format 1, without the parts that it passed over.
+
+    Args:
+      method: As JSON, or something in it; checked later.
+      whole: Whether it belongs to a method that passed over parts.
+    """
+    if isinstance(method, list):
+        return [as_it_acted(item, whole) for item in method]
+    if not isinstance(method, dict):
+        return method
+    whole = method.get("method") in _PASSED_OVER_PARTS if "method" in method else whole
+    return {
+        name: None if whole and name == "part" else as_it_acted(item, whole)
+        for name, item in method.items()
+    }
+
+
 def key_of(stored: Mapping[str, Any]) -> jax.Array:
     """The key that a description holds.
 

@@ -1,5 +1,8 @@
 """Folders that earlier versions wrote load, and give what they gave."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -65,3 +68,34 @@ def test_the_adapter_of_a_folder_does_something(name):
     base = BASES[CASES[name].base]()
     plain = base.fn(base.params, *CASES[name].args(base))
     assert np.abs(np.load(folder / "outputs.npy") - plain).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("unfreeze", "unfreeze"), ("trainable_tokens", "trainable_tokens"), ("int8", "quantize")],
+)
+@pytest.mark.filterwarnings("ignore::jaxpeft.io.adapter.UncheckedAdapterWarning")
+def test_a_part_that_format_1_passed_over_is_passed_over(name, method, tmp_path):
+    """Methods that refuse a part of a weight today acted on all of it."""
+    case, folder = CASES[name], shutil.copytree(FOLDERS / "format1" / name, tmp_path / name)
+    about = folder / "adapter.json"
+    text = about.read_text()
+    description = json.loads(text)
+    (own,) = (x for x in _nodes(description["method"]) if x.get("method") == method)
+    selected = [node for node in _nodes(own) if "part" in node]
+    for row in selected:
+        columns = next(size for size, role in row["axes"] if role == "out")
+        row["part"] = [0, columns, 1]
+    about.write_text(json.dumps(description))
+    assert selected
+    loaded = load_adapter(folder, BASES[case.base]().params)
+    got = outputs(case, loaded.frozen, loaded.adapter)
+    np.testing.assert_allclose(got, np.load(folder / "outputs.npy"), rtol=1e-9, atol=1e-9)
+
+
+def _nodes(node):
+    """Every mapping in a tree of JSON."""
+    if isinstance(node, dict):
+        yield node
+    for item in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _nodes(item)
