@@ -92,13 +92,14 @@ def in_pieces(
         made = {number for call in calls for number in call.outputs}
         own = [x for x in program.outputs[: len(program.outputs) - len(old)] if x in made]
         leaves = [kept(i, value(new[i])) for i in changed]
-        own_values = [known[x] for x in own]
+        # A guard that is fused with the arithmetic may round it another way.
+        own_values, leaves = jax.lax.optimization_barrier(([known[x] for x in own], leaves))
         if unless is not None and changed:
             before = [known[old[i]] for i in changed]
             good = stays_finite(before, leaves)
             leaves = [jnp.where(good, n, o) for n, o in zip(leaves, before, strict=True)]
             own_values = [jnp.where(good, x, jnp.nan).astype(x.dtype) for x in own_values]
-        own_values, leaves = jax.lax.optimization_barrier((own_values, leaves))
+            own_values, leaves = jax.lax.optimization_barrier((own_values, leaves))
         known.update(zip(own, own_values, strict=True))
         paged.update(zip(changed, jax.device_put(leaves, jax.memory.Space.Host), strict=True))
         done.append(mine)
