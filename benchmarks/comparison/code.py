@@ -25,9 +25,11 @@ from jaxpeft import train
 
 #: What every row depends on.
 COMMON = (
-    *(f"jaxpeft/{name}.py" for name in ("axes", "compat", "computed", "lift", "method")),
-    *(f"jaxpeft/{name}.py" for name in ("sites", "tracing", "tree", "weight")),
+    *(f"jaxpeft/{name}.py" for name in ("axes", "compat", "composite", "computed", "exporting")),
+    *(f"jaxpeft/{name}.py" for name in ("lift", "method", "misuse", "schema", "sites", "tree")),
+    "jaxpeft/weight.py",
     "jaxpeft/rules/*.py",
+    "jaxpeft/tracing/*.py",
     "jaxpeft/methods/placing.py",
     "jaxpeft/methods/folding.py",
     "jaxpeft/methods/selection.py",
@@ -39,7 +41,7 @@ COMMON = (
     "jaxpeft/serve/generate.py",
     "jaxpeft/train/heads.py",
     "jaxpeft/train/loss.py",
-    "jaxpeft/train/step.py",
+    *(f"jaxpeft/train/{name}.py" for name in ("finite", "loss_scale", "step")),
     "benchmarks/comparison/files.py",
     "benchmarks/comparison/tasks.py",
     "benchmarks/comparison/places.py",
@@ -115,7 +117,7 @@ def method_files(make: Callable) -> list[Path]:
         and isinstance(node.value, ast.Name)
         and node.value.id in modules
     )
-    paths = (Path(inspect.getsourcefile(what) or "") for what in named)
+    paths = (Path(inspect.getsourcefile(inspect.unwrap(what)) or "") for what in named)
     files = [path for path in paths if path not in TUNED]
     found: set[Path] = set()
     while files:
