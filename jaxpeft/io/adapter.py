@@ -203,12 +203,10 @@ def load_adapter(
     folder = Path(folder)
     description, adapter = _read(folder)
     trained, about = description["adapter"], folder / ABOUT
-    made = description["method"]
-    if description["format"] == 1:
-        made = as_it_acted(made)
     try:
         key = key_of(description["key"])
-        method = from_json(made, factories())
+        made = description["method"]
+        method = from_json(as_it_acted(made) if description["format"] == 1 else made, factories())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'{about}': {error}") from error
     if quantize != _AS_SAVED:

@@ -159,8 +159,14 @@ def _say_unchecked(about: Path) -> None:
 
 #: Methods that acted on whole weights, whatever part was selected, while the format was 1; today
 #: they refuse one.
-_PASSED_OVER_PARTS = frozenset(
-    ["loftq", "p_tuning", "prompt", "quantize", "trainable_tokens", "unfreeze", "unipelt"]
+_PASSED_OVER_PARTS = (
+    "loftq",
+    "p_tuning",
+    "prompt",
+    "quantize",
+    "trainable_tokens",
+    "unfreeze",
+    "unipelt",
 )
 
 
