@@ -60,7 +60,12 @@ def time_first():
     return Case(fn, _params(L), (activations(T, T, D),))
 
 
-@row("a pooler of the first position", embedding=("table",), linear=(*_ALL["linear"], "pool"))
+@row(
+    "a pooler of the first position",
+    embedding=("table",),
+    linear=(*_ALL["linear"], "pool"),
+    stopped=("q", "k"),  # the first position sees itself alone, whatever its scores
+)
 def pooled():
     def fn(p, ids):
         return jnp.tanh(_layer(p["table"][ids], p)[:, 0] @ p["pool"])
