@@ -109,8 +109,8 @@ def ia3(sites: Sites, feedforward: Sites | None = None, *, dtype: Any = jnp.floa
       dtype: Of the vectors.
 
     Returns:
-      A method with `out` trained numbers for each of `sites` (those of its part), `in` for each
-      of `feedforward`.
+      A method with `out` trainable parameters for each of `sites` (those of its part), and `in`
+      for each of `feedforward`.
 
     Raises:
       ValueError: A part of the outputs is selected in `feedforward`, whose inputs are scaled; or,

@@ -35,8 +35,8 @@ from jaxpeft.weight import holds, is_view
 def _joins(eqn: Any, values: Sequence[Any]) -> bool:
     """Whether what comes of these operands can be a composite.
 
-    A weight that is no matrix adds more than a product, and where shardings are part of the
-    types the program's own operation says how its result lies.
+    A weight without a dense equivalent adds more than a product, and where shardings are part
+    of the types the program's own operation says how its result lies.
     """
     matrices = all(v.is_matrix for v in values if is_view(v))
     return matrices and compat.typed_sharding(eqn.outvars[0].aval) is None

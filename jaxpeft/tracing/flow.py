@@ -156,7 +156,7 @@ class Stacks:
             yield seed, [d for d in every if self._root(d) == self._root(seed)]
 
 
-def weighed(value: Any, shares: Any, pairs: Iterable[tuple[int, int]]) -> list[Dim]:
+def weighted(value: Any, shares: Any, pairs: Iterable[tuple[int, int]]) -> list[Dim]:
     """Dimensions of a product of one weight that meet the shares of a softmax over them.
 
     Args:

@@ -81,7 +81,7 @@ def _experts(walk: Any, pair: list[Value], contracted: Any, batch: Any) -> None:
             walk.stacks.align(pair[0].dims[i], pair[1].dims[j])
     elif not params:
         for side, pairs in enumerate(([*batched, *summed], [ji[::-1] for ji in batched + summed])):
-            for dim in flow.weighed(pair[side], pair[1 - side], pairs):
+            for dim in flow.weighted(pair[side], pair[1 - side], pairs):
                 walk.stacks.note(dim)
                 walk.stacks.align(dim, pair[1 - side].flow.shares)
 

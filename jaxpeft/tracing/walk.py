@@ -309,7 +309,7 @@ class Walk:
             if primitive in _PRODUCTS:
                 where = [(i, i) for i in range(len(pairs))]
                 for value, other in ((first, second), (second, first)):
-                    for dim in flow.weighed(value, other, where):
+                    for dim in flow.weighted(value, other, where):
                         self.stacks.note(dim)
             for a, b in pairs:
                 self.stacks.align(a, b)
