@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpeft._printing import fields_summary
 from jaxpeft.exporting import exportable, exportable_node
 from jaxpeft.misuse import NotAnArray
-from jaxpeft.weight import _KEY, OUT, Axis, View, Weight, innermost, map_views
+from jaxpeft.weight import _KEY, OUT, Axis, View, Weight, innermost, map_views, with_innermost
 
 _VALUE = jax.tree_util.GetAttrKey("trained")
 
 
 @exportable_node
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Train(NotAnArray):
     """Marks an array as trained, between a method and `split`.
 
@@ -56,6 +57,9 @@ class Train(NotAnArray):
     @property
     def dtype(self) -> Any:
         return self.value.dtype
+
+    def __repr__(self) -> str:
+        return fields_summary(self)
 
     def misuse(self, what: str) -> str:
         by = f"`{self.method}` trains at '{self.path}'" if self.path else "is trained"
@@ -151,7 +155,7 @@ def is_array(x: Any) -> bool:
 @exportable_node
 @exportable
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Hole(NotAnArray):
     """A place that `combine` fills.
 
@@ -171,6 +175,9 @@ class Hole(NotAnArray):
     stack: tuple[int, ...] = ()
     axes: tuple[Axis, ...] = ()
     expects: Expected | None = None
+
+    def __repr__(self) -> str:
+        return fields_summary(self)
 
     def misuse(self, what: str) -> str:
         value = "" if self.expects or not self.name.isidentifier() else f", {self.name}=..."
@@ -215,7 +222,7 @@ _PARTS = tuple(jax.tree_util.GetAttrKey(name) for name in ("frozen", "trained_pa
 
 @exportable_node
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Joined(NotAnArray):
     """An array of which only the end of one axis is trained; `combine` joins the parts."""
 
@@ -235,6 +242,9 @@ class Joined(NotAnArray):
         shape = list(self.frozen.shape)
         shape[self.axis] += self.trained.shape[self.axis]
         return tuple(shape)
+
+    def __repr__(self) -> str:
+        return fields_summary(self)
 
     def misuse(self, what: str) -> str:
         return self.trained.misuse(what)
@@ -534,14 +544,15 @@ def _bytes(x: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """How many numbers and bytes a tree holds.
+    """How many parameters a tree has, and the bytes of the arrays that hold them.
 
     Attributes:
-      trainable: Trained numbers.
-      frozen: Numbers of the frozen arrays (codes and scales of quantized weights count as
-        the numbers they are).
-      total: Numbers of the dense model that the tree stands for, plus what methods added.
-      trainable_bytes, frozen_bytes: Bytes of these arrays.
+      trainable: Trainable parameters.
+      frozen: Frozen parameters. A quantized weight has as many as the array that it stands for,
+        whatever its format stores: packed values and scales are not counted.
+      total: Parameters of the dense model that the tree stands for, plus what methods added.
+      trainable_bytes, frozen_bytes: Bytes of the arrays as they are stored, so those of packed
+        values and scales for a quantized weight.
     """
 
     trainable: int
@@ -562,7 +573,10 @@ class Counts:
 
 
 def count(frozen: Any, adapter: Mapping[str, Any]) -> Counts:
-    """Numbers and bytes of both parts of a tree; shapes alone will do.
+    """Counts the parameters and bytes of both parts of a tree; shapes are enough.
+
+    Args:
+      frozen, adapter: From `split`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -571,10 +585,21 @@ def count(frozen: Any, adapter: Mapping[str, Any]) -> Counts:
       'trainable 4 of 20 (20.0000 %), 16 bytes; frozen 64 bytes'
     """
     arrays = [x for x in jax.tree.leaves(frozen) if hasattr(x, "shape")]
+    nodes = jax.tree.leaves(frozen, is_leaf=lambda x: isinstance(x, View))
     trained = list(adapter.values())
     return Counts(
         sum(math.prod(x.shape) for x in trained),
-        sum(math.prod(x.shape) for x in arrays),
+        sum(map(_parameters, nodes)),
         sum(map(_bytes, trained)),
         sum(map(_bytes, arrays)),
     )
+
+
+def _parameters(node: Any) -> int:
+    """Parameters of a frozen array, or of all that stands in the place of one."""
+    if not isinstance(node, View):
+        return math.prod(node.shape) if hasattr(node, "shape") else 0
+    whole = jax.ShapeDtypeStruct([axis.size for axis in node.axes], node.dtype)
+    # A weight that acts on nothing is quantized: its fields stand for the whole array.
+    weight = with_innermost(node.weight, lambda x: whole if isinstance(x, Weight) else x)
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(weight) if hasattr(x, "shape"))

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpeft import axes as digits
+from jaxpeft._printing import fields_summary
 from jaxpeft.axes import Dim
 from jaxpeft.exporting import exportable, exportable_node
 from jaxpeft.misuse import NotAnArray
@@ -70,7 +71,7 @@ def static(default: Any = dataclasses.MISSING) -> Any:
 @dataclass_transform(frozen_default=True, field_specifiers=(base, axes, arrays, static))
 def weight(cls: type[T]) -> type[T]:
     """Registers a `Weight` class: a frozen dataclass that is a JAX pytree."""
-    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     meta = [f.name for f in fields if f.metadata.get("static")]
     data = [f.name for f in fields if f.name not in meta]
@@ -108,6 +109,10 @@ class Weight:
     folds: ClassVar[bool] = False
 
     __array_ufunc__ = None  # numpy arrays leave `x @ weight` to us
+
+    def __repr__(self) -> str:
+        """Arrays print as their dtype and shape: `LowRank(w=float32[128,64], a=..., b=...)`."""
+        return fields_summary(self)
 
     def grain(self, field: str, axis: str) -> tuple[int, int]:
         """(entries, elements): how an axis of a field may be cut, for fields coarser than it.
@@ -473,7 +478,7 @@ _KEY = jax.tree_util.GetAttrKey("weight")
 
 @exportable_node
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class View(NotAnArray):
     """A weight at the place of an array.
 
@@ -512,6 +517,15 @@ class View(NotAnArray):
     @classmethod
     def tree_unflatten(cls, meta: tuple, children: tuple) -> "View":
         return cls(children[0], *meta)
+
+    def __repr__(self) -> str:
+        """`View(LowRank(Codebook), shape=(128, 64), dtype=float32, path='w')`, outermost first."""
+        kinds = [type(w).__name__ for w in chain_of(self.weight)]
+        inner = innermost(self.weight)
+        if not kinds or not isinstance(inner, (Weight, jax.Array, jax.ShapeDtypeStruct)):
+            kinds.append(type(inner).__name__)
+        nested = "(".join(kinds) + ")" * (len(kinds) - 1)
+        return f"View({nested}, shape={self.shape}, dtype={self.dtype}, path={self.path!r})"
 
     def misuse(self, what: str) -> str:
         inside = jax.tree.leaves(self.weight, is_leaf=lambda x: isinstance(x, NotAnArray))
