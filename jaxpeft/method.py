@@ -58,6 +58,9 @@ class Method:
 def chain(*methods: Callable[[jax.Array, Any], Any]) -> Method:
     """One method after the other, each with a key of its own.
 
+    Args:
+      methods: Functions `(key, tree) -> tree`, in the order in which they are applied.
+
     Example:
       >>> import jaxpeft as jp
       >>> qlora = lambda sites: jp.chain(jp.quantize("int8", sites), jp.lora(8, sites))

@@ -344,6 +344,9 @@ def split(tree: Any) -> tuple[Any, dict[str, jax.Array]]:
     Trained arrays that belong to the caller's params are copied, so that donating the
     adapter to a jitted step cannot delete them.
 
+    Args:
+      tree: What a method returned: params with weights and trained arrays in them.
+
     Returns:
       The frozen tree, with holes, and `{path: array}` of the trained arrays and nothing else.
 
@@ -508,7 +511,11 @@ def _without_place(unknown: list[str], adapter: Mapping[str, Any], wanted: froze
 
 
 def base(tree: Any) -> Any:
-    """Plain arrays of what the structured weights act on, without what the methods added."""
+    """Plain arrays of what the structured weights act on, without what the methods added.
+
+    Args:
+      tree: What a method returned, or what `combine` put together.
+    """
 
     def one(view: View) -> Any:
         inner = innermost(view.weight)

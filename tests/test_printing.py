@@ -21,9 +21,7 @@ def qlora():
 
 def test_a_view_prints_its_weights_and_the_shape_and_dtype_that_a_program_sees():
     tree = qlora()
-    assert repr(tree["w"]) == (
-        "View(LowRank(Codebook), shape=(128, 96), dtype=float32, path='w')"
-    )
+    assert repr(tree["w"]) == ("View(LowRank(Codebook), shape=(128, 96), dtype=float32, path='w')")
     frozen, adapter = jp.split(tree)
     whole = jp.combine(frozen, adapter)
     assert repr(frozen["w"]) == repr(whole["w"]) == str(tree["w"]) == repr(tree["w"])

@@ -148,7 +148,11 @@ def orthogonality(adapter: Mapping[str, Any]) -> jax.Array:
 
 
 def ranks(adapter: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """How many values of each matrix are not zero: {path: counts (*stack,)}."""
+    """How many values of each matrix are not zero: {path: counts (*stack,)}.
+
+    Args:
+      adapter: {path: array} of `adalora`, as `split` returned it or as it was trained since.
+    """
     found = {path: np.asarray(adapter[f"{path}/values"]) for path in triplets(adapter)}
     return {path: np.count_nonzero(values, axis=-1) for path, values in found.items()}
 

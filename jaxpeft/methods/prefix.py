@@ -394,5 +394,10 @@ def _check_segments(segment_ids: jax.Array, tokens: jax.Array) -> None:
 
 
 def without_virtual(outputs: jax.Array, length: int) -> jax.Array:
-    """Outputs (batch, length + time, ...) at real positions only."""
+    """Outputs (batch, length + time, ...) at real positions only.
+
+    Args:
+      outputs: Of a model with a prefix, (batch, length + time, ...).
+      length: Virtual positions in front.
+    """
     return outputs[:, length:]
