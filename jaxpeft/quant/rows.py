@@ -30,7 +30,7 @@ class Codebook(Coded):
     block: int = static(64)
     tail: int = static(0)
     book: Book = static(None)
-    kernel: str | None = static(None)
+    kernel: str | None = static(None)  # experimental; `quant.kernels.fused` sets it
 
     def forward(self, x):
         return super().forward(x) if (y := self._fused(x, False)) is None else y
