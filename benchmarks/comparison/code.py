@@ -59,7 +59,7 @@ TUNED = (
 CALIBRATION = ROOT / "benchmarks/comparison/calibration.py"
 
 #: What no program shows: which data are read, and how outputs are scored.
-SCORING = ("files", "tasks", "places", "cell", "costs", "records")
+SCORING = ("files", "tasks", "places", "cell", "costs", "significance")
 
 
 @functools.cache

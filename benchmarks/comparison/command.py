@@ -61,12 +61,9 @@ def main(
     plan, ending = (short, ".short") if options.short else (whole, "")
     name += ending
     codes = {code_hash(row) for row in plan.rows}
-    others = [
-        line
-        for other in also
-        for line in Results(RESULTS / f"{other}{ending}.jsonl").lines
-        if line["code"] in codes
-    ]
+    others = [Results(RESULTS / f"{other}{ending}.jsonl") for other in also]
+    for other in others:
+        other.lines = [line for line in other.lines if line["code"] in codes]
     results = SharedResults(RESULTS / f"{name}.jsonl", others)
     try:
         if options.cell:
