@@ -1,6 +1,6 @@
 """How JAX runs in every test: float64, 8 virtual CPU devices, little optimization by XLA.
 
-Tests of float32 switch float64 off for themselves. Shapes and dtypes promote as JAX does by default.
+Tests of float32 switch float64 off for themselves. Shapes and dtypes promote as in JAX's defaults.
 """
 
 import itertools
