@@ -69,7 +69,7 @@ def documented(value):
 def test_functions_say_what_they_do_and_no_argument_is_wrong(name):
     module = load(name)
     for function, value in public_functions(module):
-        rule = name.startswith("jaxpeft.rules.")  # a rule's primitive stands in its decorator
+        rule = name.startswith("jaxpeft._rules.")  # a rule's primitive stands in its decorator
         assert inspect.getdoc(value) or rule, f"{name}.{function} has no docstring"
         said, taken = documented(value), set(inspect.signature(value).parameters)
         if said is not None:

@@ -6,7 +6,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft._printing import summary
-from jaxpeft.weight import is_view
+from jaxpeft._view import is_view
 from tests.conformance.methods import METHODS
 from tests.methods.test_saved import at
 

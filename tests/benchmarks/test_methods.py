@@ -545,9 +545,9 @@ def test_a_result_depends_on_its_own_method_and_on_no_other():
     hashes = {row.name: code.code_hash(row) for row in WHOLE.rows}
     assert len(set(hashes.values())) == len(hashes)
     files = {row.name: {x.name for x in code.method_files(row.make)} for row in WHOLE.rows[1:]}
-    assert files["lora"] == {"lora.py", "dropping.py"} and "hybrids.py" in files["mam"]
+    assert files["lora"] == {"lora.py", "_dropout.py"} and "mam.py" in files["mam"]
     faster = code.method_files(WHOLE.row("lora+").wrap)
-    assert "lora_plus.py" in {x.name for x in faster}
+    assert "_lora_plus.py" in {x.name for x in faster}
     told = dataclasses.replace(WHOLE.row("eva"), needs="gradients")
     assert code.code_hash(told) != hashes["eva"]
     assert "fill" in code.declared(WHOLE.row("poly").make)  # what helps it
@@ -555,6 +555,22 @@ def test_a_result_depends_on_its_own_method_and_on_no_other():
     other = dataclasses.replace(lora, make=lambda p: jp.lora(rows.RANK, p.queries))
     assert code.code_hash(other) != hashes["lora"]
     assert "'RANK': 8" in code.declared(lora.make)
+
+
+def test_names_in_a_room_of_the_library_lead_to_their_own_file():
+    def make(p):
+        return jp.adapters.to_lora, jp.lora(rows.RANK, p.kernels).name.upper()
+
+    names = {path.name for path in code.method_files(make)}
+    assert {"_to_lora.py", "lora.py"} <= names and "__init__.py" not in names
+
+
+def test_a_file_that_results_depend_on_cannot_go_unseen(monkeypatch):
+    code._common.cache_clear()
+    monkeypatch.setattr(code, "COMMON", ("jaxpeft/_lift.py", "jaxpeft/lift.py"))
+    with pytest.raises(FileNotFoundError, match=r"\['jaxpeft/lift.py'\], which are not there"):
+        code._common()
+    code._common.cache_clear()
 
 
 # Several processes -------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import quant
-from jaxpeft.quant.kernels import fused, nf4_matmul
+from jaxpeft.quant._kernels import nf4_matmul
+from jaxpeft.quant._kernels.fused import fused
 
 CASES = {  # tokens, in, out, dtype, options of the format
     "one small tile": (3, 64, 8, jnp.float32, {}),
@@ -200,7 +201,7 @@ def test_scales_are_constants_to_the_kernel():
 
 
 def test_what_turns_the_kernel_on_is_marked_as_experimental():
-    for documented in (fused, nf4_matmul, quant.kernels):
+    for documented in (fused, nf4_matmul, quant._kernels):
         assert "experimental" in documented.__doc__.lower()
 
 

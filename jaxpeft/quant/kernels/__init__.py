@@ -1,5 +1,0 @@
-"""Experimental kernels for one kind of hardware, which `fused` turns on."""
-
-from jaxpeft.quant.kernels.fused import fused
-
-__all__ = ["fused"]
