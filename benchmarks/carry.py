@@ -10,7 +10,7 @@ results/carried.json. The lines of recorded runs keep the hash that they were me
     --check M T ...    methods and tasks, in pairs, or "all" cells: trains each of these for three
                        steps at COMMIT and today, and compares what is trained and then predicted.
                        A method with a cell that differs is not carried, and the exit code is 1
-    --unchecked        carries methods of which no cell is checked, too
+    --unchecked        carries methods of which no cell is checked, too, and figures of measured.py
     --tolerance X      by how much of its norm an array may differ (default 0: by no bit)
     --dry              prints what would be added, and adds nothing
 
@@ -28,7 +28,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import measured
 import numpy as np
+from comparison.records import Carried, Results
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -91,7 +93,11 @@ def state(root: Path, out: Path, cells: Any) -> dict[str, Any]:
     for task, method, number in listed:
         with np.load(out / f"{number}.npz") as file:
             arrays[task, method] = [file[name] for name in file.files]
-    return {"codes": json.loads((out / "codes.json").read_text()), "cells": arrays}
+    codes = json.loads((out / "codes.json").read_text())
+    # Of what no cell checks: figures of other benchmarks, see measured.py.
+    scripts = {name: path for name, path in measured.SCRIPTS.items() if (root / path).exists()}
+    codes["figures"] = {name: measured.code(name, root) for name in scripts}
+    return {"codes": codes, "cells": arrays}
 
 
 def farthest(mine: list[np.ndarray], theirs: list[np.ndarray]) -> float:
@@ -170,12 +176,14 @@ def main(arguments: list[str] | None = None) -> int:
         subprocess.run(["tar", "x", "-C", str(old)], input=archive, check=True)
         before = state(old, Path(folder, "before"), cells)
         now = state(ROOT, Path(folder, "now"), cells)
-    from comparison.records import Results
-
     recorded = {
         name: {line["code"] for line in Results(RESULTS / f"{name}.jsonl").lines}
         for name in before["codes"]
+        if name != "figures"
     }
+    carried = Carried(RESULTS / "carried.json")
+    figures = json.loads((RESULTS / "measured.json").read_text())
+    recorded["figures"] = {carried(figure["code"]) for figure in figures.values()}
     found, differ = entry(
         before,
         now,

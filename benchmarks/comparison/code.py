@@ -9,7 +9,7 @@ import ast
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from comparison.calibration import Calibration
 from comparison.cell import Cell, Trained
 from comparison.files import ROOT
 from comparison.rows import Row
+from comparison.source import program, programs
 from jaxpeft import optim
 
 #: The core, in the order of its names.
@@ -165,21 +166,5 @@ def _common() -> tuple[Path, ...]:
     return tuple(path for paths in found.values() for path in paths)
 
 
-def _programs(files: Any) -> str:
-    return "\n".join(f"{path.relative_to(ROOT)}: {_program_of(path)}" for path in files)
-
-
-@functools.cache
-def _program_of(path: Path) -> str:
-    return program(ast.parse(path.read_text()))
-
-
-def program(tree: ast.AST) -> str:
-    """What a source says to the interpreter, without its docstrings."""
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and body:
-            first = body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                node.body = body[1:] or [ast.Pass()]
-    return ast.dump(tree)
+def _programs(files: Iterable[Path]) -> str:
+    return programs(files, ROOT)
