@@ -660,7 +660,7 @@ def test_runs_of_another_comparison_are_not_done_again(finished, tmp_path, monke
         "cell",
         lambda self, task, row: known.update({(task, row.name): self.lines(row, task=task)}),
     )
-    assert command.main("b", PLAN, PLAN, also=["a"], arguments=["--json"]) == 0
+    assert command.main("b", PLAN, PLAN, also={"a": ()}, arguments=["--json"]) == 0
     assert {cell for cell, found in known.items() if not found} == {
         ("e2e", "prefix"),
         ("snips", "prefix"),
@@ -669,6 +669,11 @@ def test_runs_of_another_comparison_are_not_done_again(finished, tmp_path, monke
     assert {task: set(cells) for task, cells in found["tasks"].items()} == dict.fromkeys(
         PLAN.tasks, {"probe", "full"}
     )
+    # In a table, those of earlier code are there as such where the row is the same.
+    pytest.importorskip("matplotlib")
+    assert command.main("b", PLAN, PLAN, also={"a": PLAN.rows}, arguments=["--table"]) == 0
+    text = (tmp_path / "b.md").read_text().split("## Of earlier code")[1]
+    assert "- prefix on e2e\n- prefix on snips" in text
 
 
 def test_workers_are_processes_on_cores_of_their_own(tmp_path, monkeypatch):
