@@ -89,12 +89,12 @@ class Interpreter:
         self.report(Materialized(x.path, primitive, where))
         return self.materialized(x, eqn)
 
-    def decoded(self, view: View, eqn: Any, why: str = "") -> View:
+    def dequantized(self, view: View, eqn: Any, why: str = "") -> View:
         """The view over the array that its codes stand for, if it stands on codes."""
         if not isinstance(innermost(view.weight), Weight):
             return view
         self.report(Materialized(view.path, eqn.primitive.name + why, self.source(eqn)))
-        return view.decoded()
+        return view.dequantized()
 
     def source(self, eqn: Any) -> str:
         """Where in the model an equation comes from."""
@@ -246,7 +246,7 @@ def lift(
       returned as it came.
 
     Raises:
-      NotAMatrixError: A bottleneck adapter, a prompt or the like stands where the model does
+      NotMergeableError: A bottleneck adapter, a prompt or the like stands where the model does
         something with the weight that it cannot follow; names path, primitive and line.
       ValueError: Something in the tree waits for `split` or `combine`; names it.
       TypeError: `fn` is no function.
@@ -428,7 +428,7 @@ def merge(tree: Any, *, dtype: Any = None) -> Any:
       dtype: To cast to; `None` is the dtype of the array that each weight replaces.
 
     Raises:
-      NotAMatrixError: A weight in the tree is no matrix; names its path.
+      NotMergeableError: A weight in the tree is no matrix; names its path.
       ValueError: Something in the tree waits for `split` or `combine`; names it.
     """
     check_filled(tree, "merge")

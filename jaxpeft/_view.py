@@ -219,7 +219,7 @@ class View(NotAnArray):
         array = jnp.transpose(array, [where[axis] for axis in wanted + dropped])
         return view.rounded(array.reshape(view.shape))
 
-    def decoded(self) -> "View":
+    def dequantized(self) -> "View":
         """The same weight over the array that the codes at its bottom stand for."""
         codes = dataclasses.replace(self, weight=innermost(self.weight))
         matrix = codes.over_stack(lambda w, _: dense(w), None).astype(self.exact.dtype)

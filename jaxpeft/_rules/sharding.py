@@ -168,7 +168,7 @@ def _entering(
     specs, by_axis = field_specs(view, spec), _spec_by_axis(view, spec)
     if by_axis is not None and not _divides(view, by_axis, mesh):
         # Codes that the devices would cut inside a block: what is put on them still divides.
-        view = run.decoded(view, eqn, _UNFIT)
+        view = run.dequantized(view, eqn, _UNFIT)
         specs = field_specs(view, spec)
     roles = {view.axes[axis].role for axis in by_axis or ()}
     # What is no matrix may be gathered before its use: `refuse_parts` asks again there.

@@ -341,7 +341,7 @@ def _fault(view: View, stack: Stack) -> str:
         return f"a {kind} of no linear weight"
     if view.shape != stack.shape or len(view.sizes(STACK)) != stack.stacked:
         return f"a {kind} of shape {view.shape}, should be {stack.shape}"
-    if (weight.scales if weight.tiles is None else weight.tiles).dtype != np.float32:
+    if (weight.scales if weight.nested is None else weight.nested).dtype != np.float32:
         return f"a {kind} with scales of {weight.scales.dtype}, should be float32"
     if view.dtype not in DTYPES.values():
         return f"a {kind} that stands for {view.dtype}, should be one of {', '.join(DTYPES)}"
@@ -363,11 +363,11 @@ def _tensors(name: str, view: View, index: int, stack: Stack) -> Iterable[tuple[
         "dtype": np.dtype(view.dtype).name,
         "shape": stack.tensor_shape,
     }
-    yield name, fetched(w.codes, (w.codes.shape[-1], 1))
+    yield name, fetched(w.values, (w.values.shape[-1], 1))
     yield f"{name}.{ABSMAX}", fetched(w.scales, w.scales.shape[-1:])
     yield f"{name}.{MAP}", _lazy(np.asarray(w.book.values, np.float32))
-    if w.tiles is not None:
-        yield f"{name}.{NESTED}", fetched(w.tiles, w.tiles.shape[-1:])
+    if w.nested is not None:
+        yield f"{name}.{NESTED}", fetched(w.nested, w.nested.shape[-1:])
         yield f"{name}.{NESTED_MAP}", _lazy(dynamic_map())
         about |= {"nested_blocksize": GROUP, "nested_dtype": "float32"}
         about["nested_offset"] = float(np.asarray(part(w.offset)))
@@ -396,7 +396,7 @@ def _config(views: Mapping[str, View], plan: Mapping[str, Stack]) -> dict[str, A
             "load_in_4bit": True,
             "load_in_8bit": False,
             "bnb_4bit_quant_type": view.weight.book.name,
-            "bnb_4bit_use_double_quant": view.weight.tiles is not None,
+            "bnb_4bit_use_double_quant": view.weight.nested is not None,
             "bnb_4bit_compute_dtype": np.dtype(view.dtype).name,
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": [name for name, coded in linear.items() if not coded],

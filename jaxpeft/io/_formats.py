@@ -10,7 +10,7 @@ from jaxpeft._view import roles_of
 from jaxpeft._weight import IN, OUT, STACK
 from jaxpeft.io._coded import Encoder
 from jaxpeft.io._stacked import Stack
-from jaxpeft.quant._quantize import encoder
+from jaxpeft.quant._quantize import quantizer
 
 __all__ = ["Format", "Formats", "encoders"]
 
@@ -46,7 +46,7 @@ def encoders(
 
 def _encoder(format: Any) -> Encoder:
     if isinstance(format, str):
-        return encoder(format)
+        return quantizer(format)
     if not callable(format):
         raise TypeError(
             f"`quantize={format!r}`: a format is a name such as 'nf4+dq' or a function from a "

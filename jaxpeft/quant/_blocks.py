@@ -29,25 +29,25 @@ def join(parts: Sequence[jax.Array]) -> jax.Array:
 
 
 def half(size: int) -> int:
-    """Bytes of a column's block of `size` codes of four bits."""
+    """The bytes that `size` values of four bits of a column take."""
     return (size + 1) // 2
 
 
-def pack(codes: jax.Array) -> jax.Array:
-    """Codes 0 .. 15 (*, size, out) in bytes (*, half(size), out).
+def pack(quantized: jax.Array) -> jax.Array:
+    """Values 0 .. 15 (*, size, out), packed into bytes (*, half(size), out).
 
     Byte j holds row j in its high bits and row half + j in its low ones, so that unpacking
     puts two runs of rows one after the other and never interleaves.
     """
-    size = codes.shape[-2]
-    high, low = codes[..., : half(size), :], codes[..., half(size) :, :]
+    size = quantized.shape[-2]
+    high, low = quantized[..., : half(size), :], quantized[..., half(size) :, :]
     if size % 2:
         low = jnp.pad(low, [(0, 0)] * (low.ndim - 2) + [(0, 1), (0, 0)])
     return (high << 4 | low).astype(jnp.uint8)
 
 
 def unpack(packed: jax.Array, full: int, size: int, tail: int) -> list[jax.Array]:
-    """The codes in bytes (*stack, bytes, out), as `full` blocks of `size` and one of `tail`."""
+    """The values in bytes (*stack, bytes, out), as `full` blocks of `size` and one of `tail`."""
     parts = split_into_blocks(packed, half(size), full)
     sizes = [size] * (full > 0) + [tail] * (tail > 0)
     return [
@@ -56,15 +56,15 @@ def unpack(packed: jax.Array, full: int, size: int, tail: int) -> list[jax.Array
     ]
 
 
-def select(codes: jax.Array, values: Sequence[float], dtype: Any) -> jax.Array:
-    """values[codes] for few values, as selections by the bits of the codes.
+def select(quantized: jax.Array, values: Sequence[float], dtype: Any) -> jax.Array:
+    """values[quantized] for few values, as selections by the bits of the index.
 
     Selections are fused into the loop that needs the result; a gather is not, on TPU.
     """
     level = [jnp.asarray(v, dtype) for v in values]
     bit = 0
     while len(level) > 1:
-        one = (codes >> bit & 1).astype(bool)
+        one = (quantized >> bit & 1).astype(bool)
         level = [jnp.where(one, b, a) for a, b in zip(level[::2], level[1::2], strict=True)]
         bit += 1
     return level[0]

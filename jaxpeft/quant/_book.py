@@ -1,4 +1,4 @@
-"""Books of sixteen values, and numbers in units of their block's scale."""
+"""Codebooks of sixteen values, and numbers in units of the scale of their block."""
 
 import dataclasses
 import functools
@@ -20,31 +20,31 @@ GROUP = 256
 @exportable
 @dataclasses.dataclass(frozen=True)
 class Book:
-    """Sixteen values in [-1, 1], by code."""
+    """A codebook: sixteen values in [-1, 1]; a quantized value is an index into it."""
 
     name: str
     values: tuple[float, ...]
 
     @functools.cached_property
     def order(self) -> np.ndarray:
-        """The codes by rising value."""
+        """The indices in the order of rising values."""
         return np.argsort(np.asarray(self.values, np.float32), kind="stable")
 
     @functools.cached_property
     def middles(self) -> np.ndarray:
-        """Between neighbours; what lies on one goes to the lower value."""
+        """The midpoints of neighbouring values; a number on a midpoint goes to the lower value."""
         rising = np.asarray(self.values, np.float32)[self.order]
         return (rising[:-1] + rising[1:]) / np.float32(2)
 
-    def encode(self, x: jax.Array) -> jax.Array:
-        """uint8 codes of the nearest values to x in [-1, 1]."""
+    def quantize(self, x: jax.Array) -> jax.Array:
+        """The uint8 indices of the values nearest to x in [-1, 1]."""
         rank = sum((x > m).astype(jnp.uint8) for m in self.middles.tolist())
         if (self.order == np.arange(16)).all():
             return rank
         return select(rank, self.order.tolist(), jnp.uint8)
 
-    def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
-        return select(codes, self.values, dtype)
+    def dequantize(self, quantized: jax.Array, dtype: Any) -> jax.Array:
+        return select(quantized, self.values, dtype)
 
 
 def relative(x: jax.Array, absmax: jax.Array, *, divide: bool = False) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A matrix in a codebook, in one of two layouts."""
+"""A matrix quantized with a codebook, in one of two layouts."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -17,10 +17,10 @@ LAYOUTS: dict[str, Callable[..., Codebook | Flat]] = {"rows": rows, "flat": flat
 def codebook(
     matrix: jax.Array, book: Book, *, block: int, double: bool, layout: Layout
 ) -> Codebook | Flat:
-    """The codes of a book nearest to a matrix (*stack, in, out).
+    """The matrix (*stack, in, out), each entry the nearest value of a codebook.
 
     Raises:
-      ValueError: The layout is unknown, or the block is no positive number.
+      ValueError: The layout is unknown, or the block is not a positive integer.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"`{book.name}(layout={layout!r})`: choose 'rows' or 'flat'.")

@@ -41,12 +41,12 @@ def _even(count: int) -> np.ndarray:
     return np.where(near, low + step * up, high - step * up[::-1]).astype(np.float32)
 
 
-#: Steps of the grid on [-1, 1] that values are rounded to before their code is looked up.
+#: Steps of the grid on [-1, 1] that values are rounded to before their index is looked up.
 GRID = 65535
 
 
 def nearest(x: jax.Array) -> jax.Array:
-    """uint8 codes of the signed map's values nearest to x in [-1, 1]; ties go down.
+    """The uint8 indices of the signed map's values nearest to x in [-1, 1]; ties go down.
 
     As bitsandbytes does on CPU, x is first rounded to one of 65,536 points: where it lies
     within 2^-16 of the middle of two values, either may be taken.
@@ -59,6 +59,6 @@ def nearest(x: jax.Array) -> jax.Array:
     return jnp.searchsorted(middles, snapped).astype(jnp.uint8)
 
 
-def value(codes: jax.Array) -> jax.Array:
-    """The values of codes of the signed map."""
-    return jnp.asarray(dynamic_map())[codes.astype(jnp.int32)]
+def value(quantized: jax.Array) -> jax.Array:
+    """The values of the signed map at these indices."""
+    return jnp.asarray(dynamic_map())[quantized.astype(jnp.int32)]

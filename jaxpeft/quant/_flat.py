@@ -8,21 +8,21 @@ import jax.numpy as jnp
 from jaxpeft._weight import axes, static, weight
 from jaxpeft.quant import _dynamic as dynamic
 from jaxpeft.quant._book import GROUP, Book, mean, relative, rounded
-from jaxpeft.quant._quantized import Quantized, checked_block, wide
+from jaxpeft.quant._quantized import Quantized, checked_block, widened
 
 
 @weight
 class Flat(Quantized):
     """A matrix whose blocks run over the row-major (out, in) array, across its rows.
 
-    The numbers of a file of bitsandbytes, exactly; they cannot be cut along a side, so that
-    a model which slices or shards the weight gets it decoded. `tiles` and `offset` are there
+    The arrays are exactly those of a file of bitsandbytes. They cannot be sliced along a side, so
+    a model that slices or shards the weight gets it dequantized. `nested` and `offset` are there
     with double quantization.
     """
 
-    codes: Any = axes("pairs")  # uint8, two neighbours to a byte, the first in the high bits
+    values: Any = axes("pairs")  # uint8, two neighbours to a byte, the first in the high bits
     scales: Any = axes("blocks")  # one per block, a float or uint8
-    tiles: Any = axes("groups", optional=True)  # one per 256 blocks
+    nested: Any = axes("groups", optional=True)  # one per 256 blocks
     offset: Any = axes(optional=True)  # ()
     shape: tuple[int, int] = static(None)  # (in, out)
     block: int = static(64)
@@ -30,42 +30,44 @@ class Flat(Quantized):
 
     local_in = local_out = False
 
-    def decode(self):
+    def dequantize(self):
         scales = self.scales
-        if self.tiles is not None:
-            scaled = dynamic.value(scales).astype(self.tiles.dtype) * _each(
-                self.tiles, GROUP, scales.shape[-1]
+        if self.nested is not None:
+            scaled = dynamic.value(scales).astype(self.nested.dtype) * _each(
+                self.nested, GROUP, scales.shape[-1]
             )
             scales = rounded(scaled) + self.offset[..., None]
         rows, cols = self.shape
-        pairs = jnp.stack([self.codes >> 4, self.codes & 15], axis=-1)
-        codes = pairs.reshape(*self.codes.shape[:-1], -1)[..., : rows * cols]
-        values = self.book.decode(codes, scales.dtype) * _each(scales, self.block, rows * cols)
+        pairs = jnp.stack([self.values >> 4, self.values & 15], axis=-1)
+        quantized = pairs.reshape(*self.values.shape[:-1], -1)[..., : rows * cols]
+        values = self.book.dequantize(quantized, scales.dtype) * _each(
+            scales, self.block, rows * cols
+        )
         return jnp.swapaxes(values.reshape(*values.shape[:-1], cols, rows), -2, -1)
 
-    def again(self, matrix):
-        return flat(matrix, self.book, block=self.block, double=self.tiles is not None)
+    def requantize(self, matrix):
+        return flat(matrix, self.book, block=self.block, double=self.nested is not None)
 
 
 def flat(matrix: jax.Array, book: Book, *, block: int, double: bool) -> Flat:
-    """Rounds a matrix (*stack, in, out) to a codebook as bitsandbytes does.
+    """Quantizes a matrix (*stack, in, out) with a codebook as bitsandbytes does.
 
-    Codes and scales are its own on CPU bit for bit; only the mean of the scales may differ in
-    its last bit, since the order of a sum is nobody's promise.
+    Quantized values and scales are those of bitsandbytes on CPU bit for bit; only the mean of the
+    scales may differ in its last bit, since the order of a sum is nobody's promise.
     """
-    w = wide(matrix)
+    w = widened(matrix)
     stack = w.shape[:-2]
     values = jnp.swapaxes(w, -2, -1).reshape(*stack, -1)
     scales, ratios = _in_blocks(values, checked_block(block), divide_tail=True)
-    codes = book.encode(jnp.pad(ratios, [(0, 0)] * len(stack) + [(0, ratios.shape[-1] % 2)]))
-    packed = (codes[..., ::2] << 4 | codes[..., 1::2]).astype(jnp.uint8)
-    tiles = offset = None
+    quantized = book.quantize(jnp.pad(ratios, [(0, 0)] * len(stack) + [(0, ratios.shape[-1] % 2)]))
+    packed = (quantized[..., ::2] << 4 | quantized[..., 1::2]).astype(jnp.uint8)
+    nested = offset = None
     if double:
         offset = mean(scales)
-        tiles, ratios = _in_blocks(scales - offset[..., None], GROUP)
-        each = _each(tiles, GROUP, scales.shape[-1])
+        nested, ratios = _in_blocks(scales - offset[..., None], GROUP)
+        each = _each(nested, GROUP, scales.shape[-1])
         scales = jnp.where(each > 0, dynamic.nearest(ratios), 0).astype(jnp.uint8)
-    return Flat(packed, scales, tiles, offset, (w.shape[-2], w.shape[-1]), block, book)
+    return Flat(packed, scales, nested, offset, (w.shape[-2], w.shape[-1]), block, book)
 
 
 def _each(scales: jax.Array, block: int, count: int) -> jax.Array:

@@ -19,10 +19,10 @@ def fp4(
     double: bool = False,
     layout: Layout = "rows",
 ) -> Codebook | Flat:
-    """Rounds a matrix (*stack, in, out) to floats of four bits.
+    """Quantizes a matrix (*stack, in, out) to floats of four bits.
 
-    scale = max |w| over `block` rows of a column, codes = the nearest of the sixteen values
-    +-(0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1) to w / scale, in the order of the codes that
+    scale = max |w| over `block` rows of a column, values = the nearest of the sixteen values
+    +-(0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1) to w / scale, in the order of the indices that
     bitsandbytes writes. Bits per parameter and arguments are those of `nf4`.
 
     Args:

@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.quant._quantized import Blockwise, PerChannel, linear_codes
+from jaxpeft.quant._quantized import Blockwise, PerChannel, quantize_linear
 
 
 def fp8(matrix: jax.Array, *, block: int | None = None) -> PerChannel | Blockwise:
-    """Rounds a matrix (*stack, in, out) to float8 e4m3.
+    """Quantizes a matrix (*stack, in, out) to float8 e4m3.
 
-    scale = max |w| / 448 over a column, or over `block` rows of it; codes = w / scale rounded
+    scale = max |w| / 448 over a column, or over `block` rows of it; values = w / scale rounded
     to the nearest float8, whose relative error is at most 1/16 down to scale / 64.
 
     Args:
@@ -20,4 +20,4 @@ def fp8(matrix: jax.Array, *, block: int | None = None) -> PerChannel | Blockwis
       Micikevicius et al., FP8 Formats for Deep Learning, 2022, section 3.
       https://arxiv.org/abs/2209.05433
     """
-    return linear_codes(matrix, block, jnp.float8_e4m3fn)
+    return quantize_linear(matrix, block, jnp.float8_e4m3fn)

@@ -3,17 +3,17 @@
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.quant._quantized import Blockwise, PerChannel, linear_codes
+from jaxpeft.quant._quantized import Blockwise, PerChannel, quantize_linear
 
 
 def int8(matrix: jax.Array, *, block: int | None = None) -> PerChannel | Blockwise:
-    """Rounds a matrix (*stack, in, out) to int8.
+    """Quantizes a matrix (*stack, in, out) to int8.
 
-    scale = max |w| / 127 over a column, or over `block` rows of it; codes = round(w / scale);
-    the error of an entry is at most scale / 2. Where all are zero, scale and codes are.
+    scale = max |w| / 127 over a column, or over `block` rows of it; values = round(w / scale);
+    the error of an entry is at most scale / 2. Where all are zero, the scale is zero.
 
     Args:
       matrix: The weights, (*stack, in, out).
       block: Rows under one scale; `None` for one scale per column.
     """
-    return linear_codes(matrix, block, jnp.int8)
+    return quantize_linear(matrix, block, jnp.int8)

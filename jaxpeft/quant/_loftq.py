@@ -1,4 +1,4 @@
-"""LoftQ and QPiSSA: LoRA factors that start at what quantization has lost."""
+"""LoftQ and QPiSSA: LoRA factors that start at the error of quantization."""
 
 import dataclasses
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from jaxpeft._sites import Site, Sites
 from jaxpeft._view import View
 from jaxpeft._weight import Weight
 from jaxpeft.extend._apply import apply_to_sites, check_floating, check_rank
-from jaxpeft.quant._quantize import check_finite_weight, encoder
+from jaxpeft.quant._quantize import check_finite_weight, quantizer
 
 
 @register_method
@@ -22,37 +22,38 @@ def loftq(
     sites: Sites,
     *,
     format: str = "nf4+dq",
-    steps: int = 5,
-    start: Literal["quantized", "principal"] = "quantized",
+    n_iter: int = 5,
+    init: Literal["loftq", "pissa"] = "loftq",
     dtype: Any = jnp.float32,
     **options: Any,
 ) -> Method:
-    """LoRA on a quantized base, with factors that make up for the rounding.
+    """LoRA on a quantized base, with factors that compensate the error of quantization.
 
-    Each selected matrix `w` (in, out) becomes `q + a @ b` with `q` in the format. In turns,
+    Each selected matrix `w` (in, out) becomes `q + a @ b` with `q` quantized. The two are computed
+    alternately,
 
         q = quantize(w - a @ b)
         a, b = the best rank-r approximation of w - q, split as U sqrt(S), sqrt(S) V^T
 
-    from a @ b = 0 (start="quantized", LoftQ), or from the best rank-r approximation of `w`
-    itself (start="principal", QPiSSA: the residual of the principal components is quantized).
+    from a @ b = 0 (init="loftq"), or from the best rank-r approximation of `w` itself
+    (init="pissa", QPiSSA: the residual of the principal components is quantized).
     The alternation need not lower |w - q - a @ b| at every step; the best pair is kept.
 
     Args:
       rank: Columns of `a`. At most min(in, out).
-      sites: The matrices, with plain arrays so far.
+      sites: The matrices, which are plain arrays so far.
       format: As in `quantize`.
-      steps: Turns; 0 quantizes once and leaves the start's factors.
-      start: See above.
-      dtype: Of the factors.
-      options: Of the format.
+      n_iter: Number of iterations; 0 quantizes once and keeps the initial factors.
+      init: The initial factors, see above.
+      dtype: Dtype of both factors.
+      options: Options of the format, such as `block=128`.
 
     Returns:
-      A method with r * (in + out) trained numbers per matrix.
+      A method with r * (in + out) trainable parameters per matrix.
 
     Raises:
-      ValueError: A rank out of range, a negative number of steps, an unknown start or format,
-        or a selected weight that is no plain array of finite numbers (names it).
+      ValueError: The rank is out of range, the number of iterations is negative, the init or the
+        format is unknown, or a selected weight is not a plain array of finite numbers (names it).
 
     References:
       Li et al., LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models, 2023,
@@ -60,11 +61,11 @@ def loftq(
       Meng et al., PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
       Language Models, 2024, section 4 and appendix. https://arxiv.org/abs/2404.02948
     """
-    encode = encoder(format, **options)
-    if start not in ("quantized", "principal"):
-        raise ValueError(f"`loftq(start={start!r})`: choose 'quantized' or 'principal'.")
-    if steps < 0:
-        raise ValueError(f"`loftq(steps={steps})`: a number of turns of 0 or more is needed.")
+    quantize = quantizer(format, **options)
+    if init not in ("loftq", "pissa"):
+        raise ValueError(f"`loftq(init={init!r})`: choose 'loftq' or 'pissa'.")
+    if n_iter < 0:
+        raise ValueError(f"`loftq(n_iter={n_iter})`: the number of iterations is at least 0.")
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         del key  # nothing is drawn
@@ -76,12 +77,12 @@ def loftq(
             )
         check_floating("loftq", site.path, view.dtype)
         check_finite_weight(view.weight, site.path, "loftq")
-        q, a, b = _alternate(view.canonical(), encode, rank, steps, start)
+        q, a, b = _alternate(view.canonical(), quantize, rank, n_iter, init)
         factors = Trainable(a.astype(dtype)), Trainable(b.astype(dtype))
         low = LowRank(q, *factors, key=None, scale=1.0, dropout=0.0, part=None)
         return dataclasses.replace(view, weight=low, natural=False)
 
-    given = dict(rank=rank, sites=sites, format=format, steps=steps, start=start, dtype=dtype)
+    given = dict(rank=rank, sites=sites, format=format, n_iter=n_iter, init=init, dtype=dtype)
     return Method(
         "loftq",
         given | options,
@@ -90,20 +91,20 @@ def loftq(
 
 
 def _alternate(
-    w: jax.Array, encode: Any, rank: int, steps: int, start: str
+    w: jax.Array, quantize: Any, rank: int, n_iter: int, init: str
 ) -> tuple[Any, jax.Array, jax.Array]:
-    """The codes and factors of the turn with the smallest error, each matrix for itself."""
+    """The quantized matrix and factors with the smallest error of all iterations, per matrix."""
     w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
     with jax.default_matmul_precision("highest"):
         a, b = _best(w, rank)
-        if start == "quantized":
+        if init == "loftq":
             a, b = jnp.zeros_like(a), jnp.zeros_like(b)
-        q = encode(w - a @ b)
+        q = quantize(w - a @ b)
         kept = (q, a, b, _error(w, q, a, b))
-        for _ in range(steps):
+        for _ in range(n_iter):
             a, b = _best(w - q.materialize(), rank)
             kept = _better(kept, (q, a, b, _error(w, q, a, b)))
-            q = encode(w - a @ b)
+            q = quantize(w - a @ b)
             kept = _better(kept, (q, a, b, _error(w, q, a, b)))
     return kept[:3]
 

@@ -37,10 +37,10 @@ def nf4(
     double: bool = False,
     layout: Layout = "rows",
 ) -> Codebook | Flat:
-    """Rounds a matrix (*stack, in, out) to NormalFloat of four bits.
+    """Quantizes a matrix (*stack, in, out) to NormalFloat of four bits.
 
-    scale = max |w| over `block` rows of a column, codes = the nearest of sixteen values to
-    w / scale; they are quantiles of the standard normal distribution, scaled to [-1, 1] and
+    scale = max |w| over `block` rows of a column, values = the nearest of sixteen values to
+    w / scale, which are quantiles of the standard normal distribution, scaled to [-1, 1] and
     with an exact zero.
 
     Args:

@@ -1,4 +1,4 @@
-"""quantize: the method that stores frozen arrays in fewer bits."""
+"""quantize: the method that stores frozen arrays in fewer bits, and the formats by name."""
 
 import dataclasses
 import functools
@@ -31,15 +31,15 @@ FORMATS: dict[str, Callable[..., Weight]] = {
     "fp4": fp4,
     "fp4+dq": functools.partial(fp4, double=True),
     "int4": int4,
-    "int4/asym": functools.partial(int4, symmetric=False),
+    "int4+asym": functools.partial(int4, symmetric=False),
     "int8": int8,
     "fp8": fp8,
 }
 
 
 @functools.cache  # One function per format, which is then compiled once per shape.
-def encoder(format: str, **options: Any) -> Callable[[jax.Array], Weight]:
-    """The function of a format's name from a matrix to a weight, compiled.
+def quantizer(format: str, **options: Any) -> Callable[[jax.Array], Weight]:
+    """The compiled function of a format, from a matrix to a weight.
 
     Raises:
       ValueError: There is no such format.
@@ -51,22 +51,22 @@ def encoder(format: str, **options: Any) -> Callable[[jax.Array], Weight]:
 
 @register_method
 def quantize(format: str, sites: Sites, **options: Any) -> Method:
-    """Stores the selected matrices in fewer bits, under whatever other methods put on them.
+    """Quantizes the selected matrices, whatever other methods have put on top of them.
 
     The array at the bottom of each selected weight is replaced, so the order in a `chain`
     does not matter: `chain(lora(...), quantize(...))` is `chain(quantize(...), lora(...))`.
 
     Args:
-      format: "nf4", "nf4+dq", "fp4", "fp4+dq", "int4", "int4/asym", "int8", "fp8".
+      format: "nf4", "nf4+dq", "fp4", "fp4+dq", "int4", "int4+asym", "int8", "fp8".
       sites: The matrices; usually `sites.hidden`, which leaves embeddings and the head.
-      options: Of the format, such as `block=128`.
+      options: Options of the format, such as `block=128`.
 
     Raises:
-      ValueError: The format is unknown, a selected array is trained or quantized already, is not
-        of floating-point numbers, or has entries that are no finite numbers (unless it is traced,
-        when they cannot be seen: their whole block then decodes to NaN).
+      ValueError: The format is unknown, or a selected array is trained or quantized already, has
+        no floating-point dtype, or has infinite or NaN entries. (Those of a traced array are not
+        known: their whole block dequantizes to NaN.)
     """
-    encode = encoder(format, **options)
+    quantize = quantizer(format, **options)
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         del key
@@ -79,7 +79,7 @@ def quantize(format: str, sites: Sites, **options: Any) -> Method:
         caller = f"quantize('{format}')"
         check_floating(caller, site.path, view.dtype, instead="cast or split it first")
         check_finite_weight(inner, site.path, caller)
-        return encoded(view, encode)
+        return quantized_view(view, quantize)
 
     return Method(
         "quantize",
@@ -88,49 +88,50 @@ def quantize(format: str, sites: Sites, **options: Any) -> Method:
     )
 
 
-def encoded(view: View, encode: Callable[[jax.Array], Weight]) -> View:
-    """The view with the array at its bottom in codes, which lie on devices as the array does.
+def quantized_view(view: View, quantize: Callable[[jax.Array], Weight]) -> View:
+    """The view with the array at its bottom quantized, and sharded as the array is.
 
-    On a mesh with Explicit axes they do so in traced programs, too; with Automatic ones the
-    compiler chooses there.
+    On a mesh with Explicit axes this holds in traced programs, too; with Automatic axes the
+    compiler chooses the sharding there.
 
     Warns:
-      UserWarning: The codes are in fewer parts than the array was; names it, and what to do.
+      UserWarning: The quantized values are in fewer shards than the array was; names the array,
+        and what to do.
     """
 
-    def in_codes(view: View) -> View:
-        weight = with_innermost(view.canonical(), encode)
+    def quantized(view: View) -> View:
+        weight = with_innermost(view.canonical(), quantize)
         return dataclasses.replace(view, weight=weight, natural=False)
 
     array = innermost(view.weight)
     typed = compat.typed_sharding(jax.typeof(array))
     sharding = typed if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not parts_of(sharding.mesh, sharding.spec) > 1:
-        return in_codes(view)
+        return quantized(view)
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), view)
-    shapes = jax.eval_shape(in_codes, plain)
+    shapes = jax.eval_shape(quantized, plain)
     leaves, treedef = jax.tree.flatten(shapes)
     specs = followed(shapes, sharding)
     _warn_of_whole(view, sharding, leaves, specs)
     places = [NamedSharding(sharding.mesh, spec) for spec in specs]
     wanted = jax.tree.unflatten(treedef, places)
     if typed is None:
-        return jax.device_put(in_codes(view), wanted)
-    return jax.sharding.auto_axes(in_codes, out_sharding=wanted)(view)
+        return jax.device_put(quantized(view), wanted)
+    return jax.sharding.auto_axes(quantized, out_sharding=wanted)(view)
 
 
 def _warn_of_whole(
     view: View, sharding: NamedSharding, leaves: list[Any], specs: list[PartitionSpec]
 ) -> None:
-    """Warns where the largest field lies in fewer parts than the array that it stands for."""
+    """Warns where the largest field is in fewer shards than the array that it replaces."""
     at = max(range(len(leaves)), key=lambda i: leaves[i].size * leaves[i].dtype.itemsize)
     have, want = (parts_of(sharding.mesh, spec) for spec in (specs[at], sharding.spec))
     if have < want:
-        codes = f"{leaves[at].dtype} of shape {leaves[at].shape}"
+        field = f"{leaves[at].dtype} of shape {leaves[at].shape}"
         warnings.warn(
-            f"`quantize`: the codes of '{view.path}', {codes}, lie in {have} parts on the devices, "
-            f"while the array of shape {view.shape} lies in {want} by {sharding.spec}: their sides "
-            "do not divide as its own do. Divide another side, or leave the weight out.",
+            f"`quantize`: the quantized values of '{view.path}', {field}, are in {have} shards, "
+            f"while the array of shape {view.shape} is in {want} by {sharding.spec}: their sides "
+            "are not divisible as its own are. Shard another side, or leave the weight out.",
             stacklevel=2,
         )
 
@@ -144,5 +145,5 @@ def check_finite_weight(array: Any, path: str, caller: str) -> None:
     if bad:
         raise ValueError(
             f"`{caller}`: '{path}' has {bad} entries of {array.size} that are infinite or NaN. "
-            "They would take their block with them; mend the weight, or leave it out."
+            "They would make their whole block NaN; fix the weight, or leave it out."
         )

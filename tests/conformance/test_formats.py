@@ -1,4 +1,4 @@
-"""Every format under every method: a method over codes is the method over what they say.
+"""Every format under every method: a method over quantized values is the method over the dequantized ones.
 
 Both sides are lifted; that a method over plain arrays is right is what test_laws.py shows. With
 the method left out, the quantized model is the plain model with decoded weights.
@@ -20,7 +20,7 @@ from .subject import differentiated, in_mesh, lifted_call, score, scores, subjec
 pytestmark = [
     pytest.mark.filterwarnings("ignore::jaxpeft.MaterializedWarning"),
     # Sides of a few rows, in blocks: no device could have a part of its own.
-    pytest.mark.filterwarnings("ignore:`quantize`. the codes of"),
+    pytest.mark.filterwarnings("ignore:`quantize`. the quantized values of"),
 ]
 
 # Blocks so small that the table's tiny weights have several, some cut short.
@@ -30,7 +30,7 @@ FORMATS = {
     "nf4, flat": dict(format="nf4+dq", block=8, layout="flat"),
     "fp4": dict(format="fp4", block=3),
     "int4": dict(format="int4", block=2),
-    "int4/asym": dict(format="int4/asym", block=5),
+    "int4+asym": dict(format="int4+asym", block=5),
     "int8": dict(format="int8"),
     "int8, blocks": dict(format="int8", block=2),
     "fp8": dict(format="fp8"),
@@ -67,7 +67,7 @@ def pairs(methods):
 
 
 def coded(s, format):
-    """(in codes, decoded): the row's parameters with its matrices in a format."""
+    """(quantized, dequantized): the row's parameters with its matrices in a format."""
     chosen = s.sites.matrices
     quantize = jp.quantize(sites=chosen, **FORMATS[format])
     tree = quantize(jax.random.key(0), s.case.params)
@@ -90,24 +90,24 @@ def same(s, sides):
 @pytest.mark.parametrize(
     ("row", "method", "format"), pairs([m for m in METHODS if m.name != "lora on nf4"])
 )
-def test_a_method_over_codes_is_the_method_over_their_values(row, method, format):
+def test_a_method_over_quantized_values_is_the_method_over_dequantized_ones(row, method, format):
     s = subject(row, method)
-    quantize, decoded, _ = coded(s, format)
+    quantize, dequantized, _ = coded(s, format)
     make = method.make(s.sites, jnp.float64)
     sides = []
     key = jax.random.key(1)  # what a method draws and freezes is the same on both sides
-    for tree in (quantize(key, s.case.params), decoded):
+    for tree in (quantize(key, s.case.params), dequantized):
         frozen, _ = jp.split(make(key, tree))
         sides.append(dataclasses.replace(s, frozen=frozen))
     same(s, sides)
 
 
 @pytest.mark.parametrize(("row", "method", "format"), pairs(METHODS[:1]))
-def test_codes_alone_are_the_model_with_their_values(row, method, format):
+def test_quantized_values_alone_are_the_model_with_dequantized_ones(row, method, format):
     s = subject(row, method)
-    _, decoded, tree = coded(s, format)
+    _, dequantized, tree = coded(s, format)
     for fn, args in s.programs:
         with in_mesh(s.case.mesh):
             got = jax.jit(lambda t, fn=fn, args=args: score(jp.lift(fn)(t, *args)))(tree)
-            want = jax.jit(lambda p, fn=fn, args=args: score(fn(p, *args)))(decoded)
+            want = jax.jit(lambda p, fn=fn, args=args: score(fn(p, *args)))(dequantized)
         assert worst(got, want) <= row.tolerance * 10

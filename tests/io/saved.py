@@ -475,14 +475,14 @@ CASES: dict[str, Case] = {
     "fp4": on("mlp", qlora("fp4", block=3)),
     "fp4_dq": on("mlp", qlora("fp4+dq", block=4)),
     "int4": on("mlp", qlora("int4", block=2)),
-    "int4_asym": on("mlp", qlora("int4/asym", block=5)),
+    "int4_asym": on("mlp", qlora("int4+asym", block=5)),
     "int8": on("mlp", qlora("int8")),
     "int8_blocks": on("mlp", qlora("int8", block=2)),
     "fp8": on("mlp", qlora("fp8")),
     "loftq": on("mlp", lambda s: jp.loftq(2, s.linear, format="nf4", block=2, dtype=FULL)),
     "loftq_principal": on(
         "mlp",
-        lambda s: jp.loftq(2, s.linear, format="int8", start="principal", dtype=FULL),
+        lambda s: jp.loftq(2, s.linear, format="int8", init="pissa", dtype=FULL),
     ),
     # Sites of every style: as they were found when the folder was saved, they stay.
     "lora_in_half": on("half", lambda s: jp.lora(2, s.linear, alpha=3.0)),

@@ -45,7 +45,7 @@ def methods():
     return {
         "lora": jp.lora({"up": 3, "*": 2}, sites.linear, alpha=5.0, dtype=jnp.bfloat16),
         "qlora": jp.chain(jp.quantize("int8", sites.linear), jp.lora(2, sites.linear)),
-        "loftq": jp.loftq(2, sites.linear, format="nf4", block=2, start="principal"),
+        "loftq": jp.loftq(2, sites.linear, format="nf4", block=2, init="pissa"),
         "part": jp.lora(2, up.output_slice(1, 2), dropout=0.1),
         "ia3": jp.ia3(up, down),
         "bottleneck": jp.bottleneck_adapter(4, up, activation="tanh"),

@@ -252,7 +252,7 @@ def test_int8_is_within_half_a_step_of_the_weight_and_under_lora(sites):
         adapter = toy.perturbed(adapter)
         tree = jp.combine(frozen, adapter)
         close(lifted(frozen, adapter, toy.ids()), toy.model(jp.merge(tree), toy.ids()))
-        assert tree["layers"]["q"]["kernel"].weight.w.codes.dtype == jnp.int8
+        assert tree["layers"]["q"]["kernel"].weight.w.values.dtype == jnp.int8
 
 
 @pytest.mark.parametrize(

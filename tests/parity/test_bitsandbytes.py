@@ -84,12 +84,12 @@ over_formats = pytest.mark.parametrize("name", FORMATS)
 
 def theirs(w, name, nested, block=64):
     """Codes, state and values of bitsandbytes."""
-    codes, state = bnb.quantize_4bit(
+    quantized, state = bnb.quantize_4bit(
         torch.tensor(w), blocksize=block, quant_type=name, compress_statistics=nested
     )
-    values = bnb.dequantize_4bit(codes, state)
+    values = bnb.dequantize_4bit(quantized, state)
     assert values.dtype == torch.float32
-    return codes.numpy().reshape(-1), state, values.numpy()
+    return quantized.numpy().reshape(-1), state, values.numpy()
 
 
 def ours(w, name, **options):
@@ -109,12 +109,12 @@ def equal(got, want):
 )
 def test_codes_scales_and_values_are_equal_bit_for_bit(shape, weights, name, block):
     w = weights(shape)
-    codes, state, values = theirs(w, name, False, block)
+    quantized, state, values = theirs(w, name, False, block)
     got = ours(w, name, block=block)
-    equal(got.codes, codes)
+    equal(got.values, quantized)
     equal(got.scales, state.absmax.numpy())
-    equal(got.decode().T, values)
-    equal(jax.jit(lambda m: m.decode())(got).T, values)
+    equal(got.dequantize().T, values)
+    equal(jax.jit(lambda m: m.dequantize())(got).T, values)
 
 
 @over_formats
@@ -122,16 +122,16 @@ def test_codes_scales_and_values_are_equal_bit_for_bit(shape, weights, name, blo
 @over_shapes
 def test_with_the_same_mean_scales_in_eight_bits_are_equal_too(shape, weights, name, monkeypatch):
     w = weights(shape)
-    codes, state, values = theirs(w, name, True)
+    quantized, state, values = theirs(w, name, True)
     mean = np.float32(state.offset.item())
     monkeypatch.setattr("jaxpeft.quant._flat.mean", lambda x: jnp.asarray(mean))
     got = ours(w, name, double=True)
     equal(got.offset, mean)
-    equal(got.codes, codes)
+    equal(got.values, quantized)
     equal(got.scales, state.absmax.numpy())
-    equal(got.tiles, state.state2.absmax.numpy())
-    equal(got.decode().T, values)
-    equal(jax.jit(lambda m: m.decode())(got).T, values)
+    equal(got.nested, state.state2.absmax.numpy())
+    equal(got.dequantize().T, values)
+    equal(jax.jit(lambda m: m.dequantize())(got).T, values)
 
 
 @over_formats
@@ -139,16 +139,16 @@ def test_with_the_same_mean_scales_in_eight_bits_are_equal_too(shape, weights, n
 @over_shapes
 def test_by_itself_the_mean_is_equal_to_a_few_units_in_the_last_place(shape, weights, name):
     w = weights(shape)
-    codes, state, values = theirs(w, name, True)
+    quantized, state, values = theirs(w, name, True)
     got = ours(w, name, double=True)
-    equal(got.codes, codes)
+    equal(got.values, quantized)
     mean = state.offset.item()
     np.testing.assert_allclose(got.offset, mean, rtol=8 * ULP)
-    np.testing.assert_allclose(got.tiles, state.state2.absmax.numpy(), rtol=0, atol=8 * ULP * mean)
+    np.testing.assert_allclose(got.nested, state.state2.absmax.numpy(), rtol=0, atol=8 * ULP * mean)
     # A scale may then be nearer to a neighbour in the map. There are at most a few of these.
     other = np.asarray(got.scales) != state.absmax.numpy()
     assert other.sum() <= 1 + other.size // 1000
-    apart = np.abs(np.asarray(got.decode()).T - values).reshape(-1)
+    apart = np.abs(np.asarray(got.dequantize()).T - values).reshape(-1)
     apart = np.pad(apart, (0, -apart.size % 64)).reshape(-1, 64)[~other]
     assert apart.max(initial=0) <= 32 * ULP * np.abs(w).max(initial=0)
 
@@ -158,13 +158,13 @@ def test_by_itself_the_mean_is_equal_to_a_few_units_in_the_last_place(shape, wei
 @pytest.mark.parametrize("shape", [(64, 192), (5, 64), (300, 4096)], ids=str)
 def test_rows_of_whole_blocks_hold_the_same_numbers_transposed(shape, weights, name):
     w = weights(shape)
-    codes, state, values = theirs(w, name, False)
+    quantized, state, values = theirs(w, name, False)
     got = FORMATS[name][0](jnp.asarray(w.T))
-    pairs = np.stack([codes >> 4, codes & 15], axis=-1).reshape(shape)
-    (blocks,) = unpack(got.codes, shape[1] // 64, 64, 0)
+    pairs = np.stack([quantized >> 4, quantized & 15], axis=-1).reshape(shape)
+    (blocks,) = unpack(got.values, shape[1] // 64, 64, 0)
     equal(blocks.reshape(shape[::-1]).T, pairs)
     equal(got.scales.T.reshape(-1), state.absmax.numpy())
-    equal(got.decode().T, values)
+    equal(got.dequantize().T, values)
 
 
 @over_formats
@@ -173,7 +173,7 @@ def test_on_gaussian_weights_the_error_is_theirs(name, nested):
     w = normal((256, 1024))
     *_, values = theirs(w, name, nested)
     want = np.sqrt(np.mean((values - w) ** 2))
-    got = np.sqrt(np.mean((np.asarray(ours(w, name, double=nested).decode()).T - w) ** 2))
+    got = np.sqrt(np.mean((np.asarray(ours(w, name, double=nested).dequantize()).T - w) ** 2))
     print(f"\n  rms error: ours {got:.7f}, theirs {want:.7f}", end="")
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
@@ -183,7 +183,7 @@ def test_blocks_without_a_normal_number_are_zero_here_and_tiny_there(name):
     w = normal((4, 64)) * np.float32(1e-40)
     assert 0 < np.abs(w).max() < TINY
     *_, values = theirs(w, name, False)
-    assert not np.asarray(ours(w, name).decode()).any()
+    assert not np.asarray(ours(w, name).dequantize()).any()
     assert np.abs(values).max() < TINY
     _, state, values = theirs(np.zeros((1, 7), np.float32), name, False)
     assert state.absmax.item() == np.float32(1e-38) and not values.any()
@@ -263,19 +263,19 @@ def test_a_folder_of_transformers_loads_with_the_numbers_it_has(quantized):
             kinds[name] = type(getattr(leaves[path], "weight", None)).__name__
             if name not in stored:
                 continue
-            (codes, state), flat = stored[name], leaves[path].weight
+            (quantized, state), flat = stored[name], leaves[path].weight
             flat = jax.tree.map(lambda x, i=i: x[i], flat) if stack.stacked else flat
-            equal(flat.codes, codes)
+            equal(flat.values, quantized)
             equal(flat.scales, state.absmax.numpy())
             assert (flat.book.name, flat.block) == (state.quant_type, state.blocksize)
             assert flat.shape == tuple(state.shape)[::-1]
             if state.nested:
-                equal(flat.tiles, state.state2.absmax.numpy())
+                equal(flat.nested, state.state2.absmax.numpy())
                 equal(flat.offset, np.float32(state.offset.item()))
             else:
-                assert flat.tiles is None and flat.offset is None
-            values = bnb.dequantize_4bit(torch.tensor(codes)[:, None], state)
-            equal(flat.decode().T, values.numpy())
+                assert flat.nested is None and flat.offset is None
+            values = bnb.dequantize_4bit(torch.tensor(quantized)[:, None], state)
+            equal(flat.dequantize().T, values.numpy())
     assert {name for name, kind in kinds.items() if kind == "Flat"} == set(stored)
     assert len(stored) >= 3 * CONFIG.layers
 
@@ -310,8 +310,8 @@ def test_a_folder_written_here_loads_in_transformers_with_the_same_numbers(
     matrices = flatten(merged)[0]
     for path in sites:
         for i, name in enumerate(plan[path].names):
-            codes, state = stored[name]
-            values = bnb.dequantize_4bit(torch.tensor(codes)[:, None], state).numpy()
+            quantized, state = stored[name]
+            values = bnb.dequantize_4bit(torch.tensor(quantized)[:, None], state).numpy()
             equal(matrices[path][i].T if plan[path].stacked else matrices[path].T, values)
     want = np.asarray(decoder.pure(CONFIG)(merged, jnp.asarray(ids())))
     np.testing.assert_allclose(logits(model), want, rtol=0, atol=BFLOAT16 * want.std())

@@ -26,14 +26,14 @@ def test_a_quantized_base_is_restored_without_the_dense_one(format, tmp_path):
         checkpointer.save(tmp_path / "adapter", adapter)
         checkpointer.wait_until_finished()
         shapes = jax.eval_shape(lambda p: split(format, p), params)
-        again = [
+        requantize = [
             checkpointer.restore(tmp_path / name, like)
             for name, like in zip(("base", "adapter"), shapes, strict=True)
         ]
-    for found, saved in zip(again, (frozen, adapter), strict=True):
+    for found, saved in zip(requantize, (frozen, adapter), strict=True):
         assert jax.tree.structure(found) == jax.tree.structure(saved)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(saved), strict=True):
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b)
     # The adapter's checkpoint holds the adapter and nothing else.
-    assert set(again[1]) == {"w/a", "w/b"}
+    assert set(requantize[1]) == {"w/a", "w/b"}

@@ -9,7 +9,7 @@ import jaxpeft as jp
 from jaxpeft._method import to_json
 from jaxpeft._view import View, roles_of
 from jaxpeft.quant import FORMATS
-from jaxpeft.quant._quantize import encoder
+from jaxpeft.quant._quantize import quantizer
 
 KEY = jax.random.key(0)
 
@@ -18,7 +18,7 @@ STEP = {
     "nf4": 0.1520,  # half the widest gap, between -1 and -0.6962
     "fp4": 1 / 6,  # between 2/3 and 1
     "int4": 0.5 / 7,
-    "int4/asym": 1 / 15 + 0.5 / 15,  # of max - min: at most twice the largest entry, see below
+    "int4+asym": 1 / 15 + 0.5 / 15,  # of max - min: at most twice the largest entry, see below
     "int8": 0.5 / 127,
     "fp8": 16 / 448,  # a step of 32 between 256 and 448
 }
@@ -38,14 +38,14 @@ def by_block(w, block):
 
 
 # Both compiled: op by op, most of the time would go into compiling each.
-def encode(format, w, **options):
-    return encoder(format, **options)(w)
+def quantize(format, w, **options):
+    return quantizer(format, **options)(w)
 
 
 @jax.jit
-def decode(coded):
+def dequantize(quantized):
     """Of a weight or a view of one."""
-    return coded.materialize()
+    return quantized.materialize()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -55,11 +55,11 @@ def test_no_entry_is_off_by_more_than_the_formats_step(format, block, shape):
     if block is None and format not in ("int8", "fp8"):
         block = 1
     w = gaussian(*shape)
-    coded = encode(format, w, block=block)
+    quantized = quantize(format, w, block=block)
     scale = by_block(np.asarray(w), block or shape[-2])
-    step = STEP[format] * (2 if format == "int4/asym" else 1)
-    error = np.abs(np.asarray(decode(coded)) - np.asarray(w))
-    assert decode(coded).shape == w.shape
+    step = STEP[format] * (2 if format == "int4+asym" else 1)
+    error = np.abs(np.asarray(dequantize(quantized)) - np.asarray(w))
+    assert dequantize(quantized).shape == w.shape
     assert (error <= step * scale * (1 + 1e-5)).all()
     assert error.max() > 0 or block == 1 or w.shape[-2] == 1  # rounding does happen
 
@@ -68,10 +68,10 @@ def test_no_entry_is_off_by_more_than_the_formats_step(format, block, shape):
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
 def test_double_quantization_moves_a_scale_by_a_hundredth_at_most(format, shape):
     w = gaussian(*shape, seed=1)
-    plain, double = encode(format, w), encode(format + "+dq", w)
-    np.testing.assert_array_equal(plain.codes, double.codes)
+    plain, double = quantize(format, w), quantize(format + "+dq", w)
+    np.testing.assert_array_equal(plain.values, double.values)
     with np.errstate(invalid="ignore"):  # zeros stay zeros
-        ratio = np.asarray(decode(double)) / np.asarray(decode(plain))
+        ratio = np.asarray(dequantize(double)) / np.asarray(dequantize(plain))
     # The map has a step of at most 1.5 % of the largest deviation from the mean scale.
     deviation = np.abs(plain.scales - plain.scales.mean(axis=(-2, -1), keepdims=True))
     bound = 0.0075 * deviation.max() / np.asarray(plain.scales).min()
@@ -81,11 +81,11 @@ def test_double_quantization_moves_a_scale_by_a_hundredth_at_most(format, shape)
 
 @pytest.mark.parametrize("layout", ["rows", "flat"])
 @pytest.mark.parametrize("shape", [(3, 300, 77), (2, 1000, 129)], ids=str)
-def test_codes_of_scales_are_the_same_eagerly_compiled_and_layer_by_layer(shape, layout):
+def test_quantized_scales_are_the_same_eagerly_compiled_and_layer_by_layer(shape, layout):
     w = gaussian(*shape, seed=2)
-    encode = lambda w: FORMATS["nf4+dq"](w, layout=layout)  # noqa: E731
-    eager, compiled = encode(w), jax.jit(encode)(w)
-    layers = jax.tree.map(lambda *xs: jnp.stack(xs), *map(jax.jit(encode), w))
+    quantize = lambda w: FORMATS["nf4+dq"](w, layout=layout)  # noqa: E731
+    eager, compiled = quantize(w), jax.jit(quantize)(w)
+    layers = jax.tree.map(lambda *xs: jnp.stack(xs), *map(jax.jit(quantize), w))
     for other in compiled, layers:
         for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(other), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -94,17 +94,17 @@ def test_codes_of_scales_are_the_same_eagerly_compiled_and_layer_by_layer(shape,
 @pytest.mark.parametrize("format", sorted(FORMATS))
 def test_zeros_stay_zeros_and_negligible_numbers_become_them(format):
     w = gaussian(130, 4).at[:64, 1].set(0).at[5].set(0).at[:, 3].set(1e-40)
-    got = np.asarray(decode(encode(format, w)))
+    got = np.asarray(dequantize(quantize(format, w)))
     assert (got[:64, 1] == 0).all() and (got[5] == 0).all()
     assert np.abs(got[:, 3]).max() <= 1e-38
-    assert (np.asarray(decode(encode(format, jnp.zeros((70, 3))))) == 0).all()
+    assert (np.asarray(dequantize(quantize(format, jnp.zeros((70, 3))))) == 0).all()
 
 
-@pytest.mark.parametrize("format", sorted(set(FORMATS) - {"int4/asym"}))
+@pytest.mark.parametrize("format", sorted(set(FORMATS) - {"int4+asym"}))
 @pytest.mark.parametrize("value", [3.7, -0.02, 1e30, 2e-38])
 def test_blocks_of_one_value_are_exact(format, value):
     w = jnp.full((128, 3), value)
-    got = np.asarray(decode(encode(format, w)))
+    got = np.asarray(dequantize(quantize(format, w)))
     # The books reach 1 and -1, the integers their largest code: only a product is rounded.
     np.testing.assert_allclose(got, w, rtol=3e-7)
 
@@ -132,51 +132,51 @@ def test_a_weight_keeps_the_dtype_that_the_program_sees(format, dtype):
     assert jp.lift(f)(tree, x).dtype == dtype
     assert jp.merge(tree)["w"].dtype == dtype
     assert jp.merge(tree, dtype=jnp.float32)["w"].dtype == jnp.float32
-    exact = np.asarray(decode(tree["w"].weight), np.float64)
+    exact = np.asarray(dequantize(tree["w"].weight), np.float64)
     cast = np.asarray(jnp.asarray(exact).astype(dtype), np.float64)
     np.testing.assert_array_equal(np.asarray(jp.merge(tree)["w"], np.float64), cast)
 
 
-def rows_of(coded, ids):
-    """A lookup through lift, of a table with these codes."""
-    shape = decode(coded).shape
-    view = View(coded, roles_of("in", "out")(shape), (), jnp.float32, "w", False)
+def rows_of(quantized, ids):
+    """A lookup through lift, of a table with these quantized values."""
+    shape = dequantize(quantized).shape
+    view = View(quantized, roles_of("in", "out")(shape), (), jnp.float32, "w", False)
     whole = View.of(jnp.zeros(shape), roles_of("in", "out")(shape), "w")
-    view = View(coded, whole.axes, whole.dims, whole.dtype, "w", natural=False)
+    view = View(quantized, whole.axes, whole.dims, whole.dtype, "w", natural=False)
     return jp.lift(lambda p, i: p[i], materialize="error")(view, ids)
 
 
 @pytest.mark.parametrize("rows", [128, 100, 7])
 @pytest.mark.parametrize("format", sorted(FORMATS))
 def test_a_lookup_gives_the_rows_of_the_matrix(format, rows):
-    coded = encode(format, gaussian(rows, 70))
+    quantized = quantize(format, gaussian(rows, 70))
     ids = jnp.asarray([[0, 1, rows - 1], [rows // 2, 3, 0]])
-    want = np.asarray(decode(coded))[ids]
-    np.testing.assert_allclose(rows_of(coded, ids), want, rtol=1e-6)
+    want = np.asarray(dequantize(quantized))[ids]
+    np.testing.assert_allclose(rows_of(quantized, ids), want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("format", ["nf4", "nf4+dq", "int4", "int4/asym", "int8", "fp8"])
+@pytest.mark.parametrize("format", ["nf4", "nf4+dq", "int4", "int4+asym", "int8", "fp8"])
 def test_a_stack_is_coded_like_each_of_its_matrices(format):
     w = gaussian(3, 130, 70)
-    stacked = encode(format, w)
+    stacked = quantize(format, w)
     for i in range(3):
-        one = encode(format, w[i])
+        one = quantize(format, w[i])
         for a, b in zip(jax.tree.leaves(stacked), jax.tree.leaves(one), strict=True):
             np.testing.assert_array_equal(a[i], b)
 
 
-CUT = [("nf4", 64), ("nf4+dq", 256), ("int4/asym", 64), ("int8", 1), ("fp8", 1)]
+CUT = [("nf4", 64), ("nf4+dq", 256), ("int4+asym", 64), ("int8", 1), ("fp8", 1)]
 
 
 @pytest.mark.parametrize(("format", "unit"), CUT)
 def test_a_view_is_cut_where_whole_blocks_end_and_nowhere_else(format, unit):
     w = gaussian(512, 128)
     view = View.of(w, roles_of("in", "out")(w.shape), "w")
-    view = View(encode(format, w), view.axes, view.dims, view.dtype, "w", natural=False)
-    dense = np.asarray(decode(view))
+    view = View(quantize(format, w), view.axes, view.dims, view.dtype, "w", natural=False)
+    dense = np.asarray(dequantize(view))
     rows = view.cut(0, unit, 2 * unit)
-    np.testing.assert_array_equal(decode(rows), dense[unit : 2 * unit])
-    np.testing.assert_array_equal(decode(view.cut(1, 64, 128)), dense[:, 64:])
+    np.testing.assert_array_equal(dequantize(rows), dense[unit : 2 * unit])
+    np.testing.assert_array_equal(dequantize(view.cut(1, 64, 128)), dense[:, 64:])
     assert view.divides(0, 512 // unit) and view.divides(1, 2)
     if unit > 1:
         assert view.cut(0, unit // 2, unit) is None
@@ -189,12 +189,12 @@ def test_a_view_is_cut_where_whole_blocks_end_and_nowhere_else(format, unit):
 def test_a_tile_of_scales_is_never_cut(blocks, width):
     w = gaussian(64 * blocks, 4 * width) * (1 + jnp.arange(4 * width) // 64)
     plain = View.of(w, roles_of("in", "out")(w.shape), "w")
-    coded = encode("nf4+dq", w)
-    view = View(coded, plain.axes, plain.dims, plain.dtype, "w", natural=False)
-    dense = np.asarray(decode(view))
+    quantized = quantize("nf4+dq", w)
+    view = View(quantized, plain.axes, plain.dims, plain.dtype, "w", natural=False)
+    dense = np.asarray(dequantize(view))
     for start, stop in ((0, width), (width, 3 * width), (0, 4 * width)):
         cut = view.cut(1, start, stop)
-        np.testing.assert_array_equal(decode(cut), dense[:, start:stop])
+        np.testing.assert_array_equal(dequantize(cut), dense[:, start:stop])
     for start in (width // 2, 64 if width > 64 else 32):
         assert view.cut(1, start, 2 * width) is None
     assert view.divides(1, 4) and not view.divides(1, 8)
@@ -203,22 +203,22 @@ def test_a_tile_of_scales_is_never_cut(blocks, width):
 def test_what_has_a_short_last_block_is_cut_by_columns_only():
     w = gaussian(100, 8)
     plain = View.of(w, roles_of("in", "out")(w.shape), "w")
-    view = View(encode("nf4", w), plain.axes, plain.dims, plain.dtype, "w", natural=False)
+    view = View(quantize("nf4", w), plain.axes, plain.dims, plain.dtype, "w", natural=False)
     assert view.cut(0, 0, 64) is None
-    dense = np.asarray(decode(view))
-    np.testing.assert_array_equal(decode(view.cut(1, 2, 5)), dense[:, 2:5])
+    dense = np.asarray(dequantize(view))
+    np.testing.assert_array_equal(dequantize(view.cut(1, 2, 5)), dense[:, 2:5])
 
 
 BITS = {
-    "nf4": 4.5, "nf4+dq": 4.126984, "fp4": 4.5, "fp4+dq": 4.126984, "int4": 4.5, "int4/asym": 4.625,
+    "nf4": 4.5, "nf4+dq": 4.126984, "fp4": 4.5, "fp4+dq": 4.126984, "int4": 4.5, "int4+asym": 4.625,
     "int8": 8.03125, "fp8": 8.03125,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("format", sorted(FORMATS))
 def test_bits_per_parameter_are_those_of_the_formula(format):
-    coded = encode(format, gaussian(1024, 1024))
-    assert 8 * sum(x.nbytes for x in jax.tree.leaves(coded)) / 2**20 == pytest.approx(
+    quantized = quantize(format, gaussian(1024, 1024))
+    assert 8 * sum(x.nbytes for x in jax.tree.leaves(quantized)) / 2**20 == pytest.approx(
         BITS[format], abs=2e-5
     )
 
@@ -228,9 +228,9 @@ def test_options_are_checked():
     for bad, message in ((0, "`block=0`"), (-1, "`block=-1`"), (2.5, r"`block=2\.5`")):
         for format in ("nf4", "int4", "int8"):
             with pytest.raises(ValueError, match=message):
-                encode(format, w, block=bad)
+                quantize(format, w, block=bad)
     with pytest.raises(ValueError, match="`nf4\\(layout='columns'\\)`: choose 'rows' or 'flat'"):
-        encode("nf4", w, layout="columns")
+        quantize("nf4", w, layout="columns")
 
 
 def test_what_quantize_selects_is_described_with_its_options():
@@ -252,7 +252,7 @@ def test_hidden_weights_are_neither_embedding_nor_head():
     assert set(jp.sites(model, params, jnp.zeros((1, 2), int)).hidden) == {"up", "down"}
 
 
-# --- Folding adapters into codes -------------------------------------------------------------
+# --- Merging adapters into quantized values --------------------------------------------------
 
 
 def folded(format, size):
@@ -281,10 +281,10 @@ def test_requantized_keeps_the_format_and_says_its_error(format):
 def test_requantized_to_another_format():
     done = jp.quant.requantize(folded("nf4", 0.1), "int8")
     assert done.error["w"] < 0.01
-    assert done.tree["w"].weight.codes.dtype == jnp.int8
+    assert done.tree["w"].weight.values.dtype == jnp.int8
 
 
-def test_requantize_needs_codes_and_numbers():
+def test_requantize_needs_quantized_values_that_are_finite():
     with pytest.raises(ValueError, match="`requantize`: the tree has no quantized weight"):
         jp.quant.requantize({"w": gaussian(3, 3)})
     with pytest.raises(ValueError, match="`requantize`: 'w' has 12288 entries of 12288"):
@@ -294,9 +294,9 @@ def test_requantize_needs_codes_and_numbers():
 # --- LoRA that starts at what was lost -------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", ["quantized", "principal"])
+@pytest.mark.parametrize("init", ["loftq", "pissa"])
 @pytest.mark.parametrize("format", ["nf4+dq", "int4", "int8"])
-def test_loftq_is_nearer_to_the_weight_than_codes_alone(format, start):
+def test_loftq_is_nearer_to_the_weight_than_quantized_alone(format, init):
     w = gaussian(2, 96, 64, seed=5)
     f = lambda p, x: jax.lax.scan(lambda x, w: ((x @ w) @ w.T, None), x, p["w"])[0]  # noqa: E731
     sites = jp.sites(f, {"w": w}, jnp.ones((1, 96)))
@@ -305,27 +305,26 @@ def test_loftq_is_nearer_to_the_weight_than_codes_alone(format, start):
     none, one, five = (
         distance(jp.combine(*jp.split(tree)))
         for tree in (
-            jp.loftq(8, sites, format=format, start=start, steps=n)(KEY, {"w": w})
-            for n in (0, 1, 5)
+            jp.loftq(8, sites, format=format, init=init, n_iter=n)(KEY, {"w": w}) for n in (0, 1, 5)
         )
     )
     assert (one < 0.9 * plain).all() and (five <= one).all()
-    if start == "quantized":
+    if init == "loftq":
         np.testing.assert_allclose(none, plain, rtol=1e-6)  # no factors yet
-    # No rank-8 pair can do better than the singular values that codes of this q leave.
+    # No rank-8 pair can do better than the singular values that this q leaves.
     assert (five > 0.3 * plain).all()
 
 
-def test_one_turn_of_loftq_is_the_svd_of_the_loss():
+def test_one_iteration_of_loftq_is_the_svd_of_the_loss():
     w = gaussian(96, 64, seed=6)
     f = lambda p, x: x @ p["w"]  # noqa: E731
     sites = jp.sites(f, {"w": w}, jnp.ones((1, 96)))
-    frozen, adapter = jp.split(jp.loftq(4, sites, format="nf4", steps=1)(KEY, {"w": w}))
+    frozen, adapter = jp.split(jp.loftq(4, sites, format="nf4", n_iter=1)(KEY, {"w": w}))
     tree = jp.combine(frozen, adapter)
-    q = np.asarray(decode(encode("nf4", w)), np.float64)
+    q = np.asarray(dequantize(quantize("nf4", w)), np.float64)
     u, s, v = np.linalg.svd(np.asarray(w, np.float64) - q, full_matrices=False)
     first = q + u[:, :4] * s[:4] @ v[:4]
-    again = np.asarray(decode(encode("nf4", jnp.asarray(w - (u[:, :4] * s[:4] @ v[:4])))))
+    again = np.asarray(dequantize(quantize("nf4", jnp.asarray(w - (u[:, :4] * s[:4] @ v[:4])))))
     second = again + u[:, :4] * s[:4] @ v[:4]
     best = min((first, second), key=lambda x: np.linalg.norm(x - np.asarray(w)))
     np.testing.assert_allclose(jp.merge(tree)["w"], best, atol=1e-5)
@@ -338,8 +337,8 @@ def test_loftq_refuses_what_it_cannot_do():
     sites = jp.sites(f, {"w": w}, jnp.ones((1, 8)))
     for options, message in (
         (dict(rank=5), r"`loftq\(rank=5\)` needs 1 <= rank <= min.*'w'.*\(8, 4\) is 8 x 4"),
-        (dict(rank=2, start="svd"), r"`loftq\(start='svd'\)`"),
-        (dict(rank=2, steps=-1), r"`loftq\(steps=-1\)`"),
+        (dict(rank=2, init="svd"), r"`loftq\(init='svd'\)`"),
+        (dict(rank=2, n_iter=-1), r"`loftq\(n_iter=-1\)`"),
         (dict(rank=2, format="nf5"), "nf5"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The kernel that decodes as it multiplies, in Pallas's interpreter."""
+"""The kernel that dequantizes as it multiplies, in Pallas's interpreter."""
 
 import dataclasses
 import functools
@@ -28,8 +28,8 @@ def random(*shape, dtype=jnp.float32, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-def interpreted(rows, columns, encode=quant.nf4, **options):
-    return dataclasses.replace(encode(random(rows, columns), **options), kernel="interpret")
+def interpreted(rows, columns, quantize=quant.nf4, **options):
+    return dataclasses.replace(quantize(random(rows, columns), **options), kernel="interpret")
 
 
 def kernels_in(f, *args):
@@ -41,7 +41,7 @@ def kernels_in(f, *args):
 def test_the_kernel_is_the_plain_product_forward_and_backward(case, transposed):
     tokens, rows, columns, dtype, options = CASES[case]
     w = interpreted(rows, columns, **options)
-    matrix = w.decode().astype(dtype)
+    matrix = w.dequantize().astype(dtype)
     matrix = matrix.T if transposed else matrix
     lead = () if tokens is None else (tokens,)
     x = random(*lead, matrix.shape[0], dtype=dtype)
@@ -67,17 +67,17 @@ def test_the_kernel_is_the_plain_product_forward_and_backward(case, transposed):
     assert kernels_in(kernel, x, y) == 2
 
 
-def test_a_matrix_times_the_unit_vectors_is_the_decoded_matrix_bit_for_bit():
+def test_a_matrix_times_the_unit_vectors_is_the_dequantized_matrix_bit_for_bit():
     w = interpreted(128, 24, quant.fp4, double=True)
     got = nf4_matmul.product(jnp.eye(128, dtype=jnp.float32), w, dtype=jnp.float32)
-    np.testing.assert_array_equal(got, w.decode())
+    np.testing.assert_array_equal(got, w.dequantize())
 
 
 def test_the_result_has_the_dtype_that_the_program_prefers():
     w = interpreted(64, 8)
     x = random(3, 64, dtype=jnp.bfloat16)
     got = nf4_matmul.product(x, w, dtype=jnp.bfloat16, out_dtype=jnp.float32)
-    want = jnp.matmul(x, w.decode().astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    want = jnp.matmul(x, w.dequantize().astype(jnp.bfloat16), preferred_element_type=jnp.float32)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
@@ -155,12 +155,12 @@ def test_where_there_is_no_tpu_the_kernel_for_tpus_is_the_plain_product_bit_for_
 
 def test_the_kernel_can_be_taken_out_again():
     frozen, _, _ = quantized(32)
-    again = fused(fused(frozen), None)
-    assert jax.tree.structure(again) == jax.tree.structure(frozen)
+    requantize = fused(fused(frozen), None)
+    assert jax.tree.structure(requantize) == jax.tree.structure(frozen)
     assert jax.tree.structure(fused(frozen)) != jax.tree.structure(frozen)
 
 
-def test_a_double_matrix_decodes_as_before():
+def test_a_double_matrix_dequantizes_as_before():
     x, w = random(3, 64, dtype=jnp.float64), random(64, 8, dtype=jnp.float64)
 
     def product(w, x):
@@ -172,7 +172,7 @@ def test_a_double_matrix_decodes_as_before():
     assert kernels_in(jp.lift(product), fused(tree, "interpret"), x) == 0
 
 
-def test_a_row_and_a_convolution_decode_as_before():
+def test_a_row_and_a_convolution_dequantize_as_before():
     def program(params, ids, image):
         rows = params["table"][ids]
         kernel = params["conv"]

@@ -47,9 +47,9 @@ def kept(f, *args):
 
 
 def dense(arrays):
-    """Those as large as a weight or several, and no codes."""
-    wide = [x for x in arrays if x.dtype.itemsize > 1]
-    return [x for x in wide if x.size >= DENSE and x.size % DENSE == 0]
+    """Those as large as a weight or several, and no quantized values."""
+    widened = [x for x in arrays if x.dtype.itemsize > 1]
+    return [x for x in widened if x.size >= DENSE and x.size % DENSE == 0]
 
 
 LOOPS = list(itertools.product((False, True), (False, True)))
@@ -66,10 +66,10 @@ def test_nothing_dense_is_saved_for_the_backward_pass(format, scanned, remat):
     assert saved and not dense(saved), dense(saved)
 
 
-def test_a_product_that_just_decodes_would_save_the_dense_weight():
+def test_a_product_that_just_dequantizes_would_save_the_dense_weight():
     """That the test above can fail."""
     w = FORMATS["nf4"](jax.random.normal(KEY, (WIDTH, WIDTH)))
-    saved = kept(lambda x: jnp.sum(jnp.tanh(x @ w.decode()) ** 2), jnp.ones((TOKENS, WIDTH)))
+    saved = kept(lambda x: jnp.sum(jnp.tanh(x @ w.dequantize()) ** 2), jnp.ones((TOKENS, WIDTH)))
     assert dense(saved)
 
 
@@ -108,7 +108,7 @@ def test_a_gather_and_a_convolution_save_no_dense_weight_either(format):
     assert saved and not dense(saved), dense(saved)
 
 
-@pytest.mark.parametrize("format", ["nf4", "int4/asym", "int8", "fp8"])
+@pytest.mark.parametrize("format", ["nf4", "int4+asym", "int8", "fp8"])
 def test_who_trains_the_scales_gets_their_gradient(format):
     params, f = model(2, scanned=True, remat=False)
     x = jnp.ones((TOKENS, WIDTH)) / 12

@@ -13,7 +13,7 @@ FORMATS = {
     "nf4": ("nf4", {}),
     "nf4+dq": ("nf4+dq", {}),
     "nf4+dq, flat": ("nf4+dq", {"layout": "flat"}),
-    "int4/asym": ("int4/asym", {}),
+    "int4+asym": ("int4+asym", {}),
     "int8": ("int8", {}),
     "fp8, blocks": ("fp8", {"block": 64}),
 }
@@ -57,7 +57,7 @@ def crossed():
 
 
 @pytest.mark.parametrize(("format", "place", "kind"), crossed())
-def test_codes_are_divided_as_the_array_was(format, place, kind):
+def test_quantized_values_are_sharded_as_the_array_was(format, place, kind):
     name, options = FORMATS[format]
     model, shape, spec = PLACES[place]
     w, placed = on_mesh(shape, spec, getattr(AxisType, kind))
@@ -98,6 +98,8 @@ def test_it_is_right_in_a_program_and_can_be_rounded_anew():
 def test_what_cannot_be_divided_is_warned_of_by_name():
     w, placed = on_mesh((24, 64), ("x", None), AxisType.Explicit)
     sites = jp.sites(MODELS["matrix"], {"w": w}, jnp.ones((4, 24), jnp.float32)).linear
-    message = r"codes of 'w', uint8 of shape \(12, 64\), lie in 1 parts .* \(24, 64\) lies in 8"
+    message = (
+        r"quantized values of 'w', uint8 of shape \(12, 64\), are in 1 shards .* \(24, 64\) is in 8"
+    )
     with pytest.warns(UserWarning, match=message):
         jp.quantize("nf4", sites)(jax.random.key(0), {"w": placed})

@@ -25,11 +25,11 @@ def fused(tree: Tree, kernel: str | None = "pallas") -> Tree:
         frozen, adapter = jp.split(method(key, params))
         frozen = fused(frozen)
 
-    It is for NF4 and FP4 in rows, on one chip or inside `jax.shard_map` (XLA cannot cut a kernel
-    over a mesh by itself). Matrices whose rows are no multiple of the block, or whose block is no
-    multiple of 16, lookups, convolutions, ragged products, and float64 decode as before, as does
-    everything where the program is not compiled for a TPU. The scales are constants to the kernel,
-    with no gradient, and there is no forward-mode derivative.
+    It is for NF4 and FP4 in rows, on one chip or inside `jax.shard_map` (XLA cannot partition a
+    kernel over a mesh by itself). The following dequantize as before: matrices whose rows are not a
+    multiple of the block, or whose block is not a multiple of 16, lookups, convolutions, ragged
+    products, float64, and everything in a program that is not compiled for a TPU. The scales are
+    constants to the kernel, with no gradient, and there is no forward-mode derivative.
 
     Args:
       tree: What `quantize` returned, or either part of what `split` made of that.

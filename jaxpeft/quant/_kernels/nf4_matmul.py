@@ -1,15 +1,15 @@
-"""A matrix in a codebook of 16 values, decoded tile by tile as it is multiplied (Pallas, Mosaic).
+"""A product with a matrix of 4 bits that is dequantized tile by tile (Pallas, Mosaic).
 
     x (tokens, in) @ W (in, out)        grid (tokens, out, in), the sum runs over the last
     y (tokens, out) @ W.T (out, in)     grid (tokens, in, out)
 
-A tile of W is `8 * block` rows (4 * block bytes of codes, 8 of scales: what a TPU's registers hold
-of float32) by 512 columns, or the whole of an axis that is shorter. It is decoded in float32 by
-selections, cast to the dtype of the product and multiplied; the sum stays in a float32 scratch in
-VMEM. Where a tile reaches beyond the axis that is summed over, both operands are zero there; beyond
-the others, what is computed is not written.
+A tile of W is `8 * block` rows (4 * block bytes of quantized values, 8 of scales: what a TPU's
+registers hold of float32) by 512 columns, or the whole of an axis that is shorter. It is
+dequantized in float32 by selections, cast to the dtype of the product and multiplied; the sum stays
+in a float32 scratch in VMEM. Where a tile reaches beyond the axis that is summed over, both
+operands are zero there; beyond the other axes, what is computed is not written.
 
-Experimental: it has run in Pallas's interpreter alone, never on a TPU.
+Experimental: it has only run in Pallas's interpreter, never on a TPU.
 """
 
 import functools
@@ -37,9 +37,9 @@ def why_not(weight: Any) -> str | None:
 
 def serves(x: jax.Array, weight: Any, dtype: Any) -> bool:
     """Whether the kernel multiplies x (..., side of W) by the weight, in that dtype."""
-    wide = weight.tiles if weight.tiles is not None else weight.scales
-    narrow = dtype in (jnp.float32, jnp.bfloat16) and wide.dtype == jnp.float32
-    return why_not(weight) is None and weight.codes.ndim == 2 and narrow and x.size > 0
+    factors = weight.nested if weight.nested is not None else weight.scales
+    narrow = dtype in (jnp.float32, jnp.bfloat16) and factors.dtype == jnp.float32
+    return why_not(weight) is None and weight.values.ndim == 2 and narrow and x.size > 0
 
 
 def product(
@@ -51,7 +51,7 @@ def product(
     transposed: bool = False,
     precision: Any = None,
 ) -> jax.Array:
-    """x @ W, or x @ W.T, where W (in, out) is `weight.decode()` in `dtype`.
+    """x @ W, or x @ W.T, where W (in, out) is `weight.dequantize()` in `dtype`.
 
     Args:
       x: (..., in), or (..., out) if `transposed`.
@@ -85,17 +85,17 @@ def product(
 
 
 def _either(x, weight, transposed, out_dtype, precision):
-    """By the kernel where it runs, else by the decoded matrix."""
+    """By the kernel where it runs, else by the dequantized matrix."""
 
     def kernel(x, weight, *, interpret=False):
         call = functools.partial(
             _call, weight.book, weight.block, transposed, out_dtype, precision, interpret
         )
-        rows = call(x.reshape(-1, x.shape[-1]), weight.codes, weight.float_scales())
+        rows = call(x.reshape(-1, x.shape[-1]), weight.values, weight.float_scales())
         return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
     def plain(x, weight):
-        w = weight.decode().astype(x.dtype)
+        w = weight.dequantize().astype(x.dtype)
         sides = ((x.ndim - 1,), (int(transposed),)), ((), ())
         y = lax.dot_general(x, w, sides, precision=precision, preferred_element_type=out_dtype)
         return y.astype(out_dtype)
@@ -105,12 +105,12 @@ def _either(x, weight, transposed, out_dtype, precision):
     return lax.platform_dependent(x, weight, tpu=kernel, default=plain)
 
 
-def _call(book, block, transposed, out_dtype, precision, interpret, x, codes, scales):
+def _call(book, block, transposed, out_dtype, precision, interpret, x, quantized, scales):
     """x (tokens, in) times the matrix, or (tokens, out) times its transpose."""
-    tokens, rows, columns = x.shape[0], 2 * codes.shape[0], codes.shape[1]
+    tokens, rows, columns = x.shape[0], 2 * quantized.shape[0], quantized.shape[1]
     summed, kept = (columns, rows) if transposed else (rows, columns)
-    tall, wide = min(8 * block, rows), min(TILE, columns)
-    tile_summed, tile_kept = (wide, tall) if transposed else (tall, wide)
+    tall, width = min(8 * block, rows), min(TILE, columns)
+    tile_summed, tile_kept = (width, tall) if transposed else (tall, width)
     tile_tokens = min(TILE, tokens)
     grid = tuple(
         pl.cdiv(*axis) for axis in ((tokens, tile_tokens), (kept, tile_kept), (summed, tile_summed))
@@ -118,7 +118,7 @@ def _call(book, block, transposed, out_dtype, precision, interpret, x, codes, sc
 
     def of_matrix(height):
         at = (lambda i, j, k: (j, k)) if transposed else (lambda i, j, k: (k, j))
-        return pl.BlockSpec((height, wide), at)
+        return pl.BlockSpec((height, width), at)
 
     kernel = functools.partial(_kernel, book, block, transposed, precision, summed)
     return pl.pallas_call(
@@ -138,15 +138,17 @@ def _call(book, block, transposed, out_dtype, precision, interpret, x, codes, sc
         cost_estimate=pl.CostEstimate(
             flops=2 * tokens * rows * columns,
             transcendentals=0,
-            bytes_accessed=x.nbytes + grid[0] * (codes.nbytes + scales.nbytes) + tokens * kept * 4,
+            bytes_accessed=x.nbytes
+            + grid[0] * (quantized.nbytes + scales.nbytes)
+            + tokens * kept * 4,
         ),
         interpret=interpret,
         name="nf4_matmul_transposed" if transposed else "nf4_matmul",
-    )(x, codes, scales)
+    )(x, quantized, scales)
 
 
 def _kernel(
-    book, block, transposed, precision, summed, x_ref, codes_ref, scales_ref, y_ref, sum_ref
+    book, block, transposed, precision, summed, x_ref, quantized_ref, scales_ref, y_ref, sum_ref
 ):
     step = pl.program_id(2)
 
@@ -155,7 +157,7 @@ def _kernel(
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     x = x_ref[...]
-    w = _decoded(codes_ref[...], scales_ref[...], block, book)
+    w = _dequantized(quantized_ref[...], scales_ref[...], block, book)
     along = int(transposed)  # the axis of w that is summed over
     if summed % x.shape[1]:
         left = summed - step * x.shape[1]
@@ -174,10 +176,10 @@ def _kernel(
         y_ref[...] = sum_ref[...].astype(y_ref.dtype)
 
 
-def _decoded(codes, scales, block, book):
-    """float32 (rows, columns) of codes (rows / 2, columns) and scales (rows / block, columns)."""
+def _dequantized(quantized, scales, block, book):
+    """float32 (rows, columns) of values (rows / 2, columns) and scales (rows / block, columns)."""
     blocks, columns = scales.shape
-    codes = codes.astype(jnp.int32).reshape(blocks, block // 2, columns)
-    codes = jnp.concatenate([codes >> 4, codes & 15], axis=1)
-    values = book.decode(codes, jnp.float32) * scales[:, None, :]
+    quantized = quantized.astype(jnp.int32).reshape(blocks, block // 2, columns)
+    quantized = jnp.concatenate([quantized >> 4, quantized & 15], axis=1)
+    values = book.dequantize(quantized, jnp.float32) * scales[:, None, :]
     return values.reshape(blocks * block, columns)
