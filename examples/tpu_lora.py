@@ -113,7 +113,7 @@ def recipe(config, mesh, rank, rate):
     method = jp.chain(by_rows(sites.linear, mesh), jp.lora(rank, sites.linear, alpha=2 * rank))
     model = jp.lift(forward, materialize="error")
 
-    def loss_fn(adapter, frozen, batch, key):
+    def loss_fn(frozen, adapter, batch, key):
         tree = jp.combine(frozen, adapter)
         where = {name: batch[name] for name in ("segment_ids", "positions")}
         return cross_entropy(
@@ -121,7 +121,7 @@ def recipe(config, mesh, rank, rate):
         )
 
     tx = optax.adamw(rate, b2=0.99)
-    return method, tx, train_step(loss_fn, tx, clip=1.0, compute_dtype=jnp.bfloat16)
+    return method, tx, train_step(loss_fn, tx, max_grad_norm=1.0, compute_dtype=jnp.bfloat16)
 
 
 def random_batch(config, rows, length, index):

@@ -70,7 +70,7 @@ def test_a_module_with_functions_and_strings_among_its_leaves_is_adapted():
     assert all(np.any(np.asarray(g) != 0) for g in grads.values())
     assert jp.base(tree)[1].weight is p[1].weight
     assert jp.count(frozen, adapter).trainable == 2 * 11 + 2 * 8 + 8
-    assert jp.memory(lambda a, f, x: jp.lift(run)(jp.combine(f, a), x).sum(), adapter, frozen, x)
+    assert jp.memory(lambda f, a, x: jp.lift(run)(jp.combine(f, a), x).sum(), frozen, adapter, x)
     moments = jp.input_moments(run, p, sites.linear, [x])
     assert moments["0/weight"].second.shape == (6, 6)
     of = jp.mean_gradients(lambda p, x: jnp.sum(run(p, x)), p, sites.linear, [x])

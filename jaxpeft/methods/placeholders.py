@@ -182,16 +182,16 @@ def _check_felt(path: str, outputs: list, changed: list, virtual: np.ndarray) ->
         )
 
 
-def check_loss(loss_fn: Callable, adapter: Any, frozen: Any, batch: Any, key: Any) -> None:
+def check_loss(loss_fn: Callable, frozen: Any, adapter: Any, batch: Any, key: Any) -> None:
     """Runs a loss once more with other placeholders, where it has a prefix or a prompt.
 
     Of packed rows, each example has to see its virtual tokens: where the batch is a mapping with
     `segment_ids`, as those of `jaxpeft.train.Batches` are, `with_virtual` has to be told of them.
 
     Args:
-      loss_fn: `loss_fn(adapter, frozen, batch, key)`, which calls `with_virtual` or
+      loss_fn: `loss_fn(frozen, adapter, batch, key)`, which calls `with_virtual` or
         `with_prefixes`; of one that is given their results, nothing can be exchanged.
-      adapter, frozen: From `split`.
+      frozen, adapter: From `split`.
       batch, key: As the loss takes them.
 
     Raises:
@@ -213,7 +213,7 @@ def check_loss(loss_fn: Callable, adapter: Any, frozen: Any, batch: Any, key: An
         )
     if packed:
         with exchanged_placeholders() as told:
-            jax.eval_shape(lambda *given: loss_fn(*given), adapter, frozen, batch, key)
+            jax.eval_shape(lambda *given: loss_fn(*given), frozen, adapter, batch, key)
         if not all(told):
             row, count = packed
             raise ValueError(
@@ -224,9 +224,9 @@ def check_loss(loss_fn: Callable, adapter: Any, frozen: Any, batch: Any, key: An
             )
     if not has_prefix:
         return
-    plain = jax.jit(lambda *given: loss_fn(*given))(adapter, frozen, batch, key)
+    plain = jax.jit(lambda *given: loss_fn(*given))(frozen, adapter, batch, key)
     with exchanged_placeholders():
-        other = jax.jit(lambda *given: loss_fn(*given))(adapter, frozen, batch, key)
+        other = jax.jit(lambda *given: loss_fn(*given))(frozen, adapter, batch, key)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
         if off(jnp.asarray(a), jnp.asarray(b)).any():
             raise ValueError(

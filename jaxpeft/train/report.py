@@ -75,7 +75,7 @@ class Progress:
         self._begin: float | None = None
         self._seconds = 0.0
         self._tokens = 0.0
-        self._texts = {"loss": "", "held out": "", "rate": ""}
+        self._texts = {"loss": "", "eval loss": "", "rate": ""}
         if self._bar is not None:
             self._task = self._bar.add_task(
                 "", total=steps, completed=start, text="compiling", start=False
@@ -172,8 +172,8 @@ def check_figure(figure: str | Path) -> None:
         raise UserError(f"{file} cannot be drawn: there is no folder {file.parent}. Make it first.")
 
 
-def loss_figure(metrics: str | Path, figure: str | Path) -> None:
-    """Draws training and held-out loss over steps from a metrics file.
+def plot_loss(metrics: str | Path, figure: str | Path) -> None:
+    """Draws training and evaluation loss over steps from a metrics file.
 
     Args:
       metrics: The JSONL file that `fit` writes.
@@ -189,7 +189,7 @@ def loss_figure(metrics: str | Path, figure: str | Path) -> None:
         raise UserError(f"{metrics} holds no records to draw.")
     # Figure alone, without pyplot: no display, no window, no state of the process.
     axes = (canvas := Figure(figsize=(6, 4), layout="constrained")).add_subplot()
-    for name, label, style in [("loss", "training", "-"), ("held_out_loss", "held out", "o-")]:
+    for name, label, style in [("loss", "training", "-"), ("eval_loss", "evaluation", "o-")]:
         points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxpeft._argument_order import check_loss_order, check_order
 from jaxpeft.models.layers import check_floating
 from jaxpeft.train.finite import all_finite, stays_finite
 from jaxpeft.train.loss_scale import SMALLEST, scale_of
 
 LossFn = Callable[[Any, Any, Any, Any], tuple[jax.Array, jax.Array]]
-"""`loss_fn(adapter, frozen, batch, key) -> (loss_sum, weight)`, two scalars."""
+"""`loss_fn(frozen, adapter, batch, key) -> (loss_sum, weight)`, two scalars."""
 
 _with_paths, _key = jax.tree_util.tree_leaves_with_path, jax.tree_util.keystr
 
@@ -53,7 +54,11 @@ def init(adapter: Any, tx: optax.GradientTransformation) -> State:
     buffer twice where an optimizer keeps the adapter itself in its state. What has no place
     of its own (counters) goes where the adapter is: on a mesh, put the adapter there first
     (`jax.device_put(adapter, NamedSharding(mesh, P()))`), or the step compiles twice.
+
+    Raises:
+      ValueError: where the frozen tree was given instead of the adapter.
     """
+    check_order("init(adapter, tx)", adapter)
     adapter = jax.tree.map(jnp.copy, adapter)
     opt_state = jax.tree.map(jnp.copy, tx.init(adapter))
     state = State(jnp.zeros((), jnp.int32), adapter, opt_state)
@@ -73,8 +78,8 @@ def train_step(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
     *,
-    accumulate: int = 1,
-    clip: float | None = None,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
     axis_name: AxisName | None = None,
     compute_dtype: Any = None,
     on_nan: str = "stop",
@@ -95,12 +100,14 @@ def train_step(
                         in_axes=(None, None, 0, None), out_axes=None)
 
     Args:
-      loss_fn: `(adapter, frozen, batch, key) -> (loss_sum, weight)`: the *sum* of the losses
+      loss_fn: `(frozen, adapter, batch, key) -> (loss_sum, weight)`: the *sum* of the losses
         of the batch's tokens and the sum of their weights (see `cross_entropy`).
       tx: The optimizer. It sees the adapter and nothing else.
-      accumulate: Number of microbatches that a batch is cut into. Microbatch i has the rows
-        i, i + accumulate, ...: on a mesh every row stays where it is.
-      clip: Largest global norm of the gradient over the adapter, or `None`.
+      gradient_accumulation_steps: Number n of microbatches into which a batch is split, one step
+        for all of them. Microbatch i has the rows i, i + n, ...: on a mesh every row stays on its
+        device.
+      max_grad_norm: A gradient of a larger global norm over the adapter is scaled down to it.
+        `None`: no clipping.
       axis_name: The named axis or axes over which the batch is spread, where there are any.
       compute_dtype: Dtype that the adapter is cast to for the forward and backward pass,
         `jnp.bfloat16` say; gradients, moments and the adapter itself keep their own dtype.
@@ -117,21 +124,29 @@ def train_step(
       as its first axis. `key` is the same for all steps: the step number, the position on
       `axis_name` and the microbatch are folded in. `None` reaches `loss_fn` as `None`.
     Raises:
-      ValueError: for an option out of its range, for a batch that `accumulate` does not
-        divide, for a `loss_fn` that does not return two scalars, for an adapter of integers, and
-        for `compute_dtype=jnp.float16` without `loss_scaled`.
+      ValueError: for an option out of its range, for a batch that `gradient_accumulation_steps`
+        does not divide, for a `loss_fn` that takes the adapter before the frozen tree or does not
+        return two scalars, for an adapter of integers, and for `compute_dtype=jnp.float16` without
+        `loss_scaled`.
     """
-    if accumulate < 1:
-        raise ValueError(f"`accumulate` counts microbatches, at least 1; got {accumulate}.")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"`clip` is the largest norm, above 0; got {clip}. None clips nothing.")
+    microbatches = gradient_accumulation_steps
+    if microbatches < 1:
+        raise ValueError(
+            f"`gradient_accumulation_steps` is a number of microbatches, at least 1; got "
+            f"{microbatches}."
+        )
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(
+            f"`max_grad_norm` must be above 0, got {max_grad_norm}. Use None for no clipping."
+        )
+    check_loss_order(loss_fn)
     check_floating("compute_dtype", compute_dtype)
     if on_nan not in ("stop", "skip"):
         raise ValueError(f'`on_nan` is "stop" or "skip", got {on_nan!r}.')
 
     def step(state, frozen, batch, key):
         scale = scale_of(state.opt_state)
-        check_dtypes(state.adapter, frozen, compute_dtype, scale is not None)
+        check_dtypes(frozen, state.adapter, compute_dtype, scale is not None)
         if key is not None:
             key = jax.random.fold_in(key, state.step)
             if axis_name is not None:
@@ -139,7 +154,7 @@ def train_step(
 
         gradient = _summed_gradient(loss_fn, compute_dtype, scale)
         adapter = _varying(state.adapter, axis_name)
-        sums = _over_microbatches(gradient, adapter, frozen, batch, key, accumulate)
+        sums = _over_microbatches(gradient, frozen, adapter, batch, key, microbatches)
         if axis_name is not None:
             sums = jax.lax.psum(sums, axis_name)
 
@@ -153,8 +168,8 @@ def train_step(
             overflow = jnp.isfinite(mean.loss) & ~jnp.isfinite(norm) & (scale > SMALLEST)
 
         grads = mean.gradient
-        if clip is not None:
-            grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
+        if max_grad_norm is not None:
+            grads, _ = optax.clip_by_global_norm(max_grad_norm).update(grads, optax.EmptyState())
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.adapter)
         paged = any(map(_on_host, jax.tree.leaves(state.opt_state)))
         adapter, opt_state, bad = (_paged_update if paged else _update)(tx, grads, state, bad)
@@ -173,7 +188,7 @@ def train_step(
     return step
 
 
-def check_dtypes(adapter: Any, frozen: Any, compute_dtype: Any, scaled: bool) -> None:
+def check_dtypes(frozen: Any, adapter: Any, compute_dtype: Any, scaled: bool) -> None:
     """Refuses what cannot be trained in its dtype, and warns of what float16 would round away."""
     leaves = {f"adapter{_key(path)}": x.dtype for path, x in _with_paths(adapter)}
     for name, dtype in leaves.items():
@@ -269,8 +284,9 @@ def in_dtype(loss_fn: LossFn, compute_dtype: Any) -> LossFn:
     if compute_dtype is None:
         return loss_fn
 
-    def loss(adapter, frozen, batch, key):
-        return loss_fn(jax.tree.map(lambda x: x.astype(compute_dtype), adapter), frozen, batch, key)
+    def loss(frozen, adapter, batch, key):
+        adapter = jax.tree.map(lambda x: x.astype(compute_dtype), adapter)
+        return loss_fn(frozen, adapter, batch, key)
 
     return loss
 
@@ -302,7 +318,7 @@ class _Sums(NamedTuple):
 
 
 def _summed_gradient(loss_fn, compute_dtype, scale=None):
-    """`(adapter, frozen, batch, key) -> _Sums`, each at least in float32.
+    """`(frozen, adapter, batch, key) -> _Sums`, each at least in float32.
 
     With a scale, what is differentiated is about the mean times it, so that the scale need not
     follow the number of tokens. Powers of two alone change no digit of the gradient.
@@ -310,8 +326,8 @@ def _summed_gradient(loss_fn, compute_dtype, scale=None):
 
     cast_loss_fn = in_dtype(loss_fn, compute_dtype)
 
-    def loss(adapter, frozen, batch, key):
-        out = cast_loss_fn(adapter, frozen, batch, key)
+    def loss(frozen, adapter, batch, key):
+        out = cast_loss_fn(frozen, adapter, batch, key)
         shapes = jax.tree.map(jnp.shape, out)
         if not isinstance(out, tuple) or shapes != ((), ()):
             raise ValueError(
@@ -324,9 +340,9 @@ def _summed_gradient(loss_fn, compute_dtype, scale=None):
         factor = jnp.ldexp(scale, -jnp.frexp(weight.astype(scale.dtype))[1])
         return loss_sum * factor.astype(_wide(loss_sum.dtype)), (loss_sum, weight, factor)
 
-    def gradient(adapter, frozen, batch, key):
-        (_, (loss_sum, weight, factor)), grads = jax.value_and_grad(loss, has_aux=True)(
-            adapter, frozen, batch, key
+    def gradient(frozen, adapter, batch, key):
+        (_, (loss_sum, weight, factor)), grads = jax.value_and_grad(loss, argnums=1, has_aux=True)(
+            frozen, adapter, batch, key
         )
         sums = jax.tree.map(_widen, _Sums(grads, loss_sum, weight))
         if factor is None:
@@ -338,19 +354,21 @@ def _summed_gradient(loss_fn, compute_dtype, scale=None):
     return gradient
 
 
-def _over_microbatches(gradient, adapter, frozen, batch, key, accumulate):
-    if accumulate == 1:
-        return gradient(adapter, frozen, batch, key)
-    batch = jax.tree_util.tree_map_with_path(lambda path, x: _cut(path, x, accumulate), batch)
+def _over_microbatches(gradient, frozen, adapter, batch, key, microbatches):
+    if microbatches == 1:
+        return gradient(frozen, adapter, batch, key)
+    batch = jax.tree_util.tree_map_with_path(
+        lambda path, x: _split_rows(path, x, microbatches), batch
+    )
 
     def microbatch(index, rows):
         own = None if key is None else jax.random.fold_in(key, index)
-        return gradient(adapter, frozen, rows, own)
+        return gradient(frozen, adapter, rows, own)
 
     def add(total, xs):
         return jax.tree.map(jnp.add, total, microbatch(*xs)), None
 
-    index = jnp.arange(accumulate)
+    index = jnp.arange(microbatches)
     first = jax.tree.map(lambda x: x[0], (index, batch))
     shapes = jax.eval_shape(microbatch, *first)
     zeros = _Sums(
@@ -363,18 +381,18 @@ def _over_microbatches(gradient, adapter, frozen, batch, key, accumulate):
     return jax.lax.scan(add, zeros, (index, batch))[0]
 
 
-def _cut(path, x, accumulate):
-    """(rows, ...) -> (accumulate, rows / accumulate, ...), without moving rows between shards.
+def _split_rows(path, x, n):
+    """(rows, ...) -> (n, rows / n, ...), without moving rows between shards.
 
-    The rows of one shard are contiguous. Cutting them as (rows / accumulate, accumulate) keeps
-    the sharded axis in front, (accumulate, rows / accumulate) would send most rows away.
+    The rows of one shard are contiguous. A reshape to (rows / n, n) keeps the sharded axis in
+    front; one to (n, rows / n) would send most rows to another device.
     """
-    if jnp.ndim(x) == 0 or x.shape[0] % accumulate:
+    if jnp.ndim(x) == 0 or x.shape[0] % n:
         raise ValueError(
-            f"`accumulate={accumulate}` must divide the rows of the batch, got shape "
+            f"`gradient_accumulation_steps={n}` must divide the rows of the batch, got shape "
             f"{jnp.shape(x)} at batch{jax.tree_util.keystr(path)}."
         )
-    rows = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:])
+    rows = x.reshape(x.shape[0] // n, n, *x.shape[1:])
     return jnp.swapaxes(rows, 0, 1)
 
 

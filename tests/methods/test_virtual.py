@@ -447,14 +447,14 @@ def test_fit_refuses_a_loss_that_reads_a_placeholder(at, jitted):
     found = jp.sites(fn, P, IDS)
     frozen, adapter = jp.split(jp.prefix(2, found.match("k"), found.match("v"), dtype=F8)(KEY, P))
 
-    def loss(adapter, frozen, batch, key):
+    def loss(frozen, adapter, batch, key):
         ids, slots = jp.with_virtual(batch, 2)
         out = jp.lift(fn)(jp.combine(frozen, adapter, virtual=slots), ids)
         return jnp.sum(out**2), jnp.float32(3)
 
     loss = jax.jit(loss) if jitted else loss
     go = functools.partial(
-        train.fit, loss, optax.sgd(0.1), adapter, frozen, [np.asarray(IDS)], progress=False
+        train.fit, loss, optax.sgd(0.1), frozen, adapter, [np.asarray(IDS)], progress=False
     )
     if at == 0:
         with pytest.raises(ValueError, match=r"loss reads a placeholder.* it is [\d.]+ instead of"):
@@ -469,7 +469,7 @@ def test_fit_refuses_packed_rows_of_which_the_first_examples_alone_have_virtual_
     tokens = [train.Tokens(x.astype(np.int32), np.ones(len(x), bool)) for x in EXAMPLES]
     batches = train.Batches(train.Examples(tokens, context=12), batch_size=2, epochs=1)
 
-    def loss(mind, adapter, frozen, batch, key):
+    def loss(mind, frozen, adapter, batch, key):
         shown = batch["segment_ids"] if mind else None
         ids, slots, *shown = jp.with_virtual(batch["tokens"], N, fill, shown)
         tree = jp.combine(frozen, adapter, **({"virtual": slots} if name == "prefix" else {}))
@@ -478,7 +478,7 @@ def test_fit_refuses_packed_rows_of_which_the_first_examples_alone_have_virtual_
 
     def go(mind):
         some = functools.partial(loss, mind)
-        return train.fit(some, optax.sgd(0.1), adapter, frozen, [batches[0]], progress=False)
+        return train.fit(some, optax.sgd(0.1), frozen, adapter, [batches[0]], progress=False)
 
     with pytest.raises(
         ValueError, match=r"Row \d of the batch packs 2 examples, but the loss puts"
@@ -496,7 +496,7 @@ def test_fit_refuses_gates_over_packed_rows():
     batch = {"segment_ids": np.array([[1, 1, 0], [1, 2, 3]])}
     loss = lambda *given: None  # noqa: E731
     with pytest.raises(ValueError, match="Row 1 of the batch packs 3 examples, but a gate of `uni"):
-        train.fit(loss, optax.sgd(0.1), adapter, frozen, [batch], progress=False)
+        train.fit(loss, optax.sgd(0.1), frozen, adapter, [batch], progress=False)
 
 
 # Rounding -----------------------------------------------------------------------------------------

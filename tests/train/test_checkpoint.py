@@ -19,7 +19,7 @@ TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2), optax.add_no
 
 
 def trained(steps=2):
-    adapter, frozen = toy.model(jnp.float32)
+    frozen, adapter = toy.model(jnp.float32)
     adapter["layers.0/['odd'] path"] = jnp.ones((3,), jnp.bfloat16)
     step = jax.jit(train.train_step(toy.loss_fn, TX))
     state = train.init(adapter, TX)
@@ -59,7 +59,7 @@ def test_an_optimizer_state_may_hold_arrays_of_no_elements(tmp_path):
 
 def test_the_newest_are_kept(tmp_path):
     state = trained(0)
-    with train.Checkpoints(tmp_path, keep=2) as checkpoints:
+    with train.Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
         for step in (1, 5, 9):
             checkpoints.save(state._replace(step=jnp.int32(step)), {})
         assert checkpoints.steps() == [5, 9]
@@ -163,9 +163,9 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         train.Checkpoints(tmp_path / "file" / "run")
 
 
-def test_keep_out_of_range_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"`keep` .* at least 1; got 0"):
-        train.Checkpoints(tmp_path, keep=0)
+def test_max_to_keep_out_of_range_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"`max_to_keep` .* at least 1; got 0"):
+        train.Checkpoints(tmp_path, max_to_keep=0)
 
 
 def test_a_full_disk_is_one_line_and_the_last_whole_checkpoint_stands(tmp_path):

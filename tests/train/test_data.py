@@ -325,7 +325,7 @@ def test_a_run_on_a_file_is_resumed_exactly(tmp_path, tokenizer):
     size = tokenizer.tokenizer.get_vocab_size()
     table = {"table": jax.random.normal(jax.random.key(0), (size, size))}
 
-    def loss_fn(adapter, frozen, batch, key):
+    def loss_fn(frozen, adapter, batch, key):
         return train.cross_entropy(
             adapter["table"][batch["tokens"]], batch["targets"], batch["weights"]
         )
@@ -334,24 +334,24 @@ def test_a_run_on_a_file_is_resumed_exactly(tmp_path, tokenizer):
         return train.fit(
             loss_fn,
             optax.adam(optax.constant_schedule(jnp.float32(1e-2))),
-            table,
             None,
+            table,
             Batches(data, batch_size=2),
-            steps=steps,
-            held_out=Batches(data, batch_size=2, epochs=1),
-            folder=folder,
+            max_steps=steps,
+            eval_data=Batches(data, batch_size=2, epochs=1),
+            output_dir=folder,
             save_every=2,
             progress=False,
         )
 
     straight = run(tmp_path / "straight", 8)
-    assert straight.held_out.tokens == data.targets
+    assert straight.evaluation.tokens == data.targets
     run(tmp_path / "stopped", 5)
     (tmp_path / "stopped" / "metrics.jsonl").write_bytes(
         b"".join(
             line
             for line in (tmp_path / "stopped" / "metrics.jsonl").read_bytes().splitlines(True)
-            if b'{"step": 5, "held_out' not in line  # the evaluation at the end of the short run
+            if b'{"step": 5, "eval_loss' not in line  # the evaluation at the end of the short run
         )
     )
     resumed = run(tmp_path / "stopped", 8)

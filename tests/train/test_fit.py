@@ -20,14 +20,14 @@ from jaxpeft.train.errors import need
 
 
 def run(data=None, **options):
-    adapter, frozen = toy.model()
+    frozen, adapter = toy.model()
     data = [toy.batch(seed=seed) for seed in range(6)] if data is None else data
     options = {"progress": False} | options
-    return train.fit(toy.loss_fn, optax.adamw(1e-2), adapter, frozen, data, **options)
+    return train.fit(toy.loss_fn, optax.adamw(1e-2), frozen, adapter, data, **options)
 
 
 def by_hand(batches):
-    adapter, frozen = toy.model()
+    frozen, adapter = toy.model()
     tx = optax.adamw(1e-2)
     step = jax.jit(train.train_step(toy.loss_fn, tx))
     state, losses = train.init(adapter, tx), []
@@ -46,30 +46,30 @@ def test_it_takes_the_steps_of_a_loop_written_by_hand():
     result = run(batches)
     assert_same(result.state, by_hand(batches)[0])
     assert result.finished
-    assert_same(run(batches, steps=4).state, by_hand(batches[:4])[0])
+    assert_same(run(batches, max_steps=4).state, by_hand(batches[:4])[0])
 
 
 def test_the_callers_adapter_stays_as_it_is():
-    adapter, frozen = toy.model()
-    train.fit(toy.loss_fn, optax.sgd(0.1), adapter, frozen, [toy.batch()], progress=False)
-    assert_same((adapter, frozen), toy.model())
+    frozen, adapter = toy.model()
+    train.fit(toy.loss_fn, optax.sgd(0.1), frozen, adapter, [toy.batch()], progress=False)
+    assert_same((frozen, adapter), toy.model())
 
 
 def test_held_out_loss_is_weighted_by_tokens_over_the_whole_set():
-    adapter, frozen = toy.model()
+    frozen, adapter = toy.model()
     batches = [toy.batch(seed=seed) for seed in range(3)]
     batches[1]["weights"] = batches[1]["weights"] * 0
     batches[2]["weights"][2:] = 0
-    got = train.evaluate(toy.loss_fn, adapter, frozen, batches)
+    got = train.evaluate(toy.loss_fn, frozen, adapter, batches)
     whole = jax.tree.map(lambda *xs: np.concatenate(xs), *batches)
-    total, weight = toy.loss_fn(adapter, frozen, whole, None)
+    total, weight = toy.loss_fn(frozen, adapter, whole, None)
     np.testing.assert_allclose(got, (total / weight, np.exp(total / weight), weight), rtol=1e-12)
 
 
 def test_held_out_set_without_tokens_is_an_error():
-    adapter, frozen = toy.model()
+    frozen, adapter = toy.model()
     with pytest.raises(train.UserError, match="no target tokens"):
-        train.evaluate(toy.loss_fn, adapter, frozen, [])
+        train.evaluate(toy.loss_fn, frozen, adapter, [])
 
 
 def test_a_huge_loss_has_infinite_perplexity():
@@ -82,11 +82,11 @@ def test_a_huge_loss_has_infinite_perplexity():
 def test_evaluation_has_no_key_and_the_dtype_of_training():
     seen = []
 
-    def loss_fn(adapter, frozen, batch, key):
+    def loss_fn(frozen, adapter, batch, key):
         seen.append((key is None, adapter["w/a"].dtype == jnp.bfloat16))
-        return toy.loss_fn(adapter, frozen, batch, key)
+        return toy.loss_fn(frozen, adapter, batch, key)
 
-    adapter, frozen = toy.model(jnp.float32)
+    frozen, adapter = toy.model(jnp.float32)
     train.fit(
         loss_fn,
         optax.sgd(0.1),
@@ -94,7 +94,7 @@ def test_evaluation_has_no_key_and_the_dtype_of_training():
         frozen,
         [toy.batch()],
         key=jax.random.key(0),
-        held_out=[toy.batch()],
+        eval_data=[toy.batch()],
         compute_dtype=jnp.bfloat16,
         progress=False,
     )
@@ -104,12 +104,12 @@ def test_evaluation_has_no_key_and_the_dtype_of_training():
 def test_metrics_hold_every_step_and_evaluation_in_order_and_no_times(tmp_path):
     result = resumable.main(tmp_path, 7, log_every=2, progress=False)
     records = train.read_metrics(tmp_path / "metrics.jsonl")
-    steps = [(r["step"], "held_out_loss" in r) for r in records]
+    steps = [(r["step"], "eval_loss" in r) for r in records]
     assert steps == [(0, True), (2, False), (4, False), (5, True), (6, False), (7, True)]
     assert set(records[1]) == {"step", "loss", "grad_norm", "tokens"}
-    assert set(records[0]) == {"step", "held_out_loss", "perplexity"}
-    assert records[-1]["held_out_loss"] == result.held_out.loss
-    assert records[-1]["perplexity"] == pytest.approx(math.exp(result.held_out.loss))
+    assert set(records[0]) == {"step", "eval_loss", "eval_perplexity"}
+    assert records[-1]["eval_loss"] == result.evaluation.loss
+    assert records[-1]["eval_perplexity"] == pytest.approx(math.exp(result.evaluation.loss))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path):
@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_is_skipped_on_request(tmp_path):
                 batch["weights"][0, 0] = np.inf
             return batch
 
-    result = run(Poisoned(), steps=5, on_nan="skip", folder=tmp_path, log_every=2)
+    result = run(Poisoned(), max_steps=5, on_nan="skip", output_dir=tmp_path, log_every=2)
     records = train.read_metrics(tmp_path / "metrics.jsonl")
     assert [(r["step"], r["loss"] is None, r.get("skipped", False)) for r in records] == [
         (2, False, False),
@@ -172,7 +172,7 @@ def test_sigterm_saves_and_the_next_process_ends_with_the_same_bytes(
     second = resumable.main(tmp_path, 7, progress=False)
     assert second.finished
     assert_same(second.state, unstopped.state)
-    assert second.held_out == unstopped.held_out
+    assert second.evaluation == unstopped.evaluation
     name = "metrics.jsonl"
     assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
@@ -182,7 +182,7 @@ def test_a_finished_run_started_again_changes_nothing_and_tells_its_end(tmp_path
     metrics = (tmp_path / "metrics.jsonl").read_bytes()
     again = resumable.main(tmp_path, 4, progress=False)
     assert_same(again.state, first.state)
-    assert again.held_out == first.held_out
+    assert again.evaluation == first.evaluation
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
@@ -198,18 +198,18 @@ def test_records_after_the_checkpoint_and_a_torn_line_are_cut(tmp_path):
     assert whole.startswith(file.read_bytes())
 
 
-def test_place_puts_batches_on_a_mesh(tmp_path):
+def test_put_batch_puts_batches_on_a_mesh(tmp_path):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     spread = NamedSharding(mesh, P("data"))
     batches = [toy.batch(seed=seed) for seed in range(3)]
     seen = []
 
-    def place(batch):
+    def put_batch(batch):
         batch = jax.device_put(batch, spread)
         seen.append(batch["tokens"].sharding)
         return batch
 
-    got = run(batches, place=place, held_out=batches[:1])
+    got = run(batches, put_batch=put_batch, eval_data=batches[:1])
     assert seen == [spread] * 5
     want, _ = by_hand(batches)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, 1e-12), got.state, want)
@@ -222,9 +222,9 @@ def test_progress_is_quiet_where_there_is_no_terminal(capfd):
 
 def test_progress_shows_step_loss_rate_and_time_left(capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
-    run(progress=True, steps=6, held_out=[toy.batch()])
+    run(progress=True, max_steps=6, eval_data=[toy.batch()])
     shown = capfd.readouterr().err
-    for part in ("6/6", "loss 3.", "held out 3.", "tokens/s", "left"):
+    for part in ("6/6", "loss 3.", "eval loss 3.", "tokens/s", "left"):
         assert part in shown
 
 
@@ -236,11 +236,11 @@ def test_progress_without_rich_says_what_to_install(monkeypatch):
 
 
 def test_progress_in_lines_is_one_per_evaluation_on_stdout(capfd):
-    run(progress="lines", steps=6, held_out=[toy.batch()], eval_every=4)
+    run(progress="lines", max_steps=6, eval_data=[toy.batch()], eval_every=4)
     out, err = capfd.readouterr()
     first, middle, last = out.splitlines()
-    assert re.fullmatch(r"step 0/6  held out 3\.\d{4}", first)
-    assert re.fullmatch(r"step 4/6  loss 3\.\d{4}  held out 3\.\d{4}  [\d,]+ tokens/s", middle)
+    assert re.fullmatch(r"step 0/6  eval loss 3\.\d{4}", first)
+    assert re.fullmatch(r"step 4/6  loss 3\.\d{4}  eval loss 3\.\d{4}  [\d,]+ tokens/s", middle)
     assert last.startswith("step 6/6  loss 3.") and err == ""
     with pytest.raises(ValueError, match="True, False or \"lines\", got 'bars'"):
         run(progress="bars")
@@ -258,7 +258,7 @@ def never(*_):
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
-        ("matplotlib", {"figure": "loss.png"}, r"a loss figure needs .*'jaxpeft\[figure\]'"),
+        ("matplotlib", {"loss_figure": "loss.png"}, r"a loss figure needs .*'jaxpeft\[figure\]'"),
         ("rich", {"progress": True}, r"progress=True needs rich: pip install 'jaxpeft\[train\]'"),
     ],
 )
@@ -266,17 +266,20 @@ def test_what_an_option_needs_is_looked_for_before_the_first_step(
     tmp_path, monkeypatch, module, options, message
 ):
     without(monkeypatch, module)
-    adapter, frozen = toy.model()
+    frozen, adapter = toy.model()
     data = resumable.Stream()
-    if "figure" in options:
-        options = options | {"folder": tmp_path, "figure": tmp_path / options["figure"]}
+    if "loss_figure" in options:
+        options = options | {
+            "output_dir": tmp_path,
+            "loss_figure": tmp_path / options["loss_figure"],
+        }
     with pytest.raises(train.UserError, match=message):
-        train.fit(never, optax.sgd(0.1), adapter, frozen, data, **{"progress": False} | options)
+        train.fit(never, optax.sgd(0.1), frozen, adapter, data, **{"progress": False} | options)
 
 
 def test_a_figure_that_could_not_be_drawn_at_the_end_is_refused_before_the_first_step(tmp_path):
     pytest.importorskip("matplotlib")
-    adapter, frozen = toy.model()
+    frozen, adapter = toy.model()
     for figure, message in [
         (tmp_path / "loss.xyz", r"loss\.xyz ends in '\.xyz', which cannot be drawn.*png, .*svg"),
         (tmp_path / "loss", r"loss ends in '', which cannot be drawn"),
@@ -284,8 +287,8 @@ def test_a_figure_that_could_not_be_drawn_at_the_end_is_refused_before_the_first
     ]:
         with pytest.raises(train.UserError, match=message):
             train.fit(
-                never, optax.sgd(0.1), adapter, frozen, resumable.Stream(),
-                folder=tmp_path, figure=figure, progress=False,
+                never, optax.sgd(0.1), frozen, adapter, resumable.Stream(),
+                output_dir=tmp_path, loss_figure=figure, progress=False,
             )  # fmt: skip
 
 
@@ -309,7 +312,7 @@ def test_the_rate_counts_target_tokens():
 
 def test_a_loss_figure_on_request(tmp_path):
     pytest.importorskip("matplotlib")
-    resumable.main(tmp_path, 4, progress=False, figure=tmp_path / "loss.svg")
+    resumable.main(tmp_path, 4, progress=False, loss_figure=tmp_path / "loss.svg")
     assert "loss per target token" in (tmp_path / "loss.svg").read_text() or (
         (tmp_path / "loss.svg").stat().st_size > 5000
     )
@@ -322,22 +325,22 @@ def test_a_figure_needs_matplotlib_and_records(tmp_path, monkeypatch):
         patch.setitem(sys.modules, "matplotlib", None)
         patch.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(train.UserError, match=r"pip install 'jaxpeft\[figure\]'"):
-            train.loss_figure(file, tmp_path / "loss.png")
+            train.plot_loss(file, tmp_path / "loss.png")
     pytest.importorskip("matplotlib")
     with pytest.raises(train.UserError, match=rf"{file} holds no records"):
-        train.loss_figure(file, tmp_path / "loss.png")
+        train.plot_loss(file, tmp_path / "loss.png")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eval_every": 0, "held_out": []}, r"`eval_every` .* at least 1; got 0"),
+        ({"eval_every": 0, "eval_data": []}, r"`eval_every` .* at least 1; got 0"),
         ({"save_every": -1}, r"`save_every` .* at least 1; got -1"),
         ({"log_every": 0}, r"`log_every` .* at least 1; got 0"),
-        ({"eval_every": 5}, r"`eval_every=5` needs `held_out`"),
-        ({"save_every": 5}, r"`save_every=5` needs `folder`"),
-        ({"figure": "loss.png"}, r"`figure='loss.png'` needs `folder`"),
-        ({"folder": "run"}, r"get_state and set_state, .* got list_iterator"),
+        ({"eval_every": 5}, r"`eval_every=5` needs `eval_data`"),
+        ({"save_every": 5}, r"`save_every=5` needs `output_dir`"),
+        ({"loss_figure": "loss.png"}, r"`loss_figure='loss.png'` needs `output_dir`"),
+        ({"output_dir": "run"}, r"get_state and set_state, .* got list_iterator"),
     ],
 )
 def test_options_that_do_not_fit_together_are_named(options, message):
