@@ -54,6 +54,9 @@ def memory(
     Returns:
       Weights, gradients, optimizer state and saved activations in bytes. Nothing is computed.
 
+    Raises:
+      ValueError: The frozen tree and the adapter are swapped, here or in `loss`.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> w, x = jnp.ones((64, 64), "float32"), jnp.ones((8, 64), "float32")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpeft._argument_order import check_loss_order, check_order
 from jaxpeft.lift import lift
 from jaxpeft.methods.hybrids import GatedBottleneck, GatedLowRank, GatedPrefix
 from jaxpeft.methods.prefix import EncodedPrefix, Prefix, exchanged_placeholders
@@ -195,8 +196,11 @@ def check_loss(loss_fn: Callable, frozen: Any, adapter: Any, batch: Any, key: An
       batch, key: As the loss takes them.
 
     Raises:
-      ValueError: The loss changes, or rows are packed and it does not mind.
+      ValueError: The loss depends on a placeholder, or it ignores that rows are packed; or the
+        frozen tree and the adapter are swapped.
     """
+    check_order("check_loss(loss_fn, frozen, adapter, batch, key)", adapter)
+    check_loss_order(loss_fn)
     views = [x for x in jax.tree.leaves(frozen, is_leaf=is_view) if is_view(x)]
     weights = [w for view in views for w in chain_of(view.weight)]
     has_prefix = any(isinstance(w, (Prefix, EncodedPrefix)) for w in weights)

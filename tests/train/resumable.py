@@ -39,8 +39,8 @@ def main(folder, steps, **options):
     return train.fit(
         toy.noisy_loss_fn,
         optax.adamw(optax.cosine_decay_schedule(1e-2, 100)),
-        adapter,
         frozen,
+        adapter,
         Stream(),
         max_steps=steps,
         key=jax.random.key(1),

@@ -1,9 +1,12 @@
+import io
+import itertools
 import json
 import math
 import os
 import re
 import signal
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,10 @@ import toy
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxpeft as jp
 import jaxpeft.train as train
+from jaxpeft.methods.placeholders import check_loss
+from jaxpeft.train import report
 from jaxpeft.train.errors import need
 
 
@@ -90,8 +96,8 @@ def test_evaluation_has_no_key_and_the_dtype_of_training():
     train.fit(
         loss_fn,
         optax.sgd(0.1),
-        adapter,
         frozen,
+        adapter,
         [toy.batch()],
         key=jax.random.key(0),
         eval_data=[toy.batch()],
@@ -224,8 +230,14 @@ def test_progress_shows_step_loss_rate_and_time_left(capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     run(progress=True, max_steps=6, eval_data=[toy.batch()])
     shown = capfd.readouterr().err
-    for part in ("6/6", "loss 3.", "eval loss 3.", "tokens/s", "left"):
-        assert part in shown
+    for part in (
+        r"6/6",
+        r"(?<!eval )loss 3\.\d{4}",
+        r"eval loss 3\.\d{4}",
+        r"[\d,]+ tokens/s",
+        r"\d:\d\d:\d\d\s+left",
+    ):
+        assert re.search(part, shown), part
 
 
 def test_progress_without_rich_says_what_to_install(monkeypatch):
@@ -244,6 +256,19 @@ def test_progress_in_lines_is_one_per_evaluation_on_stdout(capfd):
     assert last.startswith("step 6/6  loss 3.") and err == ""
     with pytest.raises(ValueError, match="True, False or \"lines\", got 'bars'"):
         run(progress="bars")
+
+
+def test_each_line_of_progress_is_written_at_once(monkeypatch):
+    """Python buffers output that goes to a file, where nobody would see it until the end."""
+
+    class File(io.StringIO):
+        def flush(self):
+            flushed.append(self.getvalue().count("\n"))
+
+    flushed = []
+    monkeypatch.setattr(sys, "stdout", File())
+    run(progress="lines", max_steps=3, eval_data=[toy.batch()])
+    assert set(flushed) == {1, 2}
 
 
 def without(monkeypatch, *modules):
@@ -305,17 +330,35 @@ def test_an_optional_module_is_named_with_its_extra_and_what_it_lacks_itself(tmp
         need("halfway", "train", "this")
 
 
-def test_the_rate_counts_target_tokens():
-    assert run().tokens_per_second > 0
+def test_the_rate_counts_target_tokens_and_seconds_after_the_first_step(monkeypatch):
+    seconds = itertools.count(100.0, 0.5)
+    monkeypatch.setattr(report, "time", types.SimpleNamespace(monotonic=lambda: next(seconds)))
+    batches = [toy.batch(seed=seed) for seed in range(6)]
+    tokens = sum(batch["weights"].sum() for batch in batches[1:])
+    assert run(batches).tokens_per_second == pytest.approx(tokens / (5 * 0.5), rel=1e-12)
     assert run([toy.batch()]).tokens_per_second is None  # compilation only
 
 
-def test_a_loss_figure_on_request(tmp_path):
-    pytest.importorskip("matplotlib")
-    resumable.main(tmp_path, 4, progress=False, loss_figure=tmp_path / "loss.svg")
-    assert "loss per target token" in (tmp_path / "loss.svg").read_text() or (
-        (tmp_path / "loss.svg").stat().st_size > 5000
-    )
+def test_a_loss_figure_shows_both_losses_over_steps(tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    figures, savefig = [], matplotlib.figure.Figure.savefig
+
+    def kept(figure, *args, **options):
+        figures.append(figure)
+        savefig(figure, *args, **options)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", kept)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters, not their outlines
+        resumable.main(tmp_path, 6, progress=False, loss_figure=tmp_path / "loss.svg")
+    (axes,) = figures[0].axes
+    drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    records = train.read_metrics(tmp_path / "metrics.jsonl")
+    points = lambda name: [(r["step"], r[name]) for r in records if name in r]  # noqa: E731
+    assert drawn == {"training": points("loss"), "evaluation": points("eval_loss")}
+    assert [len(drawn[label]) for label in ("training", "evaluation")] == [6, 3]
+    text = (tmp_path / "loss.svg").read_text()
+    for label in ("step", "loss per target token (nats)", "training", "evaluation"):
+        assert f">{label}</text>" in text
 
 
 def test_a_figure_needs_matplotlib_and_records(tmp_path, monkeypatch):
@@ -329,6 +372,82 @@ def test_a_figure_needs_matplotlib_and_records(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     with pytest.raises(train.UserError, match=rf"{file} holds no records"):
         train.plot_loss(file, tmp_path / "loss.png")
+
+
+# The order of arguments --------------------------------------------------------------------------
+
+
+def lifted():
+    """A loss, a frozen tree with placeholders, and an adapter."""
+    model = lambda p, x: x @ p["w"]  # noqa: E731
+    params = {"w": jnp.ones((3, 2))}
+    sites = jp.sites(model, params, jnp.ones((4, 3)))
+    frozen, adapter = jp.split(jp.lora(1, sites.linear)(jax.random.key(0), params))
+
+    def loss_fn(frozen, adapter, batch, key):
+        return jnp.sum(jp.lift(model)(jp.combine(frozen, adapter), batch)), 1.0
+
+    return loss_fn, frozen, adapter
+
+
+def test_the_adapter_before_the_frozen_tree_is_an_error():
+    loss_fn, frozen, adapter = lifted()
+    tx, x = optax.sgd(0.1), jnp.ones((4, 3))
+    calls = {
+        r"fit\(loss_fn, tx, frozen, adapter, data\)": lambda: train.fit(
+            loss_fn, tx, adapter, frozen, [x], progress=False
+        ),
+        r"evaluate\(loss_fn, frozen, adapter, batches\)": lambda: train.evaluate(
+            loss_fn, adapter, frozen, [x]
+        ),
+        r"memory\(loss, frozen, adapter, \.\.\.\)": lambda: jp.memory(
+            lambda *given: loss_fn(*given)[0], adapter, frozen, x, None
+        ),
+        r"check_loss\(loss_fn, frozen, adapter, batch, key\)": lambda: check_loss(
+            loss_fn, adapter, frozen, x, None
+        ),
+        r"init\(adapter, tx\)": lambda: train.init(frozen, tx),
+    }
+    for call, swapped in calls.items():
+        with pytest.raises(ValueError, match=rf"`{call}`: the adapter has a placeholder for 'w/a'"):
+            swapped()
+    with pytest.raises(ValueError, match=r"adapter is \{\}: it has no arrays.* order of arguments"):
+        train.fit(toy.loss_fn, tx, adapter, {}, [x], progress=False)
+
+
+def test_a_loss_that_takes_the_adapter_before_the_frozen_tree_is_an_error():
+    _, frozen, adapter = lifted()
+    tx, x = optax.sgd(0.1), jnp.ones((4, 3))
+
+    def old(adapter, frozen, batch, key):
+        raise AssertionError("the loss was called")
+
+    def other(params, frozen, batch, key):
+        raise AssertionError("the loss was called")
+
+    names = (
+        r"`old\(adapter, frozen, \.{3}\)` takes the adapter first.*`old\(frozen, adapter, \.{3}\)`"
+    )
+    for call in (
+        lambda loss: train.fit(loss, tx, frozen, adapter, [x], progress=False),
+        lambda loss: train.train_step(loss, tx),
+        lambda loss: train.evaluate(loss, frozen, adapter, [x]),
+        lambda loss: jp.memory(loss, frozen, adapter, x),
+        lambda loss: check_loss(loss, frozen, adapter, x, None),
+    ):
+        with pytest.raises(ValueError, match=names):
+            call(old)
+        with pytest.raises(ValueError, match=names):
+            call(jax.jit(old))
+        with pytest.raises(ValueError, match=r"`other\(params, frozen, \.\.\.\)`"):
+            call(other)
+    # Names that say nothing: it is `combine` that refuses the frozen tree as an adapter.
+    unnamed = lambda a, f, b, k: (jp.combine(f, a), 1.0)  # noqa: E731
+    with pytest.raises(KeyError, match="Is it the frozen tree. It comes first"):
+        train.evaluate(unnamed, frozen, adapter, [x])
+
+
+# Options -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_steps_are_traced_once():
 
 
 def test_the_state_can_be_had_from_shapes_alone():
-    adapter, _ = toy.model()
+    _, adapter = toy.model()
     tx = optax.adamw(1e-2)
     shapes = jax.eval_shape(lambda a: train.init(a, tx), adapter)
     want = jax.tree.map(jnp.shape, train.init(adapter, tx))
