@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxpeft.tree import Hole
+from jaxpeft._marks import Placeholder
 
 
 def check_order(caller: str, adapter: Any) -> None:
@@ -19,8 +19,8 @@ def check_order(caller: str, adapter: Any) -> None:
       caller: The call as the user writes it, `evaluate(loss_fn, frozen, adapter, ...)`.
       adapter: What was given as the adapter.
     """
-    for x in jax.tree.leaves(adapter, is_leaf=lambda x: isinstance(x, Hole)):
-        if isinstance(x, Hole):
+    for x in jax.tree.leaves(adapter, is_leaf=lambda x: isinstance(x, Placeholder)):
+        if isinstance(x, Placeholder):
             raise ValueError(
                 f"`{caller}`: the adapter has a placeholder for '{x.name}', so it is the frozen "
                 "tree. Give the two in the order in which `split` returns them, `frozen, adapter`."

@@ -19,10 +19,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft as jp
-import jaxpeft.train as train
-from jaxpeft.methods.placeholders import check_loss
-from jaxpeft.train import report
-from jaxpeft.train.errors import need
+from jaxpeft import train
+from jaxpeft._errors import need
+from jaxpeft.prompts._checks import check_loss
+from jaxpeft.train import _report
 
 
 def run(data=None, **options):
@@ -332,7 +332,7 @@ def test_an_optional_module_is_named_with_its_extra_and_what_it_lacks_itself(tmp
 
 def test_the_rate_counts_target_tokens_and_seconds_after_the_first_step(monkeypatch):
     seconds = itertools.count(100.0, 0.5)
-    monkeypatch.setattr(report, "time", types.SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(_report, "time", types.SimpleNamespace(monotonic=lambda: next(seconds)))
     batches = [toy.batch(seed=seed) for seed in range(6)]
     tokens = sum(batch["weights"].sum() for batch in batches[1:])
     assert run(batches).tokens_per_second == pytest.approx(tokens / (5 * 0.5), rel=1e-12)
@@ -400,7 +400,7 @@ def test_the_adapter_before_the_frozen_tree_is_an_error():
         r"evaluate\(loss_fn, frozen, adapter, batches\)": lambda: train.evaluate(
             loss_fn, adapter, frozen, [x]
         ),
-        r"memory\(loss, frozen, adapter, \.\.\.\)": lambda: jp.memory(
+        r"estimate_memory\(loss, frozen, adapter, \.\.\.\)": lambda: jp.estimate_memory(
             lambda *given: loss_fn(*given)[0], adapter, frozen, x, None
         ),
         r"check_loss\(loss_fn, frozen, adapter, batch, key\)": lambda: check_loss(
@@ -432,7 +432,7 @@ def test_a_loss_that_takes_the_adapter_before_the_frozen_tree_is_an_error():
         lambda loss: train.fit(loss, tx, frozen, adapter, [x], progress=False),
         lambda loss: train.train_step(loss, tx),
         lambda loss: train.evaluate(loss, frozen, adapter, [x]),
-        lambda loss: jp.memory(loss, frozen, adapter, x),
+        lambda loss: jp.estimate_memory(loss, frozen, adapter, x),
         lambda loss: check_loss(loss, frozen, adapter, x, None),
     ):
         with pytest.raises(ValueError, match=names):
