@@ -157,7 +157,7 @@ def main(argv=None):
 
     # The data: batch i is a function of i, so the step is the position in the data.
     if args.data:
-        examples = read_examples(args.data, TextTokenizer(args.model), context=args.length)
+        examples = read_examples(args.data, TextTokenizer(args.model), max_length=args.length)
         batches = Batches(examples, batch_size=rows, shard=(host, hosts)).__getitem__
     else:
         batches = lambda i: random_batch(config, rows // hosts, args.length, i * hosts + host)  # noqa: E731

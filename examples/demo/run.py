@@ -139,7 +139,7 @@ def loss_of(model: Model):
 
 
 def measure(model: Model, frozen, adapter, examples: Examples) -> Evaluation:
-    batches = Batches(examples, batch_size=16, shuffle=False, epochs=1)
+    batches = Batches(examples, batch_size=16, shuffle=False, num_epochs=1)
     return evaluate(jax.jit(loss_of(model)), frozen, adapter, batches)
 
 
@@ -161,7 +161,7 @@ def tune(name, base: Model, train: Examples, held_out: Examples, options, folder
         Batches(train, batch_size=ROWS),  # the same batches for every method
         max_steps=steps,
         max_grad_norm=1.0,
-        eval_data=Batches(held_out, batch_size=16, shuffle=False, epochs=1),
+        eval_data=Batches(held_out, batch_size=16, shuffle=False, num_epochs=1),
         eval_every=max(1, steps // 4),
         output_dir=folder,
         save_every=None if folder is None else max(1, steps // 12),
@@ -206,8 +206,8 @@ def sample_prompt(examples: Examples, room: int) -> np.ndarray:
     """
     prompts = []
     for index in range(len(examples)):
-        ids, counted = examples[index]
-        first = int(np.argmax(counted))
+        ids, loss_mask = examples[index]
+        first = int(np.argmax(loss_mask))
         prompts.append(ids[:first] if first else ids[: min(24, len(ids) - 1)])
         if len(prompts[-1]) <= room:
             return prompts[-1]
@@ -255,15 +255,15 @@ def merge_difference(tuned: Tuned, examples: Examples) -> float:
 
 def read(options, tokenizer: TextTokenizer, context: int) -> tuple[Examples, Examples]:
     """Training and held-out examples; without a held-out file every tenth record."""
-    train = read_examples(options.data, tokenizer, context=context)
+    train = read_examples(options.data, tokenizer, max_length=context)
     if options.held_out:
-        return train, read_examples(options.held_out, tokenizer, context=context)
+        return train, read_examples(options.held_out, tokenizer, max_length=context)
     if len(train) < 2:
         raise UserError(f"{options.data}: one record cannot be trained and evaluated on.")
     records = [train[i] for i in range(len(train))]
     held_out = records[9::10] or records[-1:]
     records = [record for i, record in enumerate(records) if i % 10 != 9][: len(train) - 1]
-    return Examples(records, context=context), Examples(held_out, context=context)
+    return Examples(records, max_length=context), Examples(held_out, max_length=context)
 
 
 def arguments(argv=None):
@@ -379,10 +379,10 @@ def main(argv=None) -> dict[str, Any]:
     tokenizer = TextTokenizer(options.model)
     context = min(options.context, model.config.context)
     train, held_out = read(options, tokenizer, context)
-    options.steps = options.steps or len(Batches(train, batch_size=ROWS, epochs=1))
+    options.steps = options.steps or len(Batches(train, batch_size=ROWS, num_epochs=1))
     console.print(
-        f"{options.data.name}: {len(train):,} records, {train.targets:,} tokens; "
-        f"held out: {len(held_out):,} records, {held_out.targets:,} tokens\n"
+        f"{options.data.name}: {len(train):,} records, {train.num_target_tokens:,} tokens; "
+        f"held out: {len(held_out):,} records, {held_out.num_target_tokens:,} tokens\n"
         f"{options.steps} steps of {ROWS} x {context} tokens for each method"
     )
     if options.folder is not None:

@@ -227,7 +227,7 @@ def _check_felt(path: str, outputs: list, changed: list, virtual: np.ndarray) ->
             "rows change nothing there. A mask leaves virtual positions out, the row is packed, or "
             "a sliding window ends before them. Give `prepend_virtual_tokens` the `segment_ids` where the "
             "model is `jaxpeft.models.decoder`, or each example virtual positions of its own "
-            "(`jaxpeft.data.Batches(..., virtual=...)`), and tokens without padding."
+            "(`jaxpeft.data.Batches(..., virtual_tokens=...)`), and tokens without padding."
         )
 
 
@@ -272,7 +272,7 @@ def check_loss(loss_fn: Callable, frozen: Any, adapter: Any, batch: Any, key: An
                 f"Row {row} of the batch packs {count} examples, but the loss puts virtual tokens "
                 "in front of the first alone. Give `prepend_virtual_tokens` (or `prepend_prefixes`) the "
                 "`segment_ids` where the model is `jaxpeft.models.decoder`; for another model, "
-                "give each example virtual tokens of its own: `Batches(..., virtual=...)`."
+                "give each example virtual tokens of its own: `Batches(..., virtual_tokens=...)`."
             )
     if not has_prefix:
         return

@@ -1,5 +1,6 @@
-"""Training: a pure step for any loop, and a loop for those who have none.
+"""Training: a pure train step for any loop, and `fit`, a loop around it.
 
+frozen, adapter = jp.split(method(key, params))
 tx = optax.adamw(1e-4)
 step = jax.jit(train.train_step(loss_fn, tx, max_grad_norm=1.0), donate_argnums=0)
 state = train.init(adapter, tx)

@@ -192,7 +192,10 @@ def test_a_marker_that_is_text_is_said_and_the_end_token_ends_the_last_turn(capl
     for _ in range(2):
         template.render(TALK)
     (record,) = caplog.records
-    assert "the next one's '### Instruction:', which is no token" in record.message
+    assert (
+        "the marker of the next turn, '### Instruction:', which is not a single token"
+        in record.message
+    )
     assert "ends with '</s>'. Stop generation at both." in record.message
     text, spans = ChatTemplate(ALPACA, {}).render(TALK)  # no end token at all
     assert text[slice(*spans[-1])] == "Because.\n\n### Instruction:"
@@ -207,7 +210,7 @@ def test_a_turn_without_any_end_is_an_error_with_the_way_out():
     text, spans = ChatTemplate(alone, SPECIAL, TOKENS).render(TALK[:2])
     assert text[slice(*spans[0])] == "\nHello!</s>"
     reworded = NEXT_ROLE.replace("item['content'] }}", "item['content'] | replace('\x00', '') }}")
-    with pytest.raises(UserError, match=r"nothing behind messages\[1\] that ends the turn"):
+    with pytest.raises(UserError, match=r"nothing after messages\[1\] that ends the turn"):
         ChatTemplate(reworded, SPECIAL, TOKENS).render(TALK)
 
 

@@ -183,7 +183,7 @@ def test_sigterm_saves_and_the_next_process_ends_with_the_same_bytes(
     assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_a_finished_run_started_again_changes_nothing_and_tells_its_end(tmp_path):
+def test_a_finished_run_started_again_changes_nothing_and_reports_its_evaluation(tmp_path):
     first = resumable.main(tmp_path, 4, progress=False)
     metrics = (tmp_path / "metrics.jsonl").read_bytes()
     again = resumable.main(tmp_path, 4, progress=False)
@@ -192,7 +192,7 @@ def test_a_finished_run_started_again_changes_nothing_and_tells_its_end(tmp_path
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_records_after_the_checkpoint_and_a_torn_line_are_cut(tmp_path):
+def test_records_after_the_checkpoint_and_an_incomplete_line_are_removed(tmp_path):
     resumable.main(tmp_path, 4, progress=False)
     file = tmp_path / "metrics.jsonl"
     whole = file.read_bytes()
@@ -306,8 +306,11 @@ def test_a_figure_that_could_not_be_drawn_at_the_end_is_refused_before_the_first
     pytest.importorskip("matplotlib")
     frozen, adapter = toy.model()
     for figure, message in [
-        (tmp_path / "loss.xyz", r"loss\.xyz ends in '\.xyz', which cannot be drawn.*png, .*svg"),
-        (tmp_path / "loss", r"loss ends in '', which cannot be drawn"),
+        (
+            tmp_path / "loss.xyz",
+            r"loss\.xyz has the suffix '\.xyz', which is not a format .*png, .*svg",
+        ),
+        (tmp_path / "loss", r"loss has the suffix '', which is not a format"),
         (tmp_path / "none" / "loss.png", rf"there is no folder {tmp_path}/none"),
     ]:
         with pytest.raises(train.UserError, match=message):
@@ -370,7 +373,7 @@ def test_a_figure_needs_matplotlib_and_records(tmp_path, monkeypatch):
         with pytest.raises(train.UserError, match=r"pip install 'jaxpeft\[figure\]'"):
             train.plot_loss(file, tmp_path / "loss.png")
     pytest.importorskip("matplotlib")
-    with pytest.raises(train.UserError, match=rf"{file} holds no records"):
+    with pytest.raises(train.UserError, match=rf"{file} has no records"):
         train.plot_loss(file, tmp_path / "loss.png")
 
 

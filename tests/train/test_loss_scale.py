@@ -207,7 +207,9 @@ def test_what_cannot_be_trained_in_its_dtype_is_named():
     frozen, adapter = toy.model(jnp.float32)
     batch = toy.batch(dtype=jnp.float32)
     tx = optax.sgd(0.1)
-    with pytest.raises(ValueError, match=r"compute_dtype=float16` makes zeros .*loss_scaled\(tx\)"):
+    with pytest.raises(
+        ValueError, match=r"compute_dtype=float16` rounds most gradients to zero.*loss_scaled\(tx\)"
+    ):
         train.fit(
             toy.loss_fn, tx, frozen, adapter, [batch], compute_dtype=jnp.float16, progress=False
         )
@@ -215,10 +217,10 @@ def test_what_cannot_be_trained_in_its_dtype_is_named():
         train.train_step(toy.loss_fn, tx, compute_dtype=jnp.int32)
     step = train.train_step(toy.loss_fn, tx)
     ids = adapter | {"ids": jnp.arange(3)}
-    with pytest.raises(ValueError, match=r"adapter\['ids'\] is int\d\d\. Leave it to the frozen"):
+    with pytest.raises(ValueError, match=r"adapter\['ids'\] is int\d\d\. Leave it in the frozen"):
         step(train.State(jnp.int32(0), ids, tx.init(adapter)), frozen, batch, None)
     small = adapter | {"w/b": adapter["w/b"].astype(jnp.float8_e4m3fn)}
-    with pytest.raises(ValueError, match=r"adapter\['w/b'\] is float8_e4m3fn, which no update"):
+    with pytest.raises(ValueError, match=r"adapter\['w/b'\] is float8_e4m3fn, which is too narrow"):
         step(train.State(jnp.int32(0), small, tx.init(adapter)), frozen, batch, None)
 
 
@@ -242,7 +244,9 @@ def test_loss_scaling_inside_of_another_transformation_is_refused():
 
 
 def test_options_of_loss_scaling_out_of_range_are_named():
-    with pytest.raises(ValueError, match=r"`init_scale` is a power of two .*, got 1000"):
+    with pytest.raises(ValueError, match=r"`init_scale` must be a power of two .*, got 1000"):
         train.loss_scaled(optax.sgd(0.1), init_scale=1000)
-    with pytest.raises(ValueError, match=r"`growth_interval` counts steps, at least 1; got 0"):
+    with pytest.raises(
+        ValueError, match=r"`growth_interval` is a number of steps, at least 1; got 0"
+    ):
         train.loss_scaled(optax.sgd(0.1), growth_interval=0)
