@@ -232,14 +232,15 @@ def _check_felt(path: str, outputs: list, changed: list, virtual: np.ndarray) ->
 
 
 def check_loss(loss_fn: Callable, frozen: Any, adapter: Any, batch: Any, key: Any) -> None:
-    """Runs a loss once more with other placeholders, where it has a prefix or a prompt.
+    """Checks that a loss with a prefix or a prompt does not depend on placeholders.
 
-    Of packed rows, each example has to see its virtual tokens: where the batch is a mapping with
-    `segment_ids`, as those of `jaxpeft.data.Batches` are, `prepend_virtual_tokens` has to be told of them.
+    With a prefix, the loss is computed twice, with different placeholders. In packed rows, each
+    example must attend to its virtual tokens: where the batch is a mapping with `segment_ids`, as
+    the batches of `jaxpeft.data.Batches` are, the loss must pass them to `prepend_virtual_tokens`.
 
     Args:
-      loss_fn: `loss_fn(frozen, adapter, batch, key)`, which calls `prepend_virtual_tokens` or
-        `prepend_prefixes`; of one that is given their results, nothing can be exchanged.
+      loss_fn: `loss_fn(frozen, adapter, batch, key)`. It must call `prepend_virtual_tokens` or
+        `prepend_prefixes` itself: placeholders that are in the batch already cannot be replaced.
       frozen, adapter: From `split`.
       batch, key: As the loss takes them.
 
@@ -255,7 +256,7 @@ def check_loss(loss_fn: Callable, frozen: Any, adapter: Any, batch: Any, key: An
     if not has_prefix and not any(type(w).extra_rows is not Weight.extra_rows for w in weights):
         return
     while hasattr(loss_fn, "lower") and hasattr(loss_fn, "__wrapped__"):
-        loss_fn = loss_fn.__wrapped__  # of a jitted loss: its trace keeps the placeholders
+        loss_fn = loss_fn.__wrapped__  # a jitted loss would use its cached trace
     packed = _packed(batch)
     if packed and any(isinstance(w, (GatedLowRank, GatedPrefix, GatedBottleneck)) for w in weights):
         raise ValueError(
@@ -270,9 +271,10 @@ def check_loss(loss_fn: Callable, frozen: Any, adapter: Any, batch: Any, key: An
             row, count = packed
             raise ValueError(
                 f"Row {row} of the batch packs {count} examples, but the loss puts virtual tokens "
-                "in front of the first alone. Give `prepend_virtual_tokens` (or `prepend_prefixes`) the "
-                "`segment_ids` where the model is `jaxpeft.models.decoder`; for another model, "
-                "give each example virtual tokens of its own: `Batches(..., virtual_tokens=...)`."
+                "in front of the first alone. Pass the `segment_ids` to `prepend_virtual_tokens` (or "
+                "`prepend_prefixes`) where the model is `jaxpeft.models.decoder`; for another "
+                "model, give each example virtual tokens of its own: "
+                "`Batches(..., virtual_tokens=...)`."
             )
     if not has_prefix:
         return
@@ -288,7 +290,7 @@ def check_loss(loss_fn: Callable, frozen: Any, adapter: Any, batch: Any, key: An
 
 
 def _packed(batch: Any) -> tuple[int, int] | None:
-    """The first row of a batch that holds several examples, and how many."""
+    """The index of the first row of a batch with several examples, and their number."""
     ids = batch.get("segment_ids") if isinstance(batch, Mapping) else None
     if ids is None or isinstance(ids, jax.Array) and not ids.is_fully_addressable:
         return None

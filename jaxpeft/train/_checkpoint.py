@@ -43,7 +43,7 @@ class Checkpoints:
     """The checkpoints in one directory, the newest `max_to_keep` of them.
 
     Args:
-      directory: Made where it does not exist.
+      directory: Created where it does not exist.
       max_to_keep: How many checkpoints are kept, the newest ones. `None`: all.
     Raises:
       UserError: where the directory cannot be used.
@@ -225,7 +225,8 @@ def _checked(place, restored):
             problem = f"it has a hash for {strange[0]!r}, and no array of this name"
         # An array that was spread over processes when it was saved has no hash.
         elif wrong := [n for n in found if want.get(n, found[n]) != found[n]]:
-            problem = f"its {wrong[0]} differs from the hash that was saved with it"
+            name = "run data" if wrong[0] == "run" else wrong[0]
+            problem = f"its {name} differs from the hash that was saved with it"
         elif "run" not in want:
             problem = "the hash of its run data is missing"
     if problem:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -237,8 +238,10 @@ def test_what_differs_from_its_hash_is_named(saved):
             path.write_bytes(files[path])
 
     other = "0" * 64
-    check("its run differs from the hash", run=RUN | {"data": {"position": 6, "seed": [1, 2.5]}})
-    check("its run differs from the hash", sha256=digests | {"run": other})
+    check(
+        "its run data differs from the hash", run=RUN | {"data": {"position": 6, "seed": [1, 2.5]}}
+    )
+    check("its run data differs from the hash", sha256=digests | {"run": other})
     check("its adapter w/b differs from the hash", sha256=digests | {"adapter w/b": other})
     check("its optimizer step differs", sha256=digests | {"optimizer step": other})
     check("it has a hash for 'adapter w/c', and no array", sha256=digests | {"adapter w/c": other})
@@ -248,6 +251,23 @@ def test_what_differs_from_its_hash_is_named(saved):
     check(
         "the hash of its run data is missing", sha256={"optimizer step": digests["optimizer step"]}
     )
+
+
+@pytest.mark.parametrize(
+    ("item", "array"), [("adapter", "w/a"), ("optimizer", r"\[0\].trace\['w/a'\]")]
+)
+def test_arrays_of_another_checkpoint_are_refused(tmp_path, item, array):
+    """Each of its checksums is right, but it is not what was saved with the rest."""
+    state = small_state()
+    other = jax.tree.map(lambda x: x + 1 if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+    for name, x in [("one", state), ("other", other)]:
+        with train.Checkpoints(tmp_path / name) as checkpoints:
+            checkpoints.save(x, RUN)
+    shutil.rmtree(tmp_path / "one" / "7" / item)
+    shutil.copytree(tmp_path / "other" / "7" / item, tmp_path / "one" / "7" / item)
+    with train.Checkpoints(tmp_path / "one") as checkpoints:
+        with pytest.raises(train.UserError, match=rf"damaged: its {item} {array} differs from"):
+            checkpoints.restore(state)
 
 
 def test_a_checkpoint_of_an_earlier_version_has_no_hash_and_is_restored_with_a_warning(tmp_path):
