@@ -10,7 +10,7 @@ from jaxpeft._marks import Placeholder
 
 
 def check_order(caller: str, adapter: Any) -> None:
-    """Raises ValueError where the frozen tree was given in the place of the adapter.
+    """Raises ValueError where the frozen tree was given as the adapter.
 
     The two differ in kind: a frozen tree has placeholders where the trainable arrays were, and an
     adapter has arrays alone.

@@ -1,4 +1,4 @@
-"""What a training step holds in memory, from shapes alone."""
+"""The memory of a training step, estimated from shapes alone."""
 
 import dataclasses
 import math
@@ -43,7 +43,7 @@ class MemoryEstimate:
 def estimate_memory(
     loss: Callable, frozen: Any, adapter: Mapping[str, Any], *args: Any, tx: Any = None
 ) -> MemoryEstimate:
-    """Bytes that a step of `loss(frozen, adapter, *args)` holds.
+    """Estimates the memory of a training step of `loss(frozen, adapter, *args)`, in bytes.
 
     Args:
       loss: A function whose first result is differentiated in the adapter; a scalar.

@@ -85,7 +85,7 @@ class Checkpoints:
 
         Args:
           state: Adapter, optimizer state and step.
-          run: What else the run needs to be resumed, as JSON can hold it.
+          run: What else the run needs to be resumed, in values that JSON has.
         Raises:
           UserError: where it could not be written. What was written of it is removed; the
             checkpoints of earlier steps stay.
@@ -133,11 +133,11 @@ class Checkpoints:
             raise UserError(f"no {wanted} in {self.directory}; it has steps {steps}.")
         step = steps[-1] if step is None else step
         wanted_state = {"adapter": like.adapter, "optimizer": _optimizer(like)}
-        place = f"the checkpoint {self.directory / str(step)}"
-        with _readable(f"{place} cannot be read", f" {_RESTORE_ANOTHER}"):
+        checkpoint = f"the checkpoint {self.directory / str(step)}"
+        with _readable(f"{checkpoint} cannot be read", f" {_RESTORE_ANOTHER}"):
             metadata = self._manager.item_metadata(step)
             for item, tree in wanted_state.items():
-                _check_same(place, item, _stored(tree), metadata[item])
+                _check_same(checkpoint, item, _stored(tree), metadata[item])
             restored = self._manager.restore(
                 step,
                 args=_args.Composite(
@@ -146,7 +146,7 @@ class Checkpoints:
                     run=_args.JsonRestore(),
                 ),
             )
-        run = _checked(place, restored)
+        run = _checked(checkpoint, restored)
         adapter = _placed(restored["adapter"], like.adapter)
         number, *leaves = _placed(restored["optimizer"], wanted_state["optimizer"]).values()
         opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves)
@@ -202,13 +202,13 @@ def _as_json(run):
     return json.loads(json.dumps(run))
 
 
-def _checked(place, restored):
+def _checked(checkpoint, restored):
     """The `run` of a checkpoint, which must be as it was when it was saved, like its arrays."""
     stored = restored["run"]
     if not (isinstance(stored, dict) and _KEYS & stored.keys()):
         warnings.warn(
-            f"{place} was written without content hashes, by an earlier version: whether it is "
-            f"damaged cannot be told. The next checkpoint of this run has them.",
+            f"{checkpoint} was written without content hashes, by an earlier version, so damage to "
+            f"it cannot be detected. The next checkpoint of this run has hashes.",
             stacklevel=3,
         )
         return stored
@@ -230,7 +230,7 @@ def _checked(place, restored):
         elif "run" not in want:
             problem = "the hash of its run data is missing"
     if problem:
-        raise UserError(f"{place} is damaged: {problem}. {_RESTORE_ANOTHER}")
+        raise UserError(f"{checkpoint} is damaged: {problem}. {_RESTORE_ANOTHER}")
     return stored["run"]
 
 
@@ -259,7 +259,7 @@ def _placed(restored, like):
     return {path: place(path, x) for path, x in like.items()}
 
 
-def _check_same(place, item, want, found):
+def _check_same(checkpoint, item, want, found):
     found = {} if found is None else dict(found.items())
     for path in [*want, *found]:
         if path not in found:
@@ -275,7 +275,7 @@ def _check_same(place, item, want, found):
         else:
             continue
         raise UserError(
-            f"{place} belongs to another run: its {item} {problem}. Use the method and the "
+            f"{checkpoint} belongs to another run: its {item} {problem}. Use the method and the "
             f"optimizer of that run, or another folder."
         )
 

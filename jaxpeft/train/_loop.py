@@ -119,7 +119,7 @@ def fit(
       frozen: From `split`. It is passed to `loss_fn`, never donated, never copied.
       adapter: From `split`, {path: array}: the initial values. It is copied, never donated.
       data: Iterable of batches. With an `output_dir` its iterator has `get_state` and
-        `set_state` (as all iterators of grain have), with a state that JSON can hold.
+        `set_state` (as all iterators of grain have), with a state of JSON values.
       max_steps: Steps in all, those of earlier processes included. `None`: until the data
         iterator is exhausted.
       key: For dropout, the same in all processes of a run. `None`: no dropout.
@@ -250,7 +250,7 @@ def _restore(checkpoints: Checkpoints, state: State, batches: Any) -> tuple[Stat
 
 
 def _first_batch_check(loss_fn: LossFn, microbatches: int, key: Any) -> Callable:
-    """`check(frozen, adapter, batch)`: see `check_loss`, on rows of one microbatch."""
+    """`check(frozen, adapter, batch)`: runs `check_loss` on the rows of one microbatch."""
 
     def check(frozen, adapter, batch):
         if microbatches > 1:

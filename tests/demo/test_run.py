@@ -78,7 +78,7 @@ def test_output_to_a_file_has_a_line_for_each_evaluation(whole):
     for name in ("lora", "full", "probe"):
         begin = lines.index(f"{name}:")
         for line, step in zip(lines[begin + 1 :], (0, 10, 20, 30, 40), strict=False):
-            assert re.match(rf"step {step}/40  .*held out \d\.\d{{4}}", line), line
+            assert re.match(rf"step {step}/40  .*eval loss \d\.\d{{4}}", line), line
 
 
 def test_a_run_that_was_stopped_goes_on_from_its_folder_and_ends_the_same(own, whole, tmp_path):

@@ -42,7 +42,7 @@ def assert_same(got, want):
     jax.tree.map(same, got, want)
 
 
-def test_a_state_comes_back_bit_for_bit_with_its_structure(tmp_path):
+def test_a_state_is_restored_bit_for_bit_with_its_structure(tmp_path):
     state = trained()
     with train.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, {"data": {"next_index": 7}})
@@ -90,7 +90,7 @@ def test_a_users_own_orbax_manager_restores_the_adapter(tmp_path):
     assert out.stdout.strip() == str(want), out.stderr
 
 
-def test_arrays_come_back_where_the_run_has_them(tmp_path):
+def test_arrays_are_restored_to_the_devices_of_the_run(tmp_path):
     """On a mesh as the adapter is spread there; on one device free to meet any mesh."""
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
     spread = NamedSharding(mesh, P("model"))
@@ -282,7 +282,7 @@ def test_a_checkpoint_of_an_earlier_version_has_no_hash_and_is_restored_with_a_w
     assert run == RUN
 
 
-def test_run_data_comes_back_as_json_holds_it(tmp_path):
+def test_run_data_is_restored_as_json_has_it(tmp_path):
     run = {"a": (1, 2), 10: "ä", 9: float("inf"), "nested": {"b": [None, True]}}
     with train.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(small_state(), run)
@@ -302,8 +302,8 @@ def test_max_to_keep_out_of_range_is_named(tmp_path):
         train.Checkpoints(tmp_path, max_to_keep=0)
 
 
-def test_a_full_disk_is_one_line_and_the_last_whole_checkpoint_stands(tmp_path):
-    """The limit on a file's size stands for the disk: both fail the write in the kernel."""
+def test_a_full_disk_is_one_line_and_the_last_complete_checkpoint_stays(tmp_path):
+    """A limit on the size of files simulates the full disk: both make the write fail."""
     program = """
         import resource, sys
         import jax.numpy as jnp, optax

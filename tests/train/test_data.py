@@ -18,7 +18,7 @@ ARRAYS = ["tokens", "targets", "weights", "segment_ids", "positions"]
 
 
 def example(number, length, prompt=1):
-    """Tokens that tell where they come from: 1000 * number + place."""
+    """Tokens whose ids say where they come from: 1000 * number + position."""
     return Tokens(np.arange(length, dtype=np.int32) + 1000 * number, np.arange(length) >= prompt)
 
 
@@ -55,7 +55,7 @@ def test_every_example_comes_once_in_an_epoch_with_its_targets(packed, shuffle):
     ]
 
 
-def test_packing_leaves_little_room_and_padding_has_no_weight():
+def test_packing_needs_little_padding_and_padding_has_no_weight():
     batches = Batches(examples(), batch_size=2, num_epochs=1)
     assert len(batches) == 3  # 32 places in rows of 8: five rows, and one of padding
     for batch in read(batches):
@@ -106,7 +106,7 @@ def test_shards_are_the_rows_of_the_whole_batch():
             np.testing.assert_array_equal(joined, whole[i][name])
 
 
-def test_a_grain_iterator_goes_on_where_its_state_says():
+def test_a_grain_iterator_resumes_at_its_state():
     pytest.importorskip("grain")
     batches = Batches(examples(), batch_size=3, num_epochs=4)
     straight = list(batches)
@@ -136,7 +136,7 @@ def test_data_without_an_end_goes_through_grain_too():
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 16), max_size=60))
-def test_packed_rows_fit_and_hold_everything_once(lengths):
+def test_packed_rows_fit_and_have_every_example_once(lengths):
     rows = pack(lengths, 16)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     fill = [sum(lengths[i] for i in row) for row in rows]
@@ -322,7 +322,7 @@ def test_a_conversation_that_the_template_refuses_is_named_with_its_line(tmp_pat
         read_file(tmp_path, Refusing(), [{"messages": TALK}])
 
 
-def test_a_call_of_a_tool_needs_no_content(tmp_path, tokenizer):
+def test_a_tool_call_needs_no_content(tmp_path, tokenizer):
     talk = [*TALK, {"role": "assistant", "content": "", "tool_calls": [{"name": "x"}]}]
     assert len(read_file(tmp_path, tokenizer, [{"messages": talk}])) == 1
 

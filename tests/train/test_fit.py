@@ -61,7 +61,7 @@ def test_the_callers_adapter_stays_as_it_is():
     assert_same((frozen, adapter), toy.model())
 
 
-def test_held_out_loss_is_weighted_by_tokens_over_the_whole_set():
+def test_evaluation_loss_is_weighted_by_tokens_over_the_whole_set():
     frozen, adapter = toy.model()
     batches = [toy.batch(seed=seed) for seed in range(3)]
     batches[1]["weights"] = batches[1]["weights"] * 0
@@ -72,7 +72,7 @@ def test_held_out_loss_is_weighted_by_tokens_over_the_whole_set():
     np.testing.assert_allclose(got, (total / weight, np.exp(total / weight), weight), rtol=1e-12)
 
 
-def test_held_out_set_without_tokens_is_an_error():
+def test_an_evaluation_set_without_target_tokens_is_an_error():
     frozen, adapter = toy.model()
     with pytest.raises(train.UserError, match="no target tokens"):
         train.evaluate(toy.loss_fn, frozen, adapter, [])
@@ -199,7 +199,7 @@ def test_records_after_the_checkpoint_and_an_incomplete_line_are_removed(tmp_pat
     file.write_bytes(whole + json.dumps({"step": 5, "loss": 1.0}).encode() + b"\n" + b'{"ste')
     resumable.main(tmp_path, 4, progress=False)
     assert file.read_bytes() == whole
-    file.write_bytes(whole[:-3])  # torn itself: what is lost is lost, the rest stands
+    file.write_bytes(whole[:-3])  # incomplete itself: the lost record stays lost, the others stay
     resumable.main(tmp_path, 4, progress=False)
     assert whole.startswith(file.read_bytes())
 
@@ -287,7 +287,7 @@ def never(*_):
         ("rich", {"progress": True}, r"progress=True needs rich: pip install 'jaxpeft\[train\]'"),
     ],
 )
-def test_what_an_option_needs_is_looked_for_before_the_first_step(
+def test_the_package_that_an_option_needs_is_checked_before_the_first_step(
     tmp_path, monkeypatch, module, options, message
 ):
     without(monkeypatch, module)
@@ -470,7 +470,7 @@ def test_options_that_do_not_fit_together_are_named(options, message):
         run(**options)
 
 
-def test_a_user_error_is_one_line_and_exit_code_2_and_a_defect_keeps_its_traceback(capsys):
+def test_a_user_error_is_one_line_and_exit_code_2_and_a_bug_keeps_its_traceback(capsys):
     with pytest.raises(SystemExit) as end, train.one_line_errors():
         raise train.UserError("line 3 of x.jsonl is\nno JSON")
     assert end.value.code == 2

@@ -86,7 +86,7 @@ def test_in_host_memory_each_array_whose_update_is_not_finite_is_kept(size, fini
 
 
 @FLOAT16
-def test_fit_says_that_it_is_the_update_that_is_not_finite():
+def test_fit_names_an_update_that_is_not_finite():
     frozen, adapter = toy.model(jnp.float16)
     with pytest.raises(train.UserError, match=r"the optimizer's update is not finite at step 1"):
         train.fit(toy.loss_fn, optax.adam(1e-2), frozen, adapter, [toy.batch()], progress=False)
@@ -139,7 +139,7 @@ def test_float16_follows_float32_where_its_gradients_alone_would_be_zeros():
     assert max(float(jnp.abs(g).max()) for g in unscaled.values()) == 0
 
 
-def test_an_overflow_halves_the_scale_and_leaves_the_step_out_until_it_fits():
+def test_an_overflow_halves_the_scale_and_skips_the_step_until_it_fits():
     """The second microbatch alone overflows, below the 65504 of float16 from a scale of 4 on."""
 
     def loss_fn(frozen, adapter, batch, key):
@@ -169,7 +169,7 @@ def test_an_overflow_halves_the_scale_and_leaves_the_step_out_until_it_fits():
     assert state.step == 6 and state.opt_state.inner[0].count == overflows.count(False)
 
 
-def test_an_overflow_at_the_smallest_scale_and_a_loss_that_is_not_finite_are_faults():
+def test_an_overflow_at_the_smallest_scale_and_a_loss_that_is_not_finite_are_errors():
     def loss_fn(frozen, adapter, batch, key):
         return jnp.sum(adapter["w"] * batch * frozen), jnp.float32(1)
 
@@ -224,7 +224,7 @@ def test_what_cannot_be_trained_in_its_dtype_is_named():
         step(train.State(jnp.int32(0), small, tx.init(adapter)), frozen, batch, None)
 
 
-def test_float16_in_adapter_or_base_is_said():
+def test_float16_in_adapter_or_base_gives_a_warning():
     frozen, adapter = toy.model(jnp.float32)
     tx, batch = optax.sgd(0.1), toy.batch(dtype=jnp.float32)
     step = train.train_step(toy.loss_fn, tx)
@@ -235,7 +235,7 @@ def test_float16_in_adapter_or_base_is_said():
         step(train.init(half(adapter), tx), frozen, batch, None)
 
 
-def test_loss_scaling_inside_of_another_transformation_is_refused():
+def test_loss_scaling_inside_another_transformation_is_refused():
     frozen, adapter = toy.model()
     tx = optax.chain(optax.clip(1.0), train.loss_scaled(optax.sgd(0.1)))
     step = train.train_step(toy.loss_fn, tx)

@@ -48,12 +48,12 @@ def test_what_is_wrong_is_named_with_file_and_line(tmp_path, name, content, prob
         list(read_records(file))
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_file_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(UserError, match=rf"cannot read {tmp_path}/no.jsonl: No such file"):
         list(read_records(tmp_path / "no.jsonl"))
 
 
-def test_fields_that_hold_no_text_are_named_with_file_and_line(tmp_path):
+def test_fields_without_text_are_named_with_file_and_line(tmp_path):
     file = write(tmp_path, "a.jsonl", '{"n": 3, "empty": " ", "text": "x"}\n')
     (record,) = read_records(file)
     assert record.text("text") == "x"

@@ -164,7 +164,7 @@ def test_steps_are_traced_once():
     assert len(traces) == 1
 
 
-def test_the_state_can_be_had_from_shapes_alone():
+def test_the_state_is_known_from_shapes_alone():
     _, adapter = toy.model()
     tx = optax.adamw(1e-2)
     shapes = jax.eval_shape(lambda a: train.init(a, tx), adapter)
@@ -254,7 +254,7 @@ def test_options_out_of_range_are_named():
         build(on_nan="ignore")
 
 
-def test_a_batch_that_cannot_be_cut_is_named():
+def test_a_batch_that_cannot_be_split_is_named():
     frozen, adapter = toy.model()
     tx = optax.sgd(0.1)
     step = train.train_step(toy.loss_fn, tx, gradient_accumulation_steps=5)

@@ -35,7 +35,7 @@ def test_a_document_has_the_folders_begin_and_an_end(folder):
 @pytest.mark.parametrize(
     "completion", ["it jumped", " it jumped", "\n\n", "\nit \n", "é\n", "日本"]
 )
-def test_only_the_completion_and_the_end_are_counted(folder, joint, completion):
+def test_only_the_completion_and_its_end_token_have_a_loss(folder, joint, completion):
     """Also where the border lies in blanks, that byte-level offsets leave out."""
     tokenizer = TextTokenizer(folder)
     prompt = "Question: what did the fox " + joint
@@ -94,7 +94,7 @@ def test_completions_without_an_end_token_give_a_warning(tmp_path, caplog):
     assert f"{tmp_path} has no eos_token: completions end without" in caplog.text
 
 
-def test_the_template_may_stand_in_the_config_alone_or_among_others(tmp_path):
+def test_the_template_may_be_in_the_config_alone_or_among_others(tmp_path):
     for template in (
         CHATML,
         [{"name": "x", "template": ""}, {"name": "default", "template": CHATML}],
@@ -124,7 +124,7 @@ def test_special_tokens_come_from_the_configs_in_their_order(tmp_path):
     assert end.eos_id == end.tokenizer.token_to_id("<|im_end|>")
 
 
-def test_a_begin_that_only_the_config_asks_for_is_added_once(tmp_path):
+def test_a_begin_token_that_only_the_config_asks_for_is_added_once(tmp_path):
     config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     for adds_bos in (True, False):
         tokenizer = TextTokenizer(model_folder.make(tmp_path, config, adds_bos))
