@@ -211,13 +211,13 @@ class Cell:
         forward = decoder.pure(self.config, attention_fn=kinds[attention], **options)
         forward = jp.lift(forward, materialize="error")
 
-        def loss(adapter, frozen, batch, key):
+        def loss(frozen, adapter, batch, key):
             del key  # nothing is random
             return cross_entropy(forward(jp.combine(frozen, adapter), batch[:, :-1]), batch[:, 1:])
 
         def step(state, frozen, batch, rate):
             tx = optimizer(rate, self.plan.steps)
-            return train_step(loss, tx, clip=1.0)(state, frozen, batch, None)
+            return train_step(loss, tx, max_grad_norm=1.0)(state, frozen, batch, None)
 
         state, frozen = jax.eval_shape(functools.partial(self.start, 0))
         shape = self.plan.tokens // self.length, self.length + 1

@@ -112,7 +112,7 @@ def step_of(format, params, tokens, remat):
         method = jp.chain(jp.quantize(format, sites.hidden), method)
     frozen, adapter = jp.split(method(jax.random.key(0), params))
 
-    def loss(adapter, frozen, batch, key):
+    def loss(frozen, adapter, batch, key):
         logits = forward(jp.combine(frozen, adapter), batch["tokens"])
         return cross_entropy(logits, batch["targets"], jnp.ones(batch["targets"].shape))
 

@@ -122,7 +122,7 @@ def qlora(config):
     )
     model = jp.lift(forward, materialize="error")
 
-    def loss_fn(adapter, frozen, batch, key):
+    def loss_fn(frozen, adapter, batch, key):
         logits = model(jp.combine(frozen, adapter), batch["tokens"])
         return cross_entropy(logits, batch["targets"])
 
@@ -140,7 +140,7 @@ def lower(config, policy, chip):
         state = state._replace(opt_state=to_host(state.opt_state))
     tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
     batch = placed({"tokens": tokens, "targets": tokens}, chip)
-    step = jax.jit(train_step(loss_fn, tx, clip=0.3), donate_argnums=0)
+    step = jax.jit(train_step(loss_fn, tx, max_grad_norm=0.3), donate_argnums=0)
     traced = step.trace(state, placed(frozen, chip), batch, None)
     return traced.lower(lowering_platforms=("cpu" if chip == "cpu" else "tpu",)), on_host(state)
 

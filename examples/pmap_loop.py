@@ -47,14 +47,14 @@ def main(steps=60, devices=None):
     frozen, adapter = jp.split(method(key, params))
     model = jp.lift(forward, materialize="error")
 
-    def loss_fn(adapter, frozen, batch, key):
+    def loss_fn(frozen, adapter, batch, key):
         logits = model(jp.combine(frozen, adapter), batch["tokens"])
         return cross_entropy(logits, batch["targets"], batch["weights"])
 
     # The step. State and base are given once and held by every device.
     tx = optax.adamw(1e-2)
     step = jax.pmap(
-        train_step(loss_fn, tx, clip=1.0, axis_name="data"),
+        train_step(loss_fn, tx, max_grad_norm=1.0, axis_name="data"),
         axis_name="data",
         in_axes=(None, None, 0, None),
         out_axes=None,

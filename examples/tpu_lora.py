@@ -114,7 +114,7 @@ def recipe(config, mesh, rank, rate):
     method = jp.chain(by_rows(sites.linear, mesh), jp.lora(rank, sites.linear, alpha=2 * rank))
     model = jp.lift(forward, materialize="error")
 
-    def loss_fn(adapter, frozen, batch, key):
+    def loss_fn(frozen, adapter, batch, key):
         tree = jp.combine(frozen, adapter)
         where = {name: batch[name] for name in ("segment_ids", "positions")}
         return cross_entropy(
@@ -122,7 +122,7 @@ def recipe(config, mesh, rank, rate):
         )
 
     tx = optax.adamw(rate, b2=0.99)
-    return method, tx, train_step(loss_fn, tx, clip=1.0, compute_dtype=jnp.bfloat16)
+    return method, tx, train_step(loss_fn, tx, max_grad_norm=1.0, compute_dtype=jnp.bfloat16)
 
 
 def random_batch(config, rows, length, index):
@@ -157,7 +157,7 @@ def main(argv=None):
 
     # The data: batch i is a function of i, so the step is the position in the data.
     if args.data:
-        examples = read_examples(args.data, TextTokenizer(args.model), context=args.length)
+        examples = read_examples(args.data, TextTokenizer(args.model), max_length=args.length)
         batches = Batches(examples, batch_size=rows, shard=(host, hosts)).__getitem__
     else:
         batches = lambda i: random_batch(config, rows // hosts, args.length, i * hosts + host)  # noqa: E731

@@ -1,4 +1,4 @@
-"""What a user can put right, as one line instead of a traceback."""
+"""Errors that the user can fix, as one line instead of a traceback."""
 
 import contextlib
 import importlib
@@ -8,17 +8,17 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input, a full disk, a loss that is not finite: named, with the way out.
+    """An error that the user can fix: bad input, a full disk, a loss that is not finite.
 
-    The message is one line that makes sense without the traceback.
+    The message is one line that makes sense without the traceback: what is wrong and the way out.
     """
 
 
 def need(module: str, extra: str, purpose: str) -> Any:
-    """The optional module, imported; called before the work that will use it.
+    """Imports an optional module, before the work that will use it.
 
     Args:
-      module: Its dotted name.
+      module: Dotted name of the module.
       extra: The extra of jaxpeft that installs it.
       purpose: What needs it, for the message.
     Raises:
@@ -29,7 +29,7 @@ def need(module: str, extra: str, purpose: str) -> Any:
         importlib.import_module(name)
         return importlib.import_module(module)
     except ImportError as error:
-        # It may be there and lack something itself.
+        # The module may be installed, and a module that it needs may be missing.
         lacking = "" if error.name in (None, name, module) else f" ({error})"
         raise UserError(
             f"{purpose} needs {name}: pip install 'jaxpeft[{extra}]'{lacking}."
@@ -40,7 +40,7 @@ def need(module: str, extra: str, purpose: str) -> Any:
 def one_line_errors() -> Iterator[None]:
     """Ends the process with exit code 2 and one line on stderr where a `UserError` is raised.
 
-    For the `main` of a command. Every other exception is a defect and keeps its traceback.
+    For the `main` of a command. Every other exception is a bug and keeps its traceback.
     """
     try:
         yield

@@ -1,8 +1,8 @@
 """Losses as sums and weights, so that batches of any size add up to the same mean.
 
-A mean of means is wrong as soon as two microbatches, devices or batches hold different
-numbers of target tokens. Everything here therefore returns a sum and the weight it stands
-for; whoever has seen all of them divides, once.
+A mean of means is wrong as soon as two microbatches, devices or batches have different numbers
+of target tokens. Everything here therefore returns a sum of losses and a sum of weights; the
+caller adds them up over all parts and divides once.
 """
 
 import jax
@@ -14,19 +14,19 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Sum over tokens of `weight * (log(sum(exp(logits))) - logits[target])`, in nats.
 
-    Computed in float32 (float64 for float64 logits) whatever the dtype of the logits, which
-    are kept once, in their own dtype: the backward pass forms the softmax again instead of
-    storing it. Reverse mode only.
+    It is computed in float32 (float64 for float64 logits) whatever the dtype of the logits. For
+    the backward pass the logits are kept once, in their own dtype, and the softmax is computed
+    again instead of being stored. Reverse-mode differentiation only.
 
     Args:
       logits: (..., vocabulary), any float dtype.
-      targets: (...) integers. Where the weight is 0 any value will do, -100 too.
-      weights: (...) of each target, or `None` for 1 everywhere.
+      targets: (...) integers. Where the weight is 0 any value is allowed, such as -100.
+      weights: (...), the weight of each target; `None` for 1 everywhere.
     Returns:
       `(sum, count)`: the weighted sum of losses and the sum of weights, both scalars.
       The mean loss per token is `sum / count`.
     Raises:
-      ValueError: where the shapes do not belong together.
+      ValueError: where the shapes do not match.
     Example:
       >>> import jax.numpy as jnp
       >>> total, count = cross_entropy(jnp.zeros((1, 3, 4)), jnp.array([[0, 1, 2]]))
@@ -59,8 +59,8 @@ def _token_losses(logits, targets):
 def _forward(logits, targets):
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     normalizer = jax.nn.logsumexp(wide, axis=-1)
-    # A comparison and a sum instead of a gather: with a vocabulary sharded over devices each
-    # one adds up its own part, and the scatter of a gather's backward pass is not needed.
+    # A comparison and a sum instead of a gather: with a vocabulary that is sharded over devices,
+    # each device adds up its own part, and the backward pass needs no scatter.
     picked = jnp.sum(jnp.where(_is_target(logits, targets), wide, 0), axis=-1)
     return normalizer - picked, (logits, targets, normalizer)
 
@@ -86,16 +86,16 @@ def next_token(
     weights: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Targets and weights of a language model: at each place, the token that follows.
+    """Targets and weights of a language model: at each position, the token that follows.
 
     Args:
       tokens: (B, T) integers.
-      weights: (B, T), how much it counts to predict *this* token (0 on a prompt and on
+      weights: (B, T), the weight of the loss of predicting *this* token (0 on a prompt and on
         padding). `None` for 1 everywhere.
-      segment_ids: (B, T) of packed rows, 0 on padding: no token predicts the first token of
-        the next segment, and nothing predicts padding.
+      segment_ids: (B, T) of packed rows, 0 on padding. The first token of a segment is not a
+        target, since it follows another example, and neither is padding.
     Returns:
-      `(targets, weights)`, both (B, T). The last place of a row has no target: weight 0.
+      `(targets, weights)`, both (B, T). The last position of a row has no target: weight 0.
     Example:
       >>> import jax.numpy as jnp
       >>> targets, weights = next_token(jnp.array([[5, 6, 7]]))

@@ -1,4 +1,4 @@
-"""What a training step holds in memory, from shapes alone."""
+"""The memory of a training step, estimated from shapes alone."""
 
 import dataclasses
 import math
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from jaxpeft import _compat as compat
+from jaxpeft._argument_order import check_loss_order, check_order
 from jaxpeft._tree import arrays_of
 
 
@@ -40,37 +41,42 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    loss: Callable, adapter: Mapping[str, Any], frozen: Any, *args: Any, tx: Any = None
+    loss: Callable, frozen: Any, adapter: Mapping[str, Any], *args: Any, tx: Any = None
 ) -> MemoryEstimate:
-    """Bytes that a step of `loss(adapter, frozen, *args)` holds.
+    """Estimates the memory of a training step of `loss(frozen, adapter, *args)`, in bytes.
 
     Args:
       loss: A function whose first result is differentiated in the adapter; a scalar.
-      adapter, frozen: From `split`; shapes will do.
+      frozen, adapter: From `split`; shapes will do.
       args: What else the loss takes; shapes will do.
       tx: An optax transformation, or `None`.
 
     Returns:
       Weights, gradients, optimizer state and saved activations in bytes. Nothing is computed.
 
+    Raises:
+      ValueError: The frozen tree and the adapter are swapped, here or in `loss`.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> w, x = jnp.ones((64, 64), "float32"), jnp.ones((8, 64), "float32")
-      >>> print(estimate_memory(lambda a, w, x: jnp.sum(jnp.tanh(x @ w) @ a["v"]), {"v": w}, w, x))
+      >>> print(estimate_memory(lambda w, a, x: jnp.sum(jnp.tanh(x @ w) @ a["v"]), w, {"v": w}, x))
       weights             0.03 MiB
       gradients           0.02 MiB
       optimizer           0.00 MiB
       activations         0.00 MiB
       total               0.05 MiB
     """
+    check_order("estimate_memory(loss, frozen, adapter, ...)", adapter)
+    check_loss_order(loss)
     adapter = dict(adapter)
     arrays, rebuilt = arrays_of(frozen)
     state = jax.eval_shape(tx.init, adapter) if tx is not None else ()
     return MemoryEstimate(
-        _bytes((adapter, frozen)),
+        _bytes((frozen, adapter)),
         _bytes(adapter),
         _bytes(state),
-        _saved(lambda adapter, xs, args: loss(adapter, rebuilt(xs), *args), adapter, arrays, args),
+        _saved(lambda xs, adapter, args: loss(rebuilt(xs), adapter, *args), arrays, adapter, args),
     )
 
 
@@ -82,14 +88,14 @@ def _bytes(tree: Any) -> int:
     )
 
 
-def _saved(loss: Callable, adapter: Any, frozen: Any, args: Any) -> int:
+def _saved(loss: Callable, frozen: Any, adapter: Any, args: Any) -> int:
     """Bytes of the residuals of the forward pass that are none of its arguments."""
 
-    def residuals(adapter: Any, frozen: Any, args: Any) -> list:
-        _, pullback = jax.vjp(lambda adapter: loss(adapter, frozen, args), adapter)
+    def residuals(frozen: Any, adapter: Any, args: Any) -> list:
+        _, pullback = jax.vjp(lambda adapter: loss(frozen, adapter, args), adapter)
         return jax.tree.leaves(pullback)
 
-    jaxpr, _ = compat.open_jaxpr(jax.make_jaxpr(residuals)(adapter, frozen, args))
+    jaxpr, _ = compat.open_jaxpr(jax.make_jaxpr(residuals)(frozen, adapter, args))
     known = set(jaxpr.invars) | set(jaxpr.constvars)
     kept = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)} - known
     return _bytes([v.aval for v in kept])

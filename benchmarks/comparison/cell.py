@@ -115,7 +115,7 @@ class Cell:
         tokens, where, call = self.placed(tokens, mask)
         return jp.lift(model or self.model)(jp.combine(frozen, adapter, **call), tokens, **where)
 
-    def loss(self, adapter: Any, frozen: Any, batch: Split, key: Any) -> tuple[Any, Any]:
+    def loss(self, frozen: Any, adapter: Any, batch: Split, key: Any) -> tuple[Any, Any]:
         """Sum of the losses and how many they are."""
         del key  # nothing is dropped out
         return self.task.head.loss(
@@ -146,7 +146,7 @@ class Cell:
         """The step (state, frozen, batch, rate) -> (state, metrics), before it is compiled."""
 
         def step(state: Any, frozen: Any, batch: Split, rate: Any) -> Any:
-            once = train.train_step(self.loss, self.tx(rate), clip=CLIP)
+            once = train.train_step(self.loss, self.tx(rate), max_grad_norm=CLIP)
             return trimmed(lambda x: once(state, frozen, x, None), batch, self.task.lengths)
 
         batch = self.task.train.rows(np.zeros(self.task.rows, int))

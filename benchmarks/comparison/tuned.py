@@ -22,8 +22,8 @@ class Tuned(Cell):
         both = {"head": plain, "adapter": self.row.wrap(plain, where, self.steps)}
         return optax.partition(both, dict(self.labels))
 
-    def loss(self, adapter: Any, frozen: Any, batch: Split, key: Any) -> tuple[Any, Any]:
-        total, weight = super().loss(adapter, frozen, batch, key)
+    def loss(self, frozen: Any, adapter: Any, batch: Split, key: Any) -> tuple[Any, Any]:
+        total, weight = super().loss(frozen, adapter, batch, key)
         if self.row.penalty is not None:
             total = total + weight * self.row.penalty(adapter)
         return total, weight

@@ -109,7 +109,7 @@ def batches(documents: list[list[int]], seed: int) -> Iterator[np.ndarray]:
 def language_loss(forward):
     """Sum of the losses of all tokens of a batch but the first, and their number."""
 
-    def loss(params, frozen, batch, key):
+    def loss(frozen, params, batch, key):
         del frozen, key  # all is trained, nothing is random
         return cross_entropy(forward(params, batch[:, :-1]), batch[:, 1:])
 
@@ -121,7 +121,7 @@ def mean_loss(forward, params, documents: list[list[int]]) -> float:
     loss = jax.jit(language_loss(forward))
     data = rows(documents)
     sums = [
-        loss(params, None, jnp.asarray(data[i : i + ROWS]), None) for i in range(0, len(data), ROWS)
+        loss(None, params, jnp.asarray(data[i : i + ROWS]), None) for i in range(0, len(data), ROWS)
     ]
     total, count = np.sum(np.asarray(sums), axis=0)
     return float(total / count)
@@ -135,7 +135,7 @@ def pretrain(documents: list[list[int]], steps: int, rate: float, seed: int) -> 
     params = decoder.init(CONFIG, jax.random.key(seed))
     mask = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
     tx = optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=0.1, mask=mask)
-    step = jax.jit(train_step(language_loss(forward), tx, clip=1.0), donate_argnums=0)
+    step = jax.jit(train_step(language_loss(forward), tx, max_grad_norm=1.0), donate_argnums=0)
 
     state, seen, begin = init(params, tx), [], time.perf_counter()
     losses = []

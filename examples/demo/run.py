@@ -128,7 +128,7 @@ def loss_of(model: Model):
     """Sum of the losses of a batch's target tokens, and their weight."""
     lifted = jp.lift(model.forward, materialize="error")
 
-    def loss(adapter, frozen, batch, key):
+    def loss(frozen, adapter, batch, key):
         del key  # no dropout
         logits = lifted(
             jp.combine(frozen, adapter), batch["tokens"], segment_ids=batch["segment_ids"]
@@ -138,9 +138,9 @@ def loss_of(model: Model):
     return loss
 
 
-def measure(model: Model, adapter, frozen, examples: Examples) -> Evaluation:
-    batches = Batches(examples, batch_size=16, shuffle=False, epochs=1)
-    return evaluate(jax.jit(loss_of(model)), adapter, frozen, batches)
+def measure(model: Model, frozen, adapter, examples: Examples) -> Evaluation:
+    batches = Batches(examples, batch_size=16, shuffle=False, num_epochs=1)
+    return evaluate(jax.jit(loss_of(model)), frozen, adapter, batches)
 
 
 def tune(name, base: Model, train: Examples, held_out: Examples, options, folder=None) -> Tuned:
@@ -156,16 +156,16 @@ def tune(name, base: Model, train: Examples, held_out: Examples, options, folder
     run = fit(
         loss_of(model),
         optax.adamw(schedule, b2=0.98, weight_decay=0.0),
-        adapter,
         frozen,
+        adapter,
         Batches(train, batch_size=ROWS),  # the same batches for every method
-        steps=steps,
-        clip=1.0,
-        held_out=Batches(held_out, batch_size=16, shuffle=False, epochs=1),
+        max_steps=steps,
+        max_grad_norm=1.0,
+        eval_data=Batches(held_out, batch_size=16, shuffle=False, num_epochs=1),
         eval_every=max(1, steps // 4),
-        folder=folder,
+        output_dir=folder,
         save_every=None if folder is None else max(1, steps // 12),
-        keep=1,
+        max_to_keep=1,
         progress=None if sys.stdout.isatty() else "lines",
     )
     if not run.finished:
@@ -175,9 +175,9 @@ def tune(name, base: Model, train: Examples, held_out: Examples, options, folder
     course = {}
     if folder is not None:
         records = read_metrics(folder / "metrics.jsonl")
-        course = {r["step"]: r["held_out_loss"] for r in records if "held_out_loss" in r}
+        course = {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r}
     seconds = time.perf_counter() - begin
-    return Tuned(model, method, frozen, run.state.adapter, run.held_out, course, seconds)
+    return Tuned(model, method, frozen, run.state.adapter, run.evaluation, course, seconds)
 
 
 def claim(folder: Path, options) -> None:
@@ -206,8 +206,8 @@ def sample_prompt(examples: Examples, room: int) -> np.ndarray:
     """
     prompts = []
     for index in range(len(examples)):
-        ids, counted = examples[index]
-        first = int(np.argmax(counted))
+        ids, loss_mask = examples[index]
+        first = int(np.argmax(loss_mask))
         prompts.append(ids[:first] if first else ids[: min(24, len(ids) - 1)])
         if len(prompts[-1]) <= room:
             return prompts[-1]
@@ -255,15 +255,15 @@ def merge_difference(tuned: Tuned, examples: Examples) -> float:
 
 def read(options, tokenizer: TextTokenizer, context: int) -> tuple[Examples, Examples]:
     """Training and held-out examples; without a held-out file every tenth record."""
-    train = read_examples(options.data, tokenizer, context=context)
+    train = read_examples(options.data, tokenizer, max_length=context)
     if options.held_out:
-        return train, read_examples(options.held_out, tokenizer, context=context)
+        return train, read_examples(options.held_out, tokenizer, max_length=context)
     if len(train) < 2:
         raise UserError(f"{options.data}: one record cannot be trained and evaluated on.")
     records = [train[i] for i in range(len(train))]
     held_out = records[9::10] or records[-1:]
     records = [record for i, record in enumerate(records) if i % 10 != 9][: len(train) - 1]
-    return Examples(records, context=context), Examples(held_out, context=context)
+    return Examples(records, max_length=context), Examples(held_out, max_length=context)
 
 
 def arguments(argv=None):
@@ -314,7 +314,7 @@ def arguments(argv=None):
 def in_few_bits(console: Console, model: Model, held_out: Examples, options) -> dict[str, Any]:
     """What quantization alone does to the base: numbers, bits and loss."""
     tree = quantizer(model, options.quantize)(KEY, model.params)
-    loss = measure(model, {}, tree, held_out).loss
+    loss = measure(model, tree, {}, held_out).loss
     table = sum(math.prod(site.shape) for site in model.sites.embedding.values())
     others = sum(x.size for x in jax.tree.leaves(model.params)) - table
     chosen = sum(math.prod(site.shape) for site in model.sites.hidden.values())
@@ -379,10 +379,10 @@ def main(argv=None) -> dict[str, Any]:
     tokenizer = TextTokenizer(options.model)
     context = min(options.context, model.config.context)
     train, held_out = read(options, tokenizer, context)
-    options.steps = options.steps or len(Batches(train, batch_size=ROWS, epochs=1))
+    options.steps = options.steps or len(Batches(train, batch_size=ROWS, num_epochs=1))
     console.print(
-        f"{options.data.name}: {len(train):,} records, {train.targets:,} tokens; "
-        f"held out: {len(held_out):,} records, {held_out.targets:,} tokens\n"
+        f"{options.data.name}: {len(train):,} records, {train.num_target_tokens:,} tokens; "
+        f"held out: {len(held_out):,} records, {held_out.num_target_tokens:,} tokens\n"
         f"{options.steps} steps of {ROWS} x {context} tokens for each method"
     )
     if options.folder is not None:
@@ -396,7 +396,7 @@ def main(argv=None) -> dict[str, Any]:
             f"--prompt has {len(prompt)} tokens, the model's context {model.config.longest}."
         )
 
-    base = measure(model, {}, model.params, held_out)
+    base = measure(model, model.params, {}, held_out)
     console.print(f"base: held-out loss {base.loss:.4f}")
     quantized = in_few_bits(console, model, held_out, options) if options.quantize else None
     tuned = {}

@@ -36,7 +36,7 @@ def main() -> None:
             file = Path(scratch) / f"{name}.jsonl"
             chosen = [line for line, out in zip(lines, left_out, strict=True) if out == wanted]
             file.write_text("".join(chosen))
-            parts.append(read_examples(file, tokenizer, context=256))
+            parts.append(read_examples(file, tokenizer, max_length=256))
 
     found = json.loads((run.HERE / "rates.json").read_text()) if sys.argv[1:] else {}
     for name in sys.argv[1:] or GRID:

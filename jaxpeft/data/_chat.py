@@ -1,7 +1,7 @@
-"""Conversations through a model folder's chat template, and which characters the model said.
+"""Conversations through a model folder's chat template, and which characters have a loss.
 
-The template is a Jinja program that came with the model. It runs in a sandbox, with the
-names and the dialect that such templates are written for.
+The template is a Jinja program that comes with the model. It runs in a sandbox, with the names
+and the extensions that such templates are written for.
 """
 
 import datetime
@@ -16,14 +16,14 @@ _log = logging.getLogger("jaxpeft")
 
 Spans = list[tuple[int, int]]
 
-# In the place of a message, to see what the template writes around it.
-_SAID = "\x00said\x00"
-# Around what `{% generation %}` encloses. Taken out again after rendering.
+# Stands for the content of a message, to see what the template writes around it.
+_CONTENT = "\x00content\x00"
+# Around what `{% generation %}` encloses. Removed again after rendering.
 _BEGIN, _END = "\x00<generation\x00", "\x00generation>\x00"
 
 
 class TemplateError(UserError):
-    """A conversation that the chat template cannot render or the loss cannot be placed in."""
+    """The chat template cannot render a conversation, or its targets are not found in the text."""
 
 
 class ChatTemplate:
@@ -31,8 +31,10 @@ class ChatTemplate:
 
     Args:
       source: Jinja text.
-      special: What templates may call by name: `bos_token`, `eos_token`, ...
-      tokens: The texts that the tokenizer reads as one token each, wherever they stand.
+      special: {name: text} of what templates use by name: `bos_token`, `eos_token`, ...
+      tokens: The texts that the tokenizer always reads as one token.
+    Raises:
+      UserError: where the template is not valid, or jinja2 is not installed.
     """
 
     def __init__(self, source: str, special: dict[str, str], tokens: Collection[str] = ()):
@@ -45,20 +47,28 @@ class ChatTemplate:
             ) from error
         self._special = special
         self._tokens = sorted({*tokens, *special.values()} - {""}, key=len, reverse=True)
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._marks = "generation" in source and any(
             words[:1] == ["generation"] for words in _statements(jinja2, source)
         )
 
     def render(self, messages: list[dict[str, Any]], tools: Any = None) -> tuple[str, Spans]:
-        """The conversation as text, and the characters that the assistant is to learn.
+        """The conversation as text, and the ranges of characters that have a loss.
 
-        These are what `{% generation %}` encloses, where the template has it. Else each
-        assistant turn is found by rendering the conversation up to it: from after the
-        generation prompt to the end of the turn, what ends it included. Where the template
-        writes nothing there, it is the marker of the next role that ends a turn (`<|user|>` of
-        GLM), and counts; behind the last turn it is added, or the end token where the marker is
-        no token of its own.
+        Where the template has `{% generation %}`, they are what it encloses. Otherwise each turn
+        of the assistant is found by rendering the conversation up to it: it begins after the
+        generation prompt, and ends with what the template writes at the end of a turn. Where that
+        is nothing, the marker of the next role ends the turn (`<|user|>` of GLM) and belongs to
+        the range. After the last turn the marker is added, or the end token if the marker is not
+        a single token.
+
+        Args:
+          messages: Each with `role` and `content`.
+          tools: Passed to the template.
+        Returns:
+          The text, and `[(begin, end), ...]` in characters, in order.
+        Raises:
+          TemplateError: where the template refuses the conversation, or the turns cannot be found.
         """
         if self._marks:
             return self._marked(messages, tools)
@@ -79,29 +89,29 @@ class ChatTemplate:
         text, spans = _unmark(self._text(messages, tools))
         for begin, end in spans[-1:]:
             if self._tokens and not text[begin:end].rstrip().endswith(tuple(self._tokens)):
-                self._tell(
+                self._log_once(
                     "the chat template's {% generation %} ends before a token that ends the turn: "
-                    "the loss counts none, and the model will not learn to stop. Move "
+                    "that token has no loss, and the model will not learn to stop. Move "
                     "{% endgeneration %} behind it."
                 )
         return text, spans
 
-    def _closing(self, messages, tools, turn, said):
-        """What the template writes behind what the assistant says, in its turn."""
+    def _closing(self, messages, tools, turn, written):
+        """What the template writes after the content of a turn, given the turn as written."""
         content = messages[turn].get("content")
         content = content.strip() if isinstance(content, str) else ""
-        if content and not messages[turn].get("tool_calls") and content in said:
-            return said[said.rindex(content) + len(content) :]
-        plain = {"role": "assistant", "content": _SAID}
-        # A call of a tool may be written in any way; it ends as a turn of text does.
+        if content and not messages[turn].get("tool_calls") and content in written:
+            return written[written.rindex(content) + len(content) :]
+        plain = {"role": "assistant", "content": _CONTENT}
+        # A tool call may be written in any way; it ends as a turn of text does.
         try:
-            return self._text([*messages[:turn], plain], tools).rpartition(_SAID)[2]
+            return self._text([*messages[:turn], plain], tools).rpartition(_CONTENT)[2]
         except TemplateError:
-            return said
+            return written
 
     def _marker_end(self, messages, tools, text, turn, end):
-        """Where the marker of the role after a turn ends in the text."""
-        after = {**messages[turn + 1], "content": _SAID}
+        """The position in the text at which the marker of the role after a turn ends."""
+        after = {**messages[turn + 1], "content": _CONTENT}
         marker = None
         try:
             marker = self._marker([*messages[: turn + 1], after], tools, text[:end])
@@ -109,9 +119,10 @@ class ChatTemplate:
             pass
         if not marker or not text.startswith(marker, end):
             raise TemplateError(
-                f"the chat template writes nothing behind messages[{turn}] that ends the turn, "
-                f"and what begins the next one is not known. Let it write an end token, or mark "
-                f"the assistant's turns with {{% generation %}} ... {{% endgeneration %}}."
+                f"the chat template writes nothing after messages[{turn}] that ends the turn, "
+                f"and the beginning of the next turn cannot be found. Let the template write an "
+                f"end token, or mark the assistant's turns with "
+                f"{{% generation %}} ... {{% endgeneration %}}."
             )
         return end + len(marker)
 
@@ -119,7 +130,7 @@ class ChatTemplate:
         """What ends the last turn of a conversation: the next role's marker, or the end token."""
         marker = None
         try:
-            user = {"role": "user", "content": _SAID}
+            user = {"role": "user", "content": _CONTENT}
             marker = self._marker([*messages, user], tools, text)
         except TemplateError:  # some allow no further message
             pass
@@ -133,28 +144,28 @@ class ChatTemplate:
                 "one, or name it in tokenizer_config.json."
             )
         if marker:
-            self._tell(
-                f"turns of this chat template end with the next one's {marker!r}, which is no "
-                f"token of its own; the last turn of a conversation ends with "
+            self._log_once(
+                f"turns of this chat template end with the marker of the next turn, {marker!r}, "
+                f"which is not a single token; the last turn of a conversation ends with "
                 f"{end_token or marker!r}. Stop generation at both."
             )
         return end_token or marker
 
     def _marker(self, messages, tools, before):
-        """What stands between a text and the last message, up to its first token if it has one."""
+        """What is between a text and the last message, up to its first token if it has one."""
         text = self._text(messages, tools)
-        if not text.startswith(before) or _SAID not in text:
+        if not text.startswith(before) or _CONTENT not in text:
             return None
-        between = text[len(before) :].partition(_SAID)[0].rstrip()
+        between = text[len(before) :].partition(_CONTENT)[0].rstrip()
         blank = between[: len(between) - len(between.lstrip())]
         for token in self._tokens:
             if between.startswith(token, len(blank)):
                 return blank + token
         return between or None
 
-    def _tell(self, message):
-        if message not in self._told:
-            self._told.add(message)
+    def _log_once(self, message):
+        if message not in self._logged:
+            self._logged.add(message)
             _log.warning("%s", message)
 
     def _turn(self, messages, tools, text, turn):
@@ -164,8 +175,8 @@ class ChatTemplate:
             if text.startswith(through):
                 return len(before), len(through)
             if turn + 1 < len(messages):
-                # The turn is written otherwise when it is the last (Qwen 3 shows the thoughts
-                # of the last one only). Then it ends where the message after it begins.
+                # The turn is written differently when it is the last (Qwen 3 shows the thoughts
+                # of the last one only). It then ends where the message after it begins.
                 without = self._text(messages[:turn], tools)
                 follow = self._text([*messages[:turn], messages[turn + 1]], tools)
                 onward = self._text(messages[: turn + 2], tools)
@@ -174,9 +185,9 @@ class ChatTemplate:
                     if text.startswith(onward):
                         return len(before), len(onward) - len(added)
         raise TemplateError(
-            f"the chat template writes messages[{turn}] differently when more follows, so its "
-            f"place in the text is not known. Mark the assistant's turns in the template with "
-            f"{{% generation %}} ... {{% endgeneration %}}."
+            f"the chat template writes messages[{turn}] differently when more messages follow, so "
+            f"the turn cannot be found in the text. Mark the assistant's turns in the template "
+            f"with {{% generation %}} ... {{% endgeneration %}}."
         )
 
     def _text(self, messages, tools, add_generation_prompt=False):
@@ -193,13 +204,13 @@ class ChatTemplate:
 
 
 def _unmark(marked):
-    """Text without the marks, and where they stood."""
+    """The text without the marks, and the ranges that were between them."""
     text, *parts = marked.split(_BEGIN)
     spans = []
     for part in parts:
-        said, _, rest = part.partition(_END)
-        spans.append((len(text), len(text) + len(said)))
-        text += said + rest
+        inside, _, rest = part.partition(_END)
+        spans.append((len(text), len(text) + len(inside)))
+        text += inside + rest
     return text, spans
 
 
@@ -220,7 +231,7 @@ def _environment(jinja2):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %} ... {% endgeneration %}` around what the assistant says."""
+        """`{% generation %} ... {% endgeneration %}` around what the assistant generates."""
 
         tags = {"generation"}
 
@@ -238,14 +249,14 @@ def _environment(jinja2):
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
-    # Templates put the day into their system prompt. A fixed one, the default of Llama 3, so
-    # that a run resumed tomorrow reads the same data as today.
+    # Templates put the date into their system prompt. It is fixed, to the default of Llama 3, so
+    # that a run that is resumed on another day reads the same data.
     environment.globals["strftime_now"] = datetime.datetime(2024, 7, 26).strftime
     return environment
 
 
 def _tojson(value, ensure_ascii=False, **options):
-    # Jinja's own escapes characters of HTML, which a language model should see as they are.
+    # Jinja's own filter escapes for HTML, but a language model should see the characters.
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 

@@ -1,6 +1,6 @@
-"""Reading records from JSONL and CSV files, each with the line it stands on.
+"""Reading records from JSONL and CSV files, each with its line number.
 
-Whatever is wrong with a record is reported with file, line and field.
+Errors in a record name the file, the line and the field.
 """
 
 import csv
@@ -13,18 +13,22 @@ from jaxpeft._errors import UserError
 
 
 class Record(NamedTuple):
-    """One record and where it stands."""
+    """One record, and where it is."""
 
     fields: dict[str, Any]
     file: Path
-    line: int  # of a CSV record that spans several lines, the last
+    line: int  # from 1; the last one of a CSV record that spans several lines
 
     def error(self, problem: str) -> UserError:
-        """An error about this record, to be raised."""
+        """The error to raise about this record."""
         return UserError(f"{self.file}, line {self.line}: {problem}")
 
     def text(self, field: str) -> str:
-        """The text in a field; one that is missing, empty or no text is an error."""
+        """The text of a field.
+
+        Raises:
+          UserError: where the field is missing or empty, or is not text.
+        """
         value = self.value(field)
         if not isinstance(value, str):
             raise self.error(f"field {field!r} is {type(value).__name__}, not text.")
@@ -33,24 +37,28 @@ class Record(NamedTuple):
         return value
 
     def value(self, field: str) -> Any:
-        """What a field holds; one that is missing is an error."""
+        """The value of a field.
+
+        Raises:
+          UserError: where the field is missing.
+        """
         if field not in self.fields:
             there = ", ".join(repr(name) for name in self.fields) or "none"
-            raise self.error(f"no field {field!r}. The fields there are: {there}.")
+            raise self.error(f"there is no field {field!r}. The record has the fields: {there}.")
         return self.fields[field]
 
 
 def read_records(file: str | Path) -> Iterator[Record]:
-    """The records of a .jsonl or .csv file, in order. Empty lines are no records.
+    """The records of a .jsonl or .csv file, in order. Empty lines are skipped.
 
     Raises:
-      UserError: for a file that is not there, is of another kind, or is not UTF-8; for a line
+      UserError: for a file that does not exist, is of another kind, or is not UTF-8; for a line
         that is not a JSON object; for a CSV row with more or fewer columns than its header.
     """
     file = Path(file)
     readers = {".jsonl": _jsonl, ".csv": _csv}
     if file.suffix not in readers:
-        raise UserError(f"{file} is neither .jsonl nor .csv, the two kinds that can be read.")
+        raise UserError(f"{file} is neither a .jsonl nor a .csv file. Convert it to one of them.")
     try:
         yield from readers[file.suffix](file)
     except OSError as error:
@@ -58,7 +66,7 @@ def read_records(file: str | Path) -> Iterator[Record]:
 
 
 def _lines(file):
-    """`(number, text)` of each line. Decoded one by one, so that a fault has its line."""
+    """`(number, text)` of each line, decoded one by one, so that errors have a line number."""
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -79,7 +87,7 @@ def _jsonl(file):
             raise record.error(f"not JSON: {error.msg}, at column {error.colno}.") from error
         if not isinstance(fields, dict):
             raise record.error(
-                f"a JSON object with named fields is needed, got {type(fields).__name__}."
+                f"a record is a JSON object with named fields, got {type(fields).__name__}."
             )
         yield record._replace(fields=fields)
 
@@ -95,7 +103,9 @@ def _csv(file):
             if header is None:
                 header = row
             elif len(row) != len(header):
-                raise record.error(f"{len(row)} columns, but the header has {len(header)}.")
+                raise record.error(
+                    f"the row has {len(row)} columns, but the header has {len(header)}."
+                )
             else:
                 yield record._replace(fields=dict(zip(header, row, strict=True)))
     except csv.Error as error:

@@ -1,4 +1,4 @@
-"""Text to tokens with the files of a model folder, and which tokens the loss counts."""
+"""Text to tokens with the files of a model folder, and which tokens have a loss."""
 
 import functools
 import json
@@ -15,19 +15,21 @@ _log = logging.getLogger("jaxpeft")
 
 
 class Tokens(NamedTuple):
-    """One example."""
+    """The tokens of one example."""
 
     ids: np.ndarray  # int32[n]
-    counted: np.ndarray  # bool[n], whether it counts to predict this token
+    loss_mask: np.ndarray  # bool[n], whether the prediction of this token has a loss
 
 
 class TextTokenizer:
     """The tokenizer of a model folder: `tokenizer.json`, with the configs beside it.
 
     Special tokens come from `tokenizer_config.json` and `special_tokens_map.json`, else from
-    the ids in `generation_config.json` and `config.json`; the chat template from
-    `chat_template.jinja` or `tokenizer_config.json`. All but `tokenizer.json` may be absent.
+    the ids in `generation_config.json` and `config.json`; the chat template comes from
+    `chat_template.jinja` or `tokenizer_config.json`. All files but `tokenizer.json` are optional.
 
+    Args:
+      folder: The folder of the model.
     Raises:
       UserError: where a file is missing or cannot be read.
     """
@@ -35,7 +37,7 @@ class TextTokenizer:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.tokenizer = _load(self.folder / "tokenizer.json")
-        # Files may ask for cutting and padding, which is done here and said.
+        # `tokenizer.json` may ask for truncation and padding. `Examples` does both, and reports it.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self._config = _json(self.folder / "tokenizer_config.json")
@@ -55,7 +57,7 @@ class TextTokenizer:
         self._ends = {self.eos_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self._turn_ends: set[int] = set()
         self._chat: ChatTemplate | None = None
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     def _id(self, name, ids):
         token = self._special.get(f"{name}_token")
@@ -69,8 +71,8 @@ class TextTokenizer:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Where generation is to stop: the folder's end tokens, and those that end the assistant's
-        turns in what has been encoded so far."""
+        """Where generation is to stop: the end tokens of the folder, and the tokens that have ended
+        the assistant's turns in what was encoded so far."""
         return sorted(self._ends | self._turn_ends)
 
     @property
@@ -79,7 +81,7 @@ class TextTokenizer:
         if self._chat is None:
             file = self.folder / "chat_template.jinja"
             source = file.read_text() if file.exists() else self._config.get("chat_template")
-            if isinstance(source, list):  # several by name
+            if isinstance(source, list):  # several templates by name
                 named = {entry["name"]: entry["template"] for entry in source}
                 source = named.get("default")
             if source is None:
@@ -91,76 +93,83 @@ class TextTokenizer:
             self._chat = ChatTemplate(source, self._special, [token.content for token in added])
         return self._chat
 
-    def encode(self, text: str, counted: Spans | None = None) -> Tokens:
-        """A document: with the tokens that the folder puts at its begin, and an end token.
+    def encode(self, text: str, target_spans: Spans | None = None) -> Tokens:
+        """The tokens of a document, between the folder's begin token, if any, and an end token.
 
         Args:
           text: The document.
-          counted: Ranges of characters that the loss counts, the end token after the last
-            one. `None` counts all. A token that reaches into a range is in it.
+          target_spans: Ranges (begin, end) of characters that have a loss, in order. A token that
+            overlaps a range is in it. The end token has a loss, too. `None`: all of the text.
         """
         encoding = self.tokenizer.encode(text)
         ids = list(encoding.ids)
-        marks = _marks(encoding.offsets, counted)
+        mask = _loss_mask(encoding.offsets, target_spans)
         begin = self._config.get("add_bos_token") and self.bos_id is not None
         if begin and (not ids or ids[0] != self.bos_id):
-            ids, marks = [self.bos_id, *ids], [counted is None, *marks]
+            ids, mask = [self.bos_id, *ids], [target_spans is None, *mask]
         if self.eos_id is not None:
             if ids[-1:] == [self.eos_id]:
-                marks[-1] = True
+                mask[-1] = True
             else:
-                ids, marks = [*ids, self.eos_id], [*marks, True]
-        elif counted is not None:
-            self._tell(
-                f"{self.folder} names no eos_token: completions have no end that the loss counts, "
-                f"and the model will not learn to stop. Name one in tokenizer_config.json."
+                ids, mask = [*ids, self.eos_id], [*mask, True]
+        elif target_spans is not None:
+            self._log_once(
+                f"{self.folder} has no eos_token: completions end without an end token, and the "
+                f"model will not learn to stop. Set one in tokenizer_config.json."
             )
-        return Tokens(np.array(ids, np.int32), np.array(marks, bool))
+        return Tokens(np.array(ids, np.int32), np.array(mask, bool))
 
     def encode_chat(self, messages: list[dict[str, Any]], tools: Any = None) -> Tokens:
-        """A conversation: what the template writes, the assistant's turns and their ends counted.
+        """The tokens of a conversation, as the chat template writes it.
 
-        Nothing else is added but the end of the last turn, where the template writes none.
+        The assistant's turns and the tokens that end them have a loss. The one thing that is added
+        is the end of the last turn, where the template writes none.
+
+        Args:
+          messages: Each with `role` and `content`.
+          tools: Passed to the template.
+        Raises:
+          TemplateError: where the template refuses the conversation, or the turns of the assistant
+            cannot be found in what it writes.
         """
         text, spans = self.chat.render(messages, tools)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        marks = _marks(encoding.offsets, spans)
-        said = [i for i, mark in zip(encoding.ids, marks, strict=True) if mark]
-        self._check_end(said)
-        return Tokens(np.array(encoding.ids, np.int32), np.array(marks, bool))
+        mask = _loss_mask(encoding.offsets, spans)
+        self._check_end([i for i, target in zip(encoding.ids, mask, strict=True) if target])
+        return Tokens(np.array(encoding.ids, np.int32), np.array(mask, bool))
 
-    def _check_end(self, said):
-        """Says where generation would go on, since it stops at other tokens than turns end with."""
+    def _check_end(self, targets):
+        """Warns where turns end with a token at which generation would not stop."""
         # Blanks may follow the end of a turn, as in ChatML.
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=False)
-        end = next((i for i in reversed(said) if decode([i]).strip()), None)
+        end = next((i for i in reversed(targets) if decode([i]).strip()), None)
         if end is not None and self._ends and end not in self._ends:
             self._turn_ends.add(end)
-            self._tell(
-                f"assistant turns end with {decode([end])!r} (id {end}), which is none of the end "
-                f"tokens {sorted(self._ends)} of {self.folder}. Let generation stop there, too: "
-                f"generator(..., eos=tokenizer.stop_ids)."
+            self._log_once(
+                f"assistant turns end with {decode([end])!r} (id {end}), which is not one of the "
+                f"end tokens {sorted(self._ends)} of {self.folder}. Let generation stop there, "
+                f"too: generator(..., eos=tokenizer.stop_ids)."
             )
 
-    def _tell(self, message):
-        if message not in self._told:
-            self._told.add(message)
+    def _log_once(self, message):
+        if message not in self._logged:
+            self._logged.add(message)
             _log.warning("%s", message)
 
 
-def _marks(offsets, counted):
-    """Whether each token reaches into one of the ranges, which are in order."""
-    if counted is None:
+def _loss_mask(offsets, target_spans):
+    """Whether each token overlaps one of the ranges of characters, which are in order."""
+    if target_spans is None:
         return [True] * len(offsets)
-    return [any(_meets(offset, span) for span in counted) for offset in offsets]
+    return [any(_overlaps(offset, span) for span in target_spans) for offset in offsets]
 
 
-def _meets(offset, span):
+def _overlaps(offset, span):
     (start, stop), (begin, end) = offset, span
     if start == stop:
-        # Byte-level tokenizers trim blanks off the left of an offset, so that a token of
-        # blanks has none left: it stands before `stop`. Tokens that were not in the text
-        # have (0, 0).
+        # Byte-level tokenizers trim blanks off the left of an offset, so that the range of a token
+        # of blanks is empty: its text is before `stop`. Tokens that are not in the text have
+        # (0, 0).
         return begin < stop <= end
     return start < end and begin < stop
 
@@ -169,13 +178,13 @@ def _load(file):
     tokenizers = need("tokenizers", "train", "reading text")
     if not file.exists():
         raise UserError(
-            f"no {file}: the folder of a model with its tokenizer is needed. A model that was "
-            f"saved with tokenizer_from=... has it."
+            f"there is no {file}. Give the folder of a model with its tokenizer. A model that was "
+            f"saved with tokenizer_from=... has one."
         )
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust side raises plain Exception
-        raise UserError(f"{file} is no tokenizer that can be read: {error}.") from error
+        raise UserError(f"{file} cannot be read as a tokenizer: {error}.") from error
 
 
 def _json(file):
@@ -188,5 +197,5 @@ def _json(file):
 
 
 def _content(token):
-    """A token's text: written plainly, or as an object with its options."""
+    """The text of a token: a JSON string, or the `content` of an object with its options."""
     return token.get("content") if isinstance(token, dict) else token

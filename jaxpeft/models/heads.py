@@ -13,7 +13,7 @@ one linear map on it, and the two are one function of one tree, {"trunk": ..., "
                       jp.unfreeze(sites.match("head/*")))
     frozen, adapter = jp.split(method(key, params))
 
-    def loss_fn(adapter, frozen, batch, key):
+    def loss_fn(frozen, adapter, batch, key):
         logits = jp.lift(model)(jp.combine(frozen, adapter), batch["tokens"], mask=batch["mask"])
         return head.loss(logits, batch["labels"])
 

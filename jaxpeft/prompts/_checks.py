@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpeft._argument_order import check_loss_order, check_order
 from jaxpeft._lift import lift
 from jaxpeft._methods.prefix_tuning import EncodedPrefix, Prefix
 from jaxpeft._methods.prompt_tuning import SoftPrompt, embeddings
@@ -226,32 +227,36 @@ def _check_felt(path: str, outputs: list, changed: list, virtual: np.ndarray) ->
             "rows change nothing there. A mask leaves virtual positions out, the row is packed, or "
             "a sliding window ends before them. Give `prepend_virtual_tokens` the `segment_ids` where the "
             "model is `jaxpeft.models.decoder`, or each example virtual positions of its own "
-            "(`jaxpeft.data.Batches(..., virtual=...)`), and tokens without padding."
+            "(`jaxpeft.data.Batches(..., virtual_tokens=...)`), and tokens without padding."
         )
 
 
-def check_loss(loss_fn: Callable, adapter: Any, frozen: Any, batch: Any, key: Any) -> None:
-    """Runs a loss once more with other placeholders, where it has a prefix or a prompt.
+def check_loss(loss_fn: Callable, frozen: Any, adapter: Any, batch: Any, key: Any) -> None:
+    """Checks that a loss with a prefix or a prompt does not depend on placeholders.
 
-    Of packed rows, each example has to see its virtual tokens: where the batch is a mapping with
-    `segment_ids`, as those of `jaxpeft.data.Batches` are, `prepend_virtual_tokens` has to be told of them.
+    With a prefix, the loss is computed twice, with different placeholders. In packed rows, each
+    example must attend to its virtual tokens: where the batch is a mapping with `segment_ids`, as
+    the batches of `jaxpeft.data.Batches` are, the loss must pass them to `prepend_virtual_tokens`.
 
     Args:
-      loss_fn: `loss_fn(adapter, frozen, batch, key)`, which calls `prepend_virtual_tokens` or
-        `prepend_prefixes`; of one that is given their results, nothing can be exchanged.
-      adapter, frozen: From `split`.
+      loss_fn: `loss_fn(frozen, adapter, batch, key)`. It must call `prepend_virtual_tokens` or
+        `prepend_prefixes` itself: placeholders that are in the batch already cannot be replaced.
+      frozen, adapter: From `split`.
       batch, key: As the loss takes them.
 
     Raises:
-      ValueError: The loss changes, or rows are packed and it does not mind.
+      ValueError: The loss depends on a placeholder, or it ignores that rows are packed; or the
+        frozen tree and the adapter are swapped.
     """
+    check_order("check_loss(loss_fn, frozen, adapter, batch, key)", adapter)
+    check_loss_order(loss_fn)
     views = [x for x in jax.tree.leaves(frozen, is_leaf=is_view) if is_view(x)]
     weights = [w for view in views for w in chain_of(view.weight)]
     has_prefix = any(isinstance(w, (Prefix, EncodedPrefix)) for w in weights)
     if not has_prefix and not any(type(w).extra_rows is not Weight.extra_rows for w in weights):
         return
     while hasattr(loss_fn, "lower") and hasattr(loss_fn, "__wrapped__"):
-        loss_fn = loss_fn.__wrapped__  # of a jitted loss: its trace keeps the placeholders
+        loss_fn = loss_fn.__wrapped__  # a jitted loss would use its cached trace
     packed = _packed(batch)
     if packed and any(isinstance(w, (GatedLowRank, GatedPrefix, GatedBottleneck)) for w in weights):
         raise ValueError(
@@ -261,20 +266,21 @@ def check_loss(loss_fn: Callable, adapter: Any, frozen: Any, batch: Any, key: An
         )
     if packed:
         with exchanged_placeholders() as told:
-            jax.eval_shape(lambda *given: loss_fn(*given), adapter, frozen, batch, key)
+            jax.eval_shape(lambda *given: loss_fn(*given), frozen, adapter, batch, key)
         if not all(told):
             row, count = packed
             raise ValueError(
                 f"Row {row} of the batch packs {count} examples, but the loss puts virtual tokens "
-                "in front of the first alone. Give `prepend_virtual_tokens` (or `prepend_prefixes`) the "
-                "`segment_ids` where the model is `jaxpeft.models.decoder`; for another model, "
-                "give each example virtual tokens of its own: `Batches(..., virtual=...)`."
+                "in front of the first alone. Pass the `segment_ids` to `prepend_virtual_tokens` (or "
+                "`prepend_prefixes`) where the model is `jaxpeft.models.decoder`; for another "
+                "model, give each example virtual tokens of its own: "
+                "`Batches(..., virtual_tokens=...)`."
             )
     if not has_prefix:
         return
-    plain = jax.jit(lambda *given: loss_fn(*given))(adapter, frozen, batch, key)
+    plain = jax.jit(lambda *given: loss_fn(*given))(frozen, adapter, batch, key)
     with exchanged_placeholders():
-        other = jax.jit(lambda *given: loss_fn(*given))(adapter, frozen, batch, key)
+        other = jax.jit(lambda *given: loss_fn(*given))(frozen, adapter, batch, key)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
         if difference(jnp.asarray(a), jnp.asarray(b)).any():
             raise ValueError(
@@ -284,7 +290,7 @@ def check_loss(loss_fn: Callable, adapter: Any, frozen: Any, batch: Any, key: An
 
 
 def _packed(batch: Any) -> tuple[int, int] | None:
-    """The first row of a batch that holds several examples, and how many."""
+    """The index of the first row of a batch with several examples, and their number."""
     ids = batch.get("segment_ids") if isinstance(batch, Mapping) else None
     if ids is None or isinstance(ids, jax.Array) and not ids.is_fully_addressable:
         return None

@@ -20,7 +20,7 @@ def prepend_virtual_tokens(
     Rows of several examples each, and models with a sliding window, need segments: virtual
     tokens are of segment -1, which in `jaxpeft.models.decoder` every segment sees at any distance,
     so that each example is what it is alone in its row. For a model that does not know segment
-    -1, `jaxpeft.data.Batches(..., virtual=...)` gives each example virtual tokens of its own.
+    -1, `jaxpeft.data.Batches(..., virtual_tokens=...)` gives each example virtual tokens of its own.
 
     Args:
       tokens: (batch, time).

@@ -1,7 +1,8 @@
-"""Training: a pure step for any loop, and a loop for those who have none.
+"""Training: a pure train step for any loop, and `fit`, a loop around it.
 
+frozen, adapter = jp.split(method(key, params))
 tx = optax.adamw(1e-4)
-step = jax.jit(train.train_step(loss_fn, tx, clip=1.0), donate_argnums=0)
+step = jax.jit(train.train_step(loss_fn, tx, max_grad_norm=1.0), donate_argnums=0)
 state = train.init(adapter, tx)
 for batch in batches:
     state, metrics = step(state, frozen, batch, key)
@@ -10,18 +11,18 @@ for batch in batches:
 from jaxpeft._errors import UserError, one_line_errors
 from jaxpeft._losses import cross_entropy, next_token
 from jaxpeft.train._checkpoint import Checkpoints
-from jaxpeft.train._loop import Evaluation, Run, evaluate, fit
+from jaxpeft.train._loop import Evaluation, FitResult, evaluate, fit
 from jaxpeft.train._loss_scale import LossScaleState, loss_scaled
-from jaxpeft.train._report import loss_figure, read_metrics
+from jaxpeft.train._report import plot_loss, read_metrics
 from jaxpeft.train._step import LossFn, Metrics, State, fill_float0, init, train_step
 
 __all__ = [
     "Checkpoints",
     "Evaluation",
+    "FitResult",
     "LossFn",
     "LossScaleState",
     "Metrics",
-    "Run",
     "State",
     "UserError",
     "cross_entropy",
@@ -29,10 +30,10 @@ __all__ = [
     "fill_float0",
     "fit",
     "init",
-    "loss_figure",
     "loss_scaled",
     "next_token",
     "one_line_errors",
+    "plot_loss",
     "read_metrics",
     "train_step",
 ]

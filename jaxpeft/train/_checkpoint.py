@@ -1,16 +1,20 @@
 """Checkpoints of a run: adapter, optimizer state, step and data position, in one piece.
 
-    folder/<step>/adapter    {path: array}, readable by any orbax manager
-    folder/<step>/optimizer  {path in the optimizer state: array}, and the step
-    folder/<step>/run        JSON: what the loop needs beyond arrays
+    directory/<step>/adapter    {path: array}, readable by any orbax manager
+    directory/<step>/optimizer  {path in the optimizer state: array}, and the step
+    directory/<step>/run        JSON: what the loop needs beyond arrays, and the SHA-256 of all
 
 Orbax writes a step into a folder of another name and renames it at the end, so a step that
-has its name is whole.
+has its name is complete. What is restored is compared with its hashes, so a checkpoint that
+has changed on disk is refused.
 """
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +29,44 @@ from jaxpeft.train._step import State
 
 _args = ocp.args
 
+#: The JSON of `run` is `{"format": 2, "run": ..., "sha256": {name: hex digest}}`. In format 1,
+#: which can still be read, it was the value of "run" alone.
+_FORMAT = 2
+_KEYS = {"format", "run", "sha256"}
+
+_RESTORE_ANOTHER = (
+    "Delete this folder to resume from the checkpoint before it, or replace it with an intact copy."
+)
+
 
 class Checkpoints:
-    """The checkpoints in one folder, the newest `keep` of them.
+    """The checkpoints in one directory, the newest `max_to_keep` of them.
 
     Args:
-      folder: Made where it does not exist.
-      keep: How many to keep, `None` for all.
+      directory: Created where it does not exist.
+      max_to_keep: How many checkpoints are kept, the newest ones. `None`: all.
+    Raises:
+      UserError: where the directory cannot be used.
+      ValueError: for `max_to_keep` below 1.
     """
 
-    def __init__(self, folder: str | Path, keep: int | None = 3):
-        if keep is not None and keep < 1:
-            raise ValueError(f"`keep` is how many checkpoints to keep, at least 1; got {keep}.")
-        self.folder = Path(folder).absolute()
+    def __init__(self, directory: str | Path, max_to_keep: int | None = 3):
+        if max_to_keep is not None and max_to_keep < 1:
+            raise ValueError(
+                f"`max_to_keep` is a number of checkpoints, at least 1; got {max_to_keep}. None "
+                f"keeps all."
+            )
+        self.directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            # An adapter is small. In exchange a failed save is known at once, at its step.
+            max_to_keep=max_to_keep,
+            # An adapter is small, and so a failed save is known at once, at its step.
             enable_async_checkpointing=False,
             # What a killed process has left half-written.
             cleanup_tmp_directories=True,
         )
-        with _readable(f"cannot use {self.folder} for checkpoints"):
+        with _readable(f"cannot use {self.directory} for checkpoints"):
             self._manager = ocp.CheckpointManager(
-                self.folder,
+                self.directory,
                 options=options,
                 item_names=("adapter", "optimizer", "run"),
                 item_handlers={  # named here, so that metadata can be read before any save
@@ -58,33 +77,39 @@ class Checkpoints:
             )
 
     def steps(self) -> list[int]:
-        """The steps that are there, all of them whole."""
+        """The steps that have a complete checkpoint, in order."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: State, run: dict[str, Any]) -> None:
-        """Writes `state` and the JSON-like `run`, and returns when they are on disk.
+        """Writes `state` and `run`, and returns when they are on disk.
 
+        Args:
+          state: Adapter, optimizer state and step.
+          run: What else the run needs to be resumed, in values that JSON has.
         Raises:
-          UserError: where it could not be written. What was written of it is removed, and
-            the checkpoints of earlier steps stand.
+          UserError: where it could not be written. What was written of it is removed; the
+            checkpoints of earlier steps stay.
         """
         step = int(state.step)
+        arrays = {"adapter": _stored(state.adapter), "optimizer": _stored(_optimizer(state))}
+        hashed = {"format": _FORMAT, "run": run, "sha256": _digests(arrays, run)}
         items = _args.Composite(
-            adapter=_args.StandardSave(_stored(state.adapter)),
-            optimizer=_args.StandardSave(_stored(_optimizer(state))),
-            run=_args.JsonSave(run),
+            adapter=_args.StandardSave(arrays["adapter"]),
+            optimizer=_args.StandardSave(arrays["optimizer"]),
+            run=_args.JsonSave(hashed),
         )
         try:
-            _reserve(self.folder, state)
+            _reserve(self.directory, state)
             self._manager.save(step, args=items, force=True)
         except Exception as error:
-            for half in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+            for half in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
-            last = self.steps()
+            steps = self.steps()
+            last = f"The last complete one is of step {steps[-1]}" if steps else "There is none yet"
             raise UserError(
-                f"cannot write the checkpoint of step {step} to {self.folder}: {_reason(error)}. "
-                f"The last whole one is {f'of step {last[-1]}' if last else 'none'}. Make room "
-                f"there or choose another folder, then start again to go on from it."
+                f"cannot write the checkpoint of step {step} to {self.directory}: "
+                f"{_reason(error)}. {last}. Make room there or choose another folder, then start "
+                f"the run again: it resumes from the last complete checkpoint."
             ) from error
 
     def restore(self, like: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
@@ -92,22 +117,27 @@ class Checkpoints:
 
         Args:
           like: A state of the same adapter and optimizer (`init(adapter, tx)`): its structure,
-            and where each array lies.
+            and the device or sharding of each array.
+          step: Which checkpoint, `None` for the newest.
         Raises:
           UserError: where there is no such step, where the checkpoint belongs to another
-            adapter or optimizer (the first difference is named), or where it is damaged.
+            adapter or optimizer (the first difference is named), or where it is damaged: it
+            cannot be read, or differs from its hashes.
+        Warns:
+          UserWarning: where the checkpoint was written before there were hashes, so that damage
+            cannot be found.
         """
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
             wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-            raise UserError(f"no {wanted} in {self.folder}; it has steps {steps}.")
+            raise UserError(f"no {wanted} in {self.directory}; it has steps {steps}.")
         step = steps[-1] if step is None else step
         wanted_state = {"adapter": like.adapter, "optimizer": _optimizer(like)}
-        place = f"the checkpoint {self.folder / str(step)}"
-        with _readable(f"{place} cannot be read"):
+        checkpoint = f"the checkpoint {self.directory / str(step)}"
+        with _readable(f"{checkpoint} cannot be read", f" {_RESTORE_ANOTHER}"):
             metadata = self._manager.item_metadata(step)
             for item, tree in wanted_state.items():
-                _check_same(place, item, _stored(tree), metadata[item])
+                _check_same(checkpoint, item, _stored(tree), metadata[item])
             restored = self._manager.restore(
                 step,
                 args=_args.Composite(
@@ -116,10 +146,11 @@ class Checkpoints:
                     run=_args.JsonRestore(),
                 ),
             )
+        run = _checked(checkpoint, restored)
         adapter = _placed(restored["adapter"], like.adapter)
         number, *leaves = _placed(restored["optimizer"], wanted_state["optimizer"]).values()
         opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves)
-        return State(number, adapter, opt_state), restored["run"]
+        return State(number, adapter, opt_state), run
 
     def close(self) -> None:
         self._manager.close()
@@ -142,6 +173,67 @@ def _stored(tree):
     return {path: x for path, x in tree.items() if x.size}
 
 
+def _digests(arrays, run):
+    """{name: SHA-256} of `run`, and of each array that this process can read as a whole."""
+    digests = {"run": _sha256(json.dumps(_as_json(run), sort_keys=True).encode())}
+    for item, tree in arrays.items():
+        for path, x in tree.items():
+            if x.is_fully_addressable or x.is_fully_replicated:
+                values = np.asarray(jax.random.key_data(x) if _is_key(x) else x)
+                head = f"{values.dtype} {values.shape} ".encode()
+                digests[f"{item} {path}"] = _sha256(head, _raw(values))
+    return digests
+
+
+def _raw(values):
+    """The bytes of an array without a copy; NumPy exports no buffer of bfloat16."""
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+def _sha256(*parts):
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _as_json(run):
+    """As it is read again: tuples are lists, and all keys are strings."""
+    return json.loads(json.dumps(run))
+
+
+def _checked(checkpoint, restored):
+    """The `run` of a checkpoint, which must be as it was when it was saved, like its arrays."""
+    stored = restored["run"]
+    if not (isinstance(stored, dict) and _KEYS & stored.keys()):
+        warnings.warn(
+            f"{checkpoint} was written without content hashes, by an earlier version, so damage to "
+            f"it cannot be detected. The next checkpoint of this run has hashes.",
+            stacklevel=3,
+        )
+        return stored
+    problem = None
+    if stored.keys() != _KEYS or not isinstance(stored["sha256"], dict):
+        problem = f"its run data has the keys {sorted(stored)}, not {sorted(_KEYS)}"
+    elif stored["format"] != _FORMAT:
+        problem = f"its run data has format {stored['format']!r}, and this version reads {_FORMAT}"
+    else:
+        arrays = {item: restored[item] for item in ("adapter", "optimizer")}
+        want, found = stored["sha256"], _digests(arrays, stored["run"])
+        names = {f"{item} {path}" for item, tree in arrays.items() for path in tree} | {"run"}
+        if strange := sorted(want.keys() - names):
+            problem = f"it has a hash for {strange[0]!r}, and no array of this name"
+        # An array that was spread over processes when it was saved has no hash.
+        elif wrong := [n for n in found if want.get(n, found[n]) != found[n]]:
+            name = "run data" if wrong[0] == "run" else wrong[0]
+            problem = f"its {name} differs from the hash that was saved with it"
+        elif "run" not in want:
+            problem = "the hash of its run data is missing"
+    if problem:
+        raise UserError(f"{checkpoint} is damaged: {problem}. {_RESTORE_ANOTHER}")
+    return stored["run"]
+
+
 def _abstract(tree):
     return {
         path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
@@ -150,9 +242,9 @@ def _abstract(tree):
 
 
 def _placed(restored, like):
-    """Each array where its like is; without a fixed place where the like has none.
+    """Each array on the devices of its like, and uncommitted where its like is uncommitted.
 
-    An array that is committed to one device could not meet a base that is spread over many.
+    An array that is committed to one device could not be used with a base on several devices.
     """
 
     def place(path, x):
@@ -167,7 +259,7 @@ def _placed(restored, like):
     return {path: place(path, x) for path, x in like.items()}
 
 
-def _check_same(place, item, want, found):
+def _check_same(checkpoint, item, want, found):
     found = {} if found is None else dict(found.items())
     for path in [*want, *found]:
         if path not in found:
@@ -183,8 +275,8 @@ def _check_same(place, item, want, found):
         else:
             continue
         raise UserError(
-            f"{place} belongs to another run: its {item} {problem}. Use the method and optimizer "
-            f"that it was made with, or another folder."
+            f"{checkpoint} belongs to another run: its {item} {problem}. Use the method and the "
+            f"optimizer of that run, or another folder."
         )
 
 
@@ -195,7 +287,7 @@ def _is_key(x):
 def _reserve(folder, state):
     """Fails where the disk has no room for the state, before anything is written.
 
-    Out of the middle of a save, orbax's threads report a full disk in many voices.
+    In the middle of a save, the threads of orbax would report a full disk many times over.
     """
     if not hasattr(os, "posix_fallocate"):  # macOS
         return
@@ -205,22 +297,23 @@ def _reserve(folder, state):
 
 
 class _readable:
-    """Turns what orbax raises into one line."""
+    """Turns what orbax raises into a `UserError` of one line."""
 
-    def __init__(self, problem):
-        self.problem = problem
+    def __init__(self, problem, way_out=""):
+        self.problem, self.way_out = problem, way_out
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
         if isinstance(error, Exception) and not isinstance(error, UserError):
-            raise UserError(f"{self.problem}: {_reason(error)}.") from error
+            raise UserError(f"{self.problem}: {_reason(error)}.{self.way_out}") from error
 
 
 def _reason(error):
-    """The first line of the innermost cause: what the system said."""
+    """The first line of the innermost cause, which is the message of the operating system."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+    line = text.splitlines()[0].rstrip(".")
+    return line if len(line) <= 300 else f"{line[:300]}..."  # tensorstore appends its whole spec

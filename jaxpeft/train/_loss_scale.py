@@ -1,12 +1,13 @@
 """Dynamic loss scaling, which keeps gradients in the range of float16.
 
-The smallest number of float16 is 6e-8: most gradients of an activation are below it, and would
-become zeros. The loss is multiplied by a large scale before it is differentiated, and the gradient
-of the adapter, in float32, divided by it again. A scale that is too large makes the gradient
-overflow; it is then halved and the step left out. After many steps without overflow it is doubled.
+The smallest number of float16 is 6e-8. Many gradients of activations are smaller, and would be
+rounded to zero. So the loss is multiplied by a large scale before it is differentiated, and the
+gradient of the adapter, in float32, is divided by it. A scale that is too large makes the gradient
+overflow: the step is skipped and the scale is halved. After many steps without overflow the scale
+is doubled.
 
-`flax.training.dynamic_scale.DynamicScale` does the same around one gradient. Here the gradient of
-a step is a sum over microbatches and devices, of which the scale is to change once.
+`flax.training.dynamic_scale.DynamicScale` does the same for one gradient. Here the gradient of a
+step is a sum over microbatches and devices, and the scale is to change once per step.
 """
 
 from typing import Any, NamedTuple
@@ -19,14 +20,14 @@ SMALLEST, LARGEST = 1.0, 2.0**32
 
 
 class LossScaleState(NamedTuple):
-    """The scale, and the state of the optimizer that it is put around."""
+    """The scale, and the state of the wrapped optimizer."""
 
     scale: jax.Array  # float32[], a power of two
-    finite_steps: jax.Array  # int32[], since the scale has changed
+    finite_steps: jax.Array  # int32[], steps without overflow since the last change of the scale
     inner: Any
 
     def after_overflow(self) -> "LossScaleState":
-        """The state for the next step, where the gradient of this one has overflowed."""
+        """The state for the next step, after a step in which the gradient overflowed."""
         scale = jnp.maximum(self.scale / 2, SMALLEST)
         return LossScaleState(scale, jnp.zeros_like(self.finite_steps), self.inner)
 
@@ -34,23 +35,23 @@ class LossScaleState(NamedTuple):
 def loss_scaled(
     tx: optax.GradientTransformation, *, init_scale: float = 2.0**16, growth_interval: int = 2000
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx` for training in float16: `train_step` and `fit` scale the loss as its state says.
+    """Wraps an optimizer for training in float16: `train_step` and `fit` then scale the loss.
 
-    The optimizer sees gradients that are unscaled again. A step whose gradient overflows is not
-    taken, halves the scale, and is flagged in `Metrics.overflow`; it is no fault unless the scale
-    has reached 1. After `growth_interval` steps without overflow the scale is doubled. The scale
-    is part of the state, so a checkpoint holds it.
+    The optimizer sees unscaled gradients. A step whose gradient overflows is skipped, halves the
+    scale, and is flagged in `Metrics.overflow`; it is not an error unless the scale is 1 already.
+    After `growth_interval` steps without overflow the scale is doubled. The scale is part of the
+    state, so it is saved in checkpoints.
 
         tx = train.loss_scaled(optax.adamw(1e-4))
         step = train.train_step(loss_fn, tx, compute_dtype=jnp.float16)
 
-    Keep the adapter in float32, which holds small updates; `compute_dtype` casts it. This goes
-    outermost, around `optax.chain` and everything else.
+    Keep the adapter in float32, in which small updates are not lost; `compute_dtype` casts it.
+    `loss_scaled` must be the outermost transformation, around `optax.chain` and all others.
 
     Args:
       tx: Any optax transformation.
-      init_scale: The first scale, a power of two from 1 to 2**32.
-      growth_interval: Steps without overflow after which the scale is doubled.
+      init_scale: The initial scale, a power of two from 1 to 2**32.
+      growth_interval: Number of steps without overflow after which the scale is doubled.
     Returns:
       A transformation with a `LossScaleState`. Its `update` takes unscaled gradients.
     Raises:
@@ -66,9 +67,11 @@ def loss_scaled(
     """
     powers = [2.0**i for i in range(33)]
     if init_scale not in powers:
-        raise ValueError(f"`init_scale` is a power of two from 1 to 2**32, got {init_scale}.")
+        raise ValueError(f"`init_scale` must be a power of two from 1 to 2**32, got {init_scale}.")
     if growth_interval < 1:
-        raise ValueError(f"`growth_interval` counts steps, at least 1; got {growth_interval}.")
+        raise ValueError(
+            f"`growth_interval` is a number of steps, at least 1; got {growth_interval}."
+        )
     inner = optax.with_extra_args_support(tx)
 
     def init(params):
@@ -86,10 +89,10 @@ def loss_scaled(
 
 
 def scale_of(opt_state: Any) -> jax.Array | None:
-    """The scale of the loss, or `None` where there is none.
+    """The scale in the state of `loss_scaled`, or `None` for another optimizer's state.
 
     Raises:
-      ValueError: where `loss_scaled` stands inside another transformation.
+      ValueError: where `loss_scaled` is inside another transformation.
     """
     if isinstance(opt_state, LossScaleState):
         return opt_state.scale
@@ -100,7 +103,7 @@ def scale_of(opt_state: Any) -> jax.Array | None:
         if isinstance(x, LossScaleState):
             raise ValueError(
                 f"`loss_scaled` must be the outermost transformation, but its state is at "
-                f"opt_state{jax.tree_util.keystr(path)}. Put it around the whole: "
+                f"opt_state{jax.tree_util.keystr(path)}. Put it around all others: "
                 f"loss_scaled(optax.chain(...))."
             )
     return None

@@ -1,4 +1,4 @@
-"""What a run leaves behind and what it shows: the metrics file, progress, the loss figure."""
+"""What a run writes and shows: the metrics file, the progress bar, the loss figure."""
 
 import json
 import math
@@ -13,12 +13,12 @@ from jaxpeft._errors import UserError, need
 class MetricsFile:
     """Records of a run, one JSON object per line, each with its `step`.
 
-    A record holds nothing that two runs of the same steps could differ in, no time of day and
-    no rate, so that a run stopped and resumed leaves the same bytes as one never stopped.
+    A record has nothing in which two runs of the same steps could differ, no time and no
+    throughput, so that a run that is stopped and resumed writes the same bytes as one that is not.
     """
 
     def __init__(self, path: Path, step: int | None):
-        """Opens the file to go on after `step`; later records are dropped, `None`: all."""
+        """Opens the file to continue after `step`; later records are removed, with `None` all."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = 0 if step is None else _bytes_up_to(path, step)
@@ -26,7 +26,7 @@ class MetricsFile:
         self._file.truncate(kept)
 
     def write(self, **record: Any) -> None:
-        """Appends one record. A number that is not finite, which JSON lacks, becomes null."""
+        """Appends one record. Numbers that are not finite, which JSON lacks, become null."""
         record = {
             name: None if isinstance(x, float) and not math.isfinite(x) else x
             for name, x in record.items()
@@ -35,7 +35,7 @@ class MetricsFile:
         self._file.flush()
 
     def sync(self) -> None:
-        """Returns when the records are on disk: before the checkpoint that vouches for them."""
+        """Returns when the records are on disk. To be called before their checkpoint is saved."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -43,7 +43,7 @@ class MetricsFile:
 
 
 def _bytes_up_to(path, step):
-    """Length of the whole records of steps up to this one."""
+    """Length in bytes of the complete records of steps up to this one."""
     size = 0
     if path.exists():
         for line in path.read_bytes().splitlines(keepends=True):
@@ -54,7 +54,10 @@ def _bytes_up_to(path, step):
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics file, in the order of the run.
+    """The records of the metrics file that `fit` writes, in the order of the run.
+
+    Each is a dict with `step` and either `loss`, `grad_norm`, `tokens` (target tokens) and, where
+    the step was not taken, `skipped`; or `eval_loss` and `eval_perplexity`.
 
     Args:
       path: The file, one JSON object per line.
@@ -63,13 +66,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """A line on the terminal: steps, loss, target tokens per second, time left.
+    """A progress bar: steps, loss, target tokens per second, time left.
 
     Args:
       start: Steps already taken.
-      steps: Steps in all, or `None` where the data decides.
-      show: `None` shows it where stderr is a terminal and rich is installed; "lines" prints one
-        to stdout, which may be a file, after each `note`.
+      steps: Steps in all, or `None` where the end of the data decides.
+      show: `None` shows the bar where stderr is a terminal and rich is installed, `True` always,
+        `False` never; "lines" prints a line to stdout, which may be a file, after each `note`.
     """
 
     def __init__(self, start: int, steps: int | None, show: bool | str | None):
@@ -79,7 +82,7 @@ class Progress:
         self._begin: float | None = None
         self._seconds = 0.0
         self._tokens = 0.0
-        self._texts = {"loss": "", "held out": "", "rate": ""}
+        self._texts = {"loss": "", "eval loss": "", "rate": ""}
         if self._bar is not None:
             self._task = self._bar.add_task(
                 "", total=steps, completed=start, text="compiling", start=False
@@ -88,10 +91,11 @@ class Progress:
 
     @property
     def rate(self) -> float | None:
-        """Target tokens per second, the compilation of the first step not counted."""
+        """Target tokens per second after the first step, which includes the compilation."""
         return self._tokens / self._seconds if self._seconds else None
 
     def advance(self, step: int, loss: float, tokens: float) -> None:
+        """Shows a step that was taken, its loss and its number of target tokens."""
         self._step = step
         now = time.monotonic()
         if self._begin is None:
@@ -107,13 +111,13 @@ class Progress:
             self._bar.update(self._task, completed=step, text=self._text())
 
     def note(self, name: str, text: str) -> None:
-        """Shows `text` from now on, in the place of the last one of this name."""
+        """Shows `text` from now on, instead of the last one of this name."""
         self._texts[name] = text
         if self._bar is not None:
             self._bar.update(self._task, text=self._text())
         if self._prints:
             of = "" if self._steps is None else f"/{self._steps}"
-            # At once: Python holds back what is not for a terminal.
+            # Flushed, since Python buffers output that does not go to a terminal.
             print(f"step {self._step}{of}  {self._text()}", flush=True)
 
     def _text(self):
@@ -125,7 +129,7 @@ class Progress:
 
 
 def check_progress(show: bool | str | None) -> None:
-    """Refuses progress that cannot be shown."""
+    """Raises ValueError for an unknown option, UserError where rich is needed and missing."""
     if show not in (None, True, False, "lines"):
         raise ValueError(f'`progress` is None, True, False or "lines", got {show!r}.')
     if show is True:
@@ -158,42 +162,43 @@ def _bar(show):
 
 
 def check_figure(figure: str | Path) -> None:
-    """What drawing would fail at, known before the run that is drawn at its end.
+    """Checks before a run that its loss can be drawn at the end.
 
     Raises:
-      UserError: without matplotlib, for an ending that it does not draw, and for a folder that is
-        not there.
+      UserError: where matplotlib is not installed, for a suffix that it does not support, and for a
+        folder that does not exist.
     """
     canvas = need("matplotlib.figure", "figure", "a loss figure").Figure().canvas
     file = Path(figure)
-    endings = sorted(canvas.get_supported_filetypes())
-    if file.suffix[1:].lower() not in endings:
+    formats = sorted(canvas.get_supported_filetypes())
+    if file.suffix[1:].lower() not in formats:
         raise UserError(
-            f"{file} ends in {file.suffix!r}, which cannot be drawn. These can: "
-            f"{', '.join(endings)}."
+            f"{file} has the suffix {file.suffix!r}, which is not a format of figures. Use one of "
+            f"{', '.join(formats)}."
         )
     if not file.parent.is_dir():
-        raise UserError(f"{file} cannot be drawn: there is no folder {file.parent}. Make it first.")
+        raise UserError(f"cannot draw {file}: there is no folder {file.parent}. Create it first.")
 
 
-def loss_figure(metrics: str | Path, figure: str | Path) -> None:
-    """Draws training and held-out loss over steps from a metrics file.
+def plot_loss(metrics: str | Path, figure: str | Path) -> None:
+    """Draws training and evaluation loss over steps from a metrics file.
 
     Args:
       metrics: The JSONL file that `fit` writes.
-      figure: Where to write; its ending says the format (.png, .svg, .pdf).
+      figure: Where to write; its suffix is the format (.png, .svg, .pdf).
     Raises:
-      UserError: as `check_figure`, and where there is nothing to draw.
+      UserError: where matplotlib is not installed, for an unknown suffix, for a folder that does
+        not exist, and for a metrics file without records.
     """
     check_figure(figure)
     from matplotlib.figure import Figure
 
     records = read_metrics(metrics)
     if not records:
-        raise UserError(f"{metrics} holds no records to draw.")
-    # Figure alone, without pyplot: no display, no window, no state of the process.
+        raise UserError(f"{metrics} has no records to draw.")
+    # Without pyplot, which would need a display and keep global state.
     axes = (canvas := Figure(figsize=(6, 4), layout="constrained")).add_subplot()
-    for name, label, style in [("loss", "training", "-"), ("held_out_loss", "held out", "o-")]:
+    for name, label, style in [("loss", "training", "-"), ("eval_loss", "evaluation", "o-")]:
         points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxpeft._argument_order import check_loss_order, check_order
 from jaxpeft._schema import check_dtype_option
 from jaxpeft.optim._finite import all_finite, stays_finite
 from jaxpeft.train._loss_scale import SMALLEST, scale_of
 
 LossFn = Callable[[Any, Any, Any, Any], tuple[jax.Array, jax.Array]]
-"""`loss_fn(adapter, frozen, batch, key) -> (loss_sum, weight)`, two scalars."""
+"""`loss_fn(frozen, adapter, batch, key) -> (loss_sum, weight)`, two scalars."""
 
 _with_paths, _key = jax.tree_util.tree_leaves_with_path, jax.tree_util.keystr
 
@@ -27,37 +28,43 @@ AxisName = Hashable | Sequence[Hashable]
 
 
 class State(NamedTuple):
-    """What a step changes, and all that it changes."""
+    """Everything that a step changes; the argument to donate."""
 
-    step: jax.Array  # int32[], the number of steps taken
+    step: jax.Array  # int32[], the number of steps taken so far
     adapter: Any  # {path: array}, or any pytree of float arrays
     opt_state: Any
 
 
 class Metrics(NamedTuple):
-    """What a step tells, as scalars on the device, equal on all devices."""
+    """What a step reports: scalars on the device, equal on all devices."""
 
     loss: jax.Array  # mean over the target tokens of all microbatches and devices
     grad_norm: jax.Array  # global norm over the adapter, before clipping
     weight: jax.Array  # sum of the weights: the number of target tokens
-    # bool[], loss, gradient, update or new state was NaN or infinite: the update was not made
+    # bool[], whether loss, gradient, update or new state was NaN or infinite: no update was made
     nonfinite: jax.Array
-    # bool[], the gradient overflowed under `loss_scaled`: the scale was halved, no update made
+    # bool[], whether the gradient overflowed under `loss_scaled`: the scale was halved, no update
     overflow: jax.Array | bool = False
 
 
 def init(adapter: Any, tx: optax.GradientTransformation) -> State:
     """The state before the first step.
 
-    The arrays are copies, so that donating the state deletes nothing of the caller's, and no
-    buffer twice where an optimizer keeps the adapter itself in its state. What has no place
-    of its own (counters) goes where the adapter is: on a mesh, put the adapter there first
+    All arrays are copies. So donating the state deletes no array of the caller, and donates no
+    buffer twice where an optimizer keeps the adapter itself in its state. Counters of the optimizer
+    are put on the mesh of the adapter: on a mesh, put the adapter there first
     (`jax.device_put(adapter, NamedSharding(mesh, P()))`), or the step compiles twice.
 
     Args:
-      adapter: {path: array} of the trainable parameters.
+      adapter: From `split`, {path: array}, or any pytree of float arrays.
       tx: The optimizer.
+    Returns:
+      The state at step 0.
+
+    Raises:
+      ValueError: where the frozen tree was given instead of the adapter.
     """
+    check_order("init(adapter, tx)", adapter)
     adapter = jax.tree.map(jnp.copy, adapter)
     opt_state = jax.tree.map(jnp.copy, tx.init(adapter))
     state = State(jnp.zeros((), jnp.int32), adapter, opt_state)
@@ -77,65 +84,77 @@ def train_step(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
     *,
-    accumulate: int = 1,
-    clip: float | None = None,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
     axis_name: AxisName | None = None,
     compute_dtype: Any = None,
     on_nan: str = "stop",
 ) -> Callable[[State, Any, Any, Any], tuple[State, Metrics]]:
-    """One step of any optax optimizer on the mean loss per target token.
+    """A step of any optax optimizer on the mean loss per target token.
 
-    The gradient is `sum(d loss_sum) / sum(weight)`, both sums over microbatches and devices,
-    divided once: how tokens are spread over microbatches and devices changes nothing.
+    The gradient is `sum(d loss_sum / d adapter) / sum(weight)`. Both sums are over microbatches and
+    devices, and are divided once, so the result does not depend on how the tokens are spread over
+    microbatches and devices.
 
-    Use it jitted with the state donated, on one device or on a mesh (shard the batch over
-    its first axis, replicate or shard `frozen`; leave `axis_name` alone):
+    Jit the step with the state donated, on one device or on a mesh (shard the batch over its first
+    axis, replicate or shard `frozen`, and leave out `axis_name`):
 
         step = jax.jit(train_step(loss_fn, tx), donate_argnums=0)
 
-    or, naming the data parallel axis, inside `jax.pmap` or `jax.shard_map`:
+    or use it inside `jax.pmap` or `jax.shard_map`, with the name of the data-parallel axis:
 
         step = jax.pmap(train_step(loss_fn, tx, axis_name="data"), axis_name="data",
                         in_axes=(None, None, 0, None), out_axes=None)
 
     Args:
-      loss_fn: `(adapter, frozen, batch, key) -> (loss_sum, weight)`: the *sum* of the losses
+      loss_fn: `(frozen, adapter, batch, key) -> (loss_sum, weight)`: the *sum* of the losses
         of the batch's tokens and the sum of their weights (see `cross_entropy`).
-      tx: The optimizer. It sees the adapter and nothing else.
-      accumulate: Number of microbatches that a batch is cut into. Microbatch i has the rows
-        i, i + accumulate, ...: on a mesh every row stays where it is.
-      clip: Largest global norm of the gradient over the adapter, or `None`.
-      axis_name: The named axis or axes over which the batch is spread, where there are any.
-      compute_dtype: Dtype that the adapter is cast to for the forward and backward pass,
-        `jnp.bfloat16` say; gradients, moments and the adapter itself keep their own dtype.
-        The frozen tree and the batch are passed as they are: store the base in the dtype it
-        is to compute in, since a cast here would be a second copy of it. `jnp.float16` needs
-        the optimizer `loss_scaled(tx)`.
-      on_nan: What the step returns where the loss, the gradient, the new adapter or a number of
-        the optimizer's state that was finite is not finite (flagged in the metrics): "stop" the
-        state as it was, "skip" the same with the step counted. In both cases adapter and
-        optimizer state stay as they were. With a state in host memory (`paged`) this holds for
-        loss and gradient; where an update alone is not finite, those arrays stay as they were.
+      tx: The optimizer, of the adapter alone.
+      gradient_accumulation_steps: Number n of microbatches into which a batch is split, one step
+        for all of them. Microbatch i has the rows i, i + n, ...: on a mesh every row stays on its
+        device.
+      max_grad_norm: A gradient of a larger global norm over the adapter is scaled down to it.
+        `None`: no clipping.
+      axis_name: The named axis or axes of `jax.pmap` or `jax.shard_map` over which the batch is
+        spread.
+      compute_dtype: Dtype to which the adapter is cast for the forward and backward pass, such as
+        `jnp.bfloat16`; gradients, moments and the adapter itself keep their own dtype. The frozen
+        tree and the batch are not cast: store the base in the dtype in which it is to compute,
+        since a cast here would be a second copy of it. `jnp.float16` needs the optimizer
+        `loss_scaled(tx)`.
+      on_nan: What to do where the loss, the gradient, the new adapter, or the new optimizer state
+        (where it was finite) is not finite, which is flagged in the metrics. "stop" returns the
+        state unchanged, "skip" returns it with the step number advanced: adapter and optimizer
+        state stay as they were. Of an optimizer state in host memory (`paged`), where the loss and
+        the gradient are finite, only those arrays stay whose own update is not finite.
     Returns:
-      `step(state, frozen, batch, key) -> (state, metrics)`. Each leaf of `batch` has the rows
-      as its first axis. `key` is the same for all steps: the step number, the position on
-      `axis_name` and the microbatch are folded in. `None` reaches `loss_fn` as `None`.
+      `step(state, frozen, batch, key) -> (state, metrics)`. The first axis of each leaf of `batch`
+      is the rows. `key` is the same for all steps: the step number, the index on `axis_name` and
+      the microbatch are folded in. With `None`, the key of `loss_fn` is `None`.
     Raises:
-      ValueError: for an option out of its range, for a batch that `accumulate` does not
-        divide, for a `loss_fn` that does not return two scalars, for an adapter of integers, and
-        for `compute_dtype=jnp.float16` without `loss_scaled`.
+      ValueError: for an option out of its range, for a batch that `gradient_accumulation_steps`
+        does not divide, for a `loss_fn` that takes the adapter before the frozen tree or does not
+        return two scalars, for an adapter of integers, and for `compute_dtype=jnp.float16` without
+        `loss_scaled`.
     """
-    if accumulate < 1:
-        raise ValueError(f"`accumulate` counts microbatches, at least 1; got {accumulate}.")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"`clip` is the largest norm, above 0; got {clip}. None clips nothing.")
+    microbatches = gradient_accumulation_steps
+    if microbatches < 1:
+        raise ValueError(
+            f"`gradient_accumulation_steps` is a number of microbatches, at least 1; got "
+            f"{microbatches}."
+        )
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(
+            f"`max_grad_norm` must be above 0, got {max_grad_norm}. Use None for no clipping."
+        )
+    check_loss_order(loss_fn)
     check_dtype_option("compute_dtype", compute_dtype)
     if on_nan not in ("stop", "skip"):
         raise ValueError(f'`on_nan` is "stop" or "skip", got {on_nan!r}.')
 
     def step(state, frozen, batch, key):
         scale = scale_of(state.opt_state)
-        check_dtypes(state.adapter, frozen, compute_dtype, scale is not None)
+        check_dtypes(frozen, state.adapter, compute_dtype, scale is not None)
         if key is not None:
             key = jax.random.fold_in(key, state.step)
             if axis_name is not None:
@@ -143,7 +162,7 @@ def train_step(
 
         gradient = _summed_gradient(loss_fn, compute_dtype, scale)
         adapter = _varying(state.adapter, axis_name)
-        sums = _over_microbatches(gradient, adapter, frozen, batch, key, accumulate)
+        sums = _over_microbatches(gradient, frozen, adapter, batch, key, microbatches)
         if axis_name is not None:
             sums = jax.lax.psum(sums, axis_name)
 
@@ -157,8 +176,8 @@ def train_step(
             overflow = jnp.isfinite(mean.loss) & ~jnp.isfinite(norm) & (scale > SMALLEST)
 
         grads = mean.gradient
-        if clip is not None:
-            grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
+        if max_grad_norm is not None:
+            grads, _ = optax.clip_by_global_norm(max_grad_norm).update(grads, optax.EmptyState())
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.adapter)
         paged = any(map(_on_host, jax.tree.leaves(state.opt_state)))
         adapter, opt_state, bad = (_paged_update if paged else _update)(tx, grads, state, bad)
@@ -177,51 +196,51 @@ def train_step(
     return step
 
 
-def check_dtypes(adapter: Any, frozen: Any, compute_dtype: Any, scaled: bool) -> None:
-    """Refuses what cannot be trained in its dtype, and warns of what float16 would round away."""
+def check_dtypes(frozen: Any, adapter: Any, compute_dtype: Any, scaled: bool) -> None:
+    """Raises ValueError for dtypes that cannot be trained, and warns of underflow in float16."""
     leaves = {f"adapter{_key(path)}": x.dtype for path, x in _with_paths(adapter)}
     for name, dtype in leaves.items():
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise ValueError(
-                f"only floating-point arrays can be trained, but {name} is {dtype}. Leave it to "
+                f"only floating-point arrays can be trained, but {name} is {dtype}. Leave it in "
                 f"the frozen tree."
             )
         if dtype.itemsize == 1:
             raise ValueError(
-                f"{name} is {dtype}, which no update can be added to. Keep the adapter in float32 "
-                f"and cast it in `loss_fn`."
+                f"{name} is {dtype}, which is too narrow to add updates to. Keep the adapter in "
+                f"float32 and cast it in `loss_fn`."
             )
     if compute_dtype is not None and _is_narrow(compute_dtype) and not scaled:
         raise ValueError(
-            f"`compute_dtype={jnp.dtype(compute_dtype)}` makes zeros of most gradients. Scale the "
+            f"`compute_dtype={jnp.dtype(compute_dtype)}` rounds most gradients to zero. Scale the "
             f"loss, with the optimizer loss_scaled(tx), or compute in bfloat16."
         )
     if narrow := [name for name, dtype in leaves.items() if _is_narrow(dtype)]:
         warnings.warn(
             f"{narrow[0]} is float16, in which small updates, second moments and an eps of 1e-8 "
-            f"are 0. Keep the adapter in float32 and pass compute_dtype=jnp.float16.",
+            f"are rounded to zero. Keep the adapter in float32 and pass compute_dtype=jnp.float16.",
             stacklevel=1,
         )
     for path, x in _with_paths(frozen):
         if not scaled and getattr(x, "dtype", None) == jnp.float16 and jnp.ndim(x) > 1:
             warnings.warn(
-                f"frozen{_key(path)} is float16: gradients that pass through it become zeros "
-                f"below 6e-8. Scale the loss, with the optimizer loss_scaled(tx), or keep the "
-                f"base in bfloat16.",
+                f"frozen{_key(path)} is float16: gradients that pass through it are rounded to "
+                f"zero below 6e-8. Scale the loss, with the optimizer loss_scaled(tx), or store "
+                f"the base in bfloat16.",
                 stacklevel=1,
             )
             return
 
 
 def _is_narrow(dtype: Any) -> bool:
-    """Whether a dtype lacks the small numbers that gradients are (float16, float8)."""
+    """Whether small gradients underflow in a dtype (float16, float8)."""
     return bool(jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).tiny > 1e-30)
 
 
 def _update(tx: Any, grads: Any, state: State, bad: jax.Array) -> tuple[Any, Any, jax.Array]:
-    """The adapter and the optimizer's state after a step, as they were where it is bad.
+    """The adapter and the optimizer state after a step, unchanged where the step is bad.
 
-    XLA computes an elementwise update twice, for the question whether it is finite and for its
+    XLA computes an elementwise update twice, once to test whether it is finite and once for its
     result, so that a donated state is still updated in place.
     """
     updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
@@ -236,13 +255,14 @@ def _on_host(x: Any) -> bool:
 
 
 def _paged_update(tx: Any, grads: Any, state: State, bad: jax.Array) -> tuple[Any, Any, jax.Array]:
-    """The same for a state in host memory, which keeps itself where there is no step to take.
+    """The same for a state in host memory, where `paged` itself keeps the state of a bad step.
 
-    Selected afterwards, both states would lie on the host and be selected there. Should
-    something around `paged` not pass `unless` on, a gradient of zeros does least harm.
+    A selection afterwards would hold both states in host memory, and run there. Should a
+    transformation around `paged` not pass `unless` on, a gradient of zeros does the least harm.
 
-    Whether an update is finite is known piece by piece, when others have gone. So each array keeps
-    itself, and `paged` makes updates of NaN where it keeps a state for that reason.
+    Whether an update is finite is known for one piece at a time, when others are already written.
+    So each array is kept or updated by itself, and `paged` returns an update of NaN where it has
+    kept a state for that reason.
     """
     grads = jax.tree.map(lambda g: jnp.where(bad, 0, g), grads)
     update = optax.with_extra_args_support(tx).update
@@ -269,22 +289,23 @@ def _paged_update(tx: Any, grads: Any, state: State, bad: jax.Array) -> tuple[An
 
 
 def in_dtype(loss_fn: LossFn, compute_dtype: Any) -> LossFn:
-    """The loss of the adapter cast to `compute_dtype`, or as it is for `None`."""
+    """The loss with the adapter cast to `compute_dtype`; with `None`, the loss as it is."""
     if compute_dtype is None:
         return loss_fn
 
-    def loss(adapter, frozen, batch, key):
-        return loss_fn(jax.tree.map(lambda x: x.astype(compute_dtype), adapter), frozen, batch, key)
+    def loss(frozen, adapter, batch, key):
+        adapter = jax.tree.map(lambda x: x.astype(compute_dtype), adapter)
+        return loss_fn(frozen, adapter, batch, key)
 
     return loss
 
 
 def fill_float0(grads: Any, tree: Any) -> Any:
-    """Gradients that optax can take, for loops that keep one tree and mask the optimizer.
+    """Gradients that optax accepts, for loops that keep one tree and mask the optimizer.
 
-    `jax.grad(loss, allow_int=True)` gives integer arrays (the codes of a quantized base)
-    gradients of dtype float0, which cannot be added to anything. They become zeros of the
-    array's own dtype; the others stay.
+    `jax.grad(loss, allow_int=True)` gives integer arrays (the values of a quantized base)
+    gradients of dtype float0, which cannot be added to anything. They are replaced by zeros of the
+    array's own dtype; all other gradients stay.
 
     Args:
       grads: Gradients of `tree`, from `jax.grad(..., allow_int=True)`.
@@ -292,10 +313,10 @@ def fill_float0(grads: Any, tree: Any) -> Any:
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> tree = {"codes": jnp.array([1, 2], jnp.uint8), "scale": jnp.array(0.5)}
-      >>> loss = lambda tree: jnp.sum(tree["codes"] * tree["scale"])
+      >>> tree = {"values": jnp.array([1, 2], jnp.uint8), "scale": jnp.array(0.5)}
+      >>> loss = lambda tree: jnp.sum(tree["values"] * tree["scale"])
       >>> grads = fill_float0(jax.grad(loss, allow_int=True)(tree), tree)
-      >>> grads["codes"].dtype.name, float(grads["scale"])
+      >>> grads["values"].dtype.name, float(grads["scale"])
       ('uint8', 3.0)
     """
     return jax.tree.map(
@@ -310,16 +331,17 @@ class _Sums(NamedTuple):
 
 
 def _summed_gradient(loss_fn, compute_dtype, scale=None):
-    """`(adapter, frozen, batch, key) -> _Sums`, each at least in float32.
+    """`(frozen, adapter, batch, key) -> _Sums`, each at least in float32.
 
-    With a scale, what is differentiated is about the mean times it, so that the scale need not
-    follow the number of tokens. Powers of two alone change no digit of the gradient.
+    With a scale, the function that is differentiated is the scale times roughly the mean loss, so
+    that the scale does not depend on the number of tokens. Its factors are powers of two, which
+    change no digit of the gradient.
     """
 
     cast_loss_fn = in_dtype(loss_fn, compute_dtype)
 
-    def loss(adapter, frozen, batch, key):
-        out = cast_loss_fn(adapter, frozen, batch, key)
+    def loss(frozen, adapter, batch, key):
+        out = cast_loss_fn(frozen, adapter, batch, key)
         shapes = jax.tree.map(jnp.shape, out)
         if not isinstance(out, tuple) or shapes != ((), ()):
             raise ValueError(
@@ -332,9 +354,9 @@ def _summed_gradient(loss_fn, compute_dtype, scale=None):
         factor = jnp.ldexp(scale, -jnp.frexp(weight.astype(scale.dtype))[1])
         return loss_sum * factor.astype(_wide(loss_sum.dtype)), (loss_sum, weight, factor)
 
-    def gradient(adapter, frozen, batch, key):
-        (_, (loss_sum, weight, factor)), grads = jax.value_and_grad(loss, has_aux=True)(
-            adapter, frozen, batch, key
+    def gradient(frozen, adapter, batch, key):
+        (_, (loss_sum, weight, factor)), grads = jax.value_and_grad(loss, argnums=1, has_aux=True)(
+            frozen, adapter, batch, key
         )
         sums = jax.tree.map(_widen, _Sums(grads, loss_sum, weight))
         if factor is None:
@@ -346,19 +368,21 @@ def _summed_gradient(loss_fn, compute_dtype, scale=None):
     return gradient
 
 
-def _over_microbatches(gradient, adapter, frozen, batch, key, accumulate):
-    if accumulate == 1:
-        return gradient(adapter, frozen, batch, key)
-    batch = jax.tree_util.tree_map_with_path(lambda path, x: _cut(path, x, accumulate), batch)
+def _over_microbatches(gradient, frozen, adapter, batch, key, microbatches):
+    if microbatches == 1:
+        return gradient(frozen, adapter, batch, key)
+    batch = jax.tree_util.tree_map_with_path(
+        lambda path, x: _split_rows(path, x, microbatches), batch
+    )
 
     def microbatch(index, rows):
         own = None if key is None else jax.random.fold_in(key, index)
-        return gradient(adapter, frozen, rows, own)
+        return gradient(frozen, adapter, rows, own)
 
     def add(total, xs):
         return jax.tree.map(jnp.add, total, microbatch(*xs)), None
 
-    index = jnp.arange(accumulate)
+    index = jnp.arange(microbatches)
     first = jax.tree.map(lambda x: x[0], (index, batch))
     shapes = jax.eval_shape(microbatch, *first)
     zeros = _Sums(
@@ -371,26 +395,26 @@ def _over_microbatches(gradient, adapter, frozen, batch, key, accumulate):
     return jax.lax.scan(add, zeros, (index, batch))[0]
 
 
-def _cut(path, x, accumulate):
-    """(rows, ...) -> (accumulate, rows / accumulate, ...), without moving rows between shards.
+def _split_rows(path, x, n):
+    """(rows, ...) -> (n, rows / n, ...), without moving rows between shards.
 
-    The rows of one shard are contiguous. Cutting them as (rows / accumulate, accumulate) keeps
-    the sharded axis in front, (accumulate, rows / accumulate) would send most rows away.
+    The rows of one shard are contiguous. A reshape to (rows / n, n) keeps the sharded axis in
+    front; one to (n, rows / n) would send most rows to another device.
     """
-    if jnp.ndim(x) == 0 or x.shape[0] % accumulate:
+    if jnp.ndim(x) == 0 or x.shape[0] % n:
         raise ValueError(
-            f"`accumulate={accumulate}` must divide the rows of the batch, got shape "
+            f"`gradient_accumulation_steps={n}` must divide the rows of the batch, got shape "
             f"{jnp.shape(x)} at batch{jax.tree_util.keystr(path)}."
         )
-    rows = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:])
+    rows = x.reshape(x.shape[0] // n, n, *x.shape[1:])
     return jnp.swapaxes(rows, 0, 1)
 
 
 def _varying(tree, axis_name):
-    """The tree as each device's own, so that its gradient is not summed over devices yet.
+    """The tree marked as varying over devices, so that its gradient is not summed over them yet.
 
     Under `shard_map`, the gradient of a replicated value in a loss that differs by device is
-    summed over devices at once: in every microbatch, and then once more by our own sum.
+    summed over devices automatically: in every microbatch, and then once more by our own sum.
     """
     if axis_name is None:
         return tree
@@ -404,7 +428,7 @@ def _vary(x, names):
 
 
 def _axes(kind):
-    """The named axes along which a value differs, of a shape or an abstract value."""
+    """The named axes over which a value varies, of a shape or an abstract value."""
     manual = kind.manual_axis_type  # None in a shape that was made outside `shard_map`
     return manual.varying if manual else frozenset()
 

@@ -53,7 +53,7 @@ def test_every_method_fits_its_model_and_trains_numbers_of_its_own(task, method,
     work = calibration.cell_of(task(name), WHOLE.row(method), steps=30)
     frozen, adapter = work.untrained(0)
     batch = next(work.batches(0))
-    loss, count = jax.eval_shape(work.loss, adapter, frozen, batch, None)
+    loss, count = jax.eval_shape(work.loss, frozen, adapter, batch, None)
     assert loss.shape == count.shape == ()
     assert set(work.labels.values()) == ({"head"} if method == "probe" else {"head", "adapter"})
 

@@ -48,8 +48,8 @@ def test_adalora_gives_ranks_up_until_the_budget_is_met(task):
     batch = next(cell.batches(0))
     frozen = cell.untrained(0).frozen
     far = {k: 3 * v if k.endswith("/a") else v for k, v in adapter.items()}
-    total, weight = cell.loss(far, frozen, batch, None)
-    plain, _ = super(Tuned, cell).loss(far, frozen, batch, None)
+    total, weight = cell.loss(frozen, far, batch, None)
+    plain, _ = super(Tuned, cell).loss(frozen, far, batch, None)
     np.testing.assert_allclose(
         (total - plain) / weight, 0.1 * jp.adapters.orthogonality_penalty(far), rtol=1e-4
     )

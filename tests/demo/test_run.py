@@ -78,7 +78,7 @@ def test_output_to_a_file_has_a_line_for_each_evaluation(whole):
     for name in ("lora", "full", "probe"):
         begin = lines.index(f"{name}:")
         for line, step in zip(lines[begin + 1 :], (0, 10, 20, 30, 40), strict=False):
-            assert re.match(rf"step {step}/40  .*held out \d\.\d{{4}}", line), line
+            assert re.match(rf"step {step}/40  .*eval loss \d\.\d{{4}}", line), line
 
 
 def test_a_run_that_was_stopped_goes_on_from_its_folder_and_ends_the_same(own, whole, tmp_path):
@@ -121,18 +121,18 @@ def test_samples_begin_with_the_whole_prompt_of_a_record(own):
     question = "Which of these modules reads files of configuration, and how is it used? " * 2
     asked = [{"prompt": question, "completion": "configparser"}]
     file.write_text("".join(json.dumps(record) + "\n" for record in asked))
-    examples = run.read_examples(file, tokenizer, context=256)
+    examples = run.read_examples(file, tokenizer, max_length=256)
     prompt = run.sample_prompt(examples, room=200)
     assert len(prompt) > 24
     assert tokenizer.tokenizer.decode(prompt.tolist()).strip() == question.strip()
     # A shorter one where the first leaves no room for what is to be written.
     asked.append({"prompt": "What is cmd? ", "completion": "a module"})
     file.write_text("".join(json.dumps(record) + "\n" for record in asked))
-    examples = run.read_examples(file, tokenizer, context=256)
+    examples = run.read_examples(file, tokenizer, max_length=256)
     for room in (20, 1):  # and the shortest where none does
         prompt = run.sample_prompt(examples, room)
         assert tokenizer.tokenizer.decode(prompt.tolist()).strip() == "What is cmd?"
-    texts = run.read_examples(own / "data.jsonl", tokenizer, context=64)
+    texts = run.read_examples(own / "data.jsonl", tokenizer, max_length=64)
     assert len(run.sample_prompt(texts, room=200)) == 24
 
 

@@ -21,7 +21,7 @@ SITES = jp.sites(model, PARAMS, X).linear
 TOTAL = R * (2 * L + 1)
 
 
-def loss(adapter, frozen, batch, key):
+def loss(frozen, adapter, batch, key):
     del batch, key
     y = jp.lift(model)(jp.combine(frozen, adapter), X)
     return jnp.sum((y - TARGET) ** 2) + 0.1 * jp.adapters.orthogonality_penalty(adapter), X.shape[0]

@@ -118,17 +118,17 @@ def test_packed_examples_have_the_loss_of_each_alone(name, config):
 @pytest.mark.parametrize("name", ["prefix", "prompt"])
 def test_batches_give_each_packed_example_virtual_tokens_of_its_own(name):
     tokens = [data.Tokens(x.astype(np.int32), np.ones(len(x), bool)) for x in EXAMPLES]
-    examples = data.Examples(tokens, context=12)
+    examples = data.Examples(tokens, max_length=12)
     fill = tuned(name)[2]
     batches = data.Batches(
-        examples, batch_size=2, epochs=1, virtual=N if name == "prefix" else fill
+        examples, batch_size=2, num_epochs=1, virtual_tokens=N if name == "prefix" else fill
     )
     (batch,) = (batches[i] for i in range(len(batches)))
-    assert batch["tokens"].shape == batch["slots"].shape == (2, 12 + N)
+    assert batch["tokens"].shape == batch["virtual_positions"].shape == (2, 12 + N)
     assert batch["segment_ids"].max() == 2
-    for front in (batch["slots"] == j for j in range(N)):
+    for front in (batch["virtual_positions"] == j for j in range(N)):
         assert front.sum() == 3 and not batch["weights"][front].any()
-    where = (batch[k] for k in ("tokens", "slots", "segment_ids", "positions"))
+    where = (batch[k] for k in ("tokens", "virtual_positions", "segment_ids", "positions"))
     logits = run(name, CONFIG, *map(jnp.asarray, where))
     got = train.cross_entropy(logits, batch["targets"], batch["weights"])
     assert got[1] == sum(len(x) - 1 for x in EXAMPLES)
@@ -146,8 +146,8 @@ def test_rows_of_several_tasks_are_packed_behind_the_prefix_of_their_own():
 
 def test_batches_without_virtual_tokens_are_as_they_were():
     tokens = [data.Tokens(x.astype(np.int32), np.ones(len(x), bool)) for x in EXAMPLES]
-    batch = data.Batches(data.Examples(tokens, context=12), batch_size=2)[0]
-    assert "slots" not in batch and batch["tokens"].shape == (2, 12)
+    batch = data.Batches(data.Examples(tokens, max_length=12), batch_size=2)[0]
+    assert "virtual_positions" not in batch and batch["tokens"].shape == (2, 12)
 
 
 # Windows ------------------------------------------------------------------------------------------
@@ -234,9 +234,9 @@ def test_segments_are_those_of_the_tokens(segments, message):
 
 @pytest.mark.parametrize("virtual", [-2, [[1]]])
 def test_batches_say_what_virtual_tokens_are(virtual):
-    examples = data.Examples([data.Tokens(np.arange(4), np.ones(4, bool))], context=4)
+    examples = data.Examples([data.Tokens(np.arange(4), np.ones(4, bool))], max_length=4)
     with pytest.raises(ValueError, match=re.escape(f"sequence of ids; got {virtual!r}.")):
-        data.Batches(examples, batch_size=1, virtual=virtual)
+        data.Batches(examples, batch_size=1, virtual_tokens=virtual)
 
 
 # Models that read placeholders --------------------------------------------------------------------
@@ -452,14 +452,14 @@ def test_fit_refuses_a_loss_that_reads_a_placeholder(at, jitted):
         jp.prefix_tuning(2, found.match("k"), found.match("v"), dtype=F8)(KEY, P)
     )
 
-    def loss(adapter, frozen, batch, key):
+    def loss(frozen, adapter, batch, key):
         ids, slots = jp.prompts.prepend_virtual_tokens(batch, 2)
         out = jp.lift(fn)(jp.combine(frozen, adapter, virtual=slots), ids)
         return jnp.sum(out**2), jnp.float32(3)
 
     loss = jax.jit(loss) if jitted else loss
     go = functools.partial(
-        train.fit, loss, optax.sgd(0.1), adapter, frozen, [np.asarray(IDS)], progress=False
+        train.fit, loss, optax.sgd(0.1), frozen, adapter, [np.asarray(IDS)], progress=False
     )
     if at == 0:
         with pytest.raises(ValueError, match=r"loss reads a placeholder.* it is [\d.]+ instead of"):
@@ -472,9 +472,9 @@ def test_fit_refuses_a_loss_that_reads_a_placeholder(at, jitted):
 def test_fit_refuses_packed_rows_of_which_the_first_examples_alone_have_virtual_tokens(name):
     frozen, adapter, fill = tuned(name)
     tokens = [data.Tokens(x.astype(np.int32), np.ones(len(x), bool)) for x in EXAMPLES]
-    batches = data.Batches(data.Examples(tokens, context=12), batch_size=2, epochs=1)
+    batches = data.Batches(data.Examples(tokens, max_length=12), batch_size=2, num_epochs=1)
 
-    def loss(mind, adapter, frozen, batch, key):
+    def loss(mind, frozen, adapter, batch, key):
         shown = batch["segment_ids"] if mind else None
         ids, slots, *shown = jp.prompts.prepend_virtual_tokens(batch["tokens"], N, fill, shown)
         tree = jp.combine(frozen, adapter, **({"virtual": slots} if name == "prefix" else {}))
@@ -483,7 +483,7 @@ def test_fit_refuses_packed_rows_of_which_the_first_examples_alone_have_virtual_
 
     def go(mind):
         some = functools.partial(loss, mind)
-        return train.fit(some, optax.sgd(0.1), adapter, frozen, [batches[0]], progress=False)
+        return train.fit(some, optax.sgd(0.1), frozen, adapter, [batches[0]], progress=False)
 
     with pytest.raises(
         ValueError, match=r"Row \d of the batch packs 2 examples, but the loss puts"
@@ -501,7 +501,7 @@ def test_fit_refuses_gates_over_packed_rows():
     batch = {"segment_ids": np.array([[1, 1, 0], [1, 2, 3]])}
     loss = lambda *given: None  # noqa: E731
     with pytest.raises(ValueError, match="Row 1 of the batch packs 3 examples, but a gate of `uni"):
-        train.fit(loss, optax.sgd(0.1), adapter, frozen, [batch], progress=False)
+        train.fit(loss, optax.sgd(0.1), frozen, adapter, [batch], progress=False)
 
 
 # Rounding -----------------------------------------------------------------------------------------

@@ -93,4 +93,4 @@ def test_a_saved_folder_is_trained_on_text_and_chats_again(tmp_path, monkeypatch
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     got, want = TextTokenizer(out).encode_chat(talk), TextTokenizer(source).encode_chat(talk)
     np.testing.assert_array_equal(got.ids, want.ids)
-    assert got.counted.any()
+    assert got.loss_mask.any()

@@ -35,20 +35,20 @@ class Stream:
 
 
 def main(folder, steps, **options):
-    adapter, frozen = toy.model(jnp.float32)
+    frozen, adapter = toy.model(jnp.float32)
     return train.fit(
         toy.noisy_loss_fn,
         optax.adamw(optax.cosine_decay_schedule(1e-2, 100)),
-        adapter,
         frozen,
+        adapter,
         Stream(),
-        steps=steps,
+        max_steps=steps,
         key=jax.random.key(1),
-        accumulate=2,
-        clip=1.0,
-        held_out=[toy.batch(4, 6, seed=1000, dtype=np.float32)],
+        gradient_accumulation_steps=2,
+        max_grad_norm=1.0,
+        eval_data=[toy.batch(4, 6, seed=1000, dtype=np.float32)],
         eval_every=5,
-        folder=folder,
+        output_dir=folder,
         save_every=3,
         **options,
     )

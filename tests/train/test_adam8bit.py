@@ -254,7 +254,7 @@ def test_a_checkpoint_holds_the_moments_bit_for_bit(tmp_path):
 
 
 def test_the_step_takes_it_and_it_can_be_paged():
-    adapter, frozen = toy.model(jnp.float32)
+    frozen, adapter = toy.model(jnp.float32)
     adapter["unused"] = jnp.ones((64, 64), jnp.float32)
     adapter = jax.device_put(adapter, jax.devices()[0])
 

@@ -31,7 +31,7 @@ MARKED = """\
 {%- endfor %}
 """
 
-# Thoughts stand in the last turn only, and roles must alternate in some: as Qwen 3 has it.
+# Thoughts are written in the last turn only, as in Qwen 3.
 THINKING = """\
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' }}
@@ -162,7 +162,7 @@ TOKENS = ("<|user|>", "<|assistant|>", "<|observation|>", "<|start_header_id|>",
     ],
     ids="ChatML Llama-3 Gemma Vicuna Mistral gpt-oss GLM-4 headers Alpaca".split(),
 )
-def test_every_turn_is_counted_to_its_end_whatever_ends_it(source, ends):
+def test_every_turn_has_a_loss_up_to_and_on_what_ends_it(source, ends):
     template = ChatTemplate(source, SPECIAL, TOKENS)
     text, spans = template.render(TALK)
     turns = [text[begin:end] for begin, end in spans]
@@ -187,12 +187,15 @@ def test_a_turn_that_calls_a_tool_ends_with_the_marker_of_the_tools_role():
     assert text.endswith("look_up\n{}<|user|>") and spans[0][1] == len(text)
 
 
-def test_a_marker_that_is_text_is_said_and_the_end_token_ends_the_last_turn(caplog):
+def test_a_marker_that_is_text_gives_a_warning_and_the_end_token_ends_the_last_turn(caplog):
     template = ChatTemplate(ALPACA, SPECIAL, TOKENS)
     for _ in range(2):
         template.render(TALK)
     (record,) = caplog.records
-    assert "the next one's '### Instruction:', which is no token" in record.message
+    assert (
+        "the marker of the next turn, '### Instruction:', which is not a single token"
+        in record.message
+    )
     assert "ends with '</s>'. Stop generation at both." in record.message
     text, spans = ChatTemplate(ALPACA, {}).render(TALK)  # no end token at all
     assert text[slice(*spans[-1])] == "Because.\n\n### Instruction:"
@@ -207,11 +210,11 @@ def test_a_turn_without_any_end_is_an_error_with_the_way_out():
     text, spans = ChatTemplate(alone, SPECIAL, TOKENS).render(TALK[:2])
     assert text[slice(*spans[0])] == "\nHello!</s>"
     reworded = NEXT_ROLE.replace("item['content'] }}", "item['content'] | replace('\x00', '') }}")
-    with pytest.raises(UserError, match=r"nothing behind messages\[1\] that ends the turn"):
+    with pytest.raises(UserError, match=r"nothing after messages\[1\] that ends the turn"):
         ChatTemplate(reworded, SPECIAL, TOKENS).render(TALK)
 
 
-def test_a_generation_block_that_ends_before_the_end_token_is_said(caplog):
+def test_a_generation_block_that_ends_before_the_end_token_gives_a_warning(caplog):
     source = MARKED.replace("message.content + eos_token }}", "message.content }}").replace(
         "{%- endgeneration %}", "{%- endgeneration %}{{ eos_token }}"
     )
@@ -225,7 +228,7 @@ def test_the_word_generation_in_a_template_is_no_block():
     assert said(source.replace("A:", ""))[1] == ["Hello!<|im_end|>\n", "Because.<|im_end|>\n"]
 
 
-def test_a_turn_that_is_written_otherwise_when_it_is_last_is_found_all_the_same():
+def test_a_turn_that_is_written_differently_when_it_is_last_is_found():
     text, turns = said(THINKING)
     assert text.count("<think>") == 1
     assert turns == ["Hello!<|im_end|>\n", "<think></think>Because.<|im_end|>\n"]
@@ -237,13 +240,13 @@ def test_a_template_that_refuses_other_orders_works_on_those_it_takes():
         said(ALTERNATING, TALK[1:])
 
 
-def test_a_turn_whose_place_is_unknown_is_an_error_with_the_way_out():
+def test_a_turn_that_cannot_be_found_is_an_error_with_the_way_out():
     source = "{{ messages | length }}" + CHATML
     with pytest.raises(UserError, match=r"messages\[1\] differently .*\{% generation %\}"):
         said(source)
 
 
-def test_the_dialect_of_chat_templates():
+def test_the_jinja_extensions_of_chat_templates():
     source = """\
 {%- set state = namespace(n=0) %}
 {%- for m in messages %}

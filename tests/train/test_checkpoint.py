@@ -1,3 +1,5 @@
+import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -19,7 +21,7 @@ TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2), optax.add_no
 
 
 def trained(steps=2):
-    adapter, frozen = toy.model(jnp.float32)
+    frozen, adapter = toy.model(jnp.float32)
     adapter["layers.0/['odd'] path"] = jnp.ones((3,), jnp.bfloat16)
     step = jax.jit(train.train_step(toy.loss_fn, TX))
     state = train.init(adapter, TX)
@@ -40,7 +42,7 @@ def assert_same(got, want):
     jax.tree.map(same, got, want)
 
 
-def test_a_state_comes_back_bit_for_bit_with_its_structure(tmp_path):
+def test_a_state_is_restored_bit_for_bit_with_its_structure(tmp_path):
     state = trained()
     with train.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, {"data": {"next_index": 7}})
@@ -59,7 +61,7 @@ def test_an_optimizer_state_may_hold_arrays_of_no_elements(tmp_path):
 
 def test_the_newest_are_kept(tmp_path):
     state = trained(0)
-    with train.Checkpoints(tmp_path, keep=2) as checkpoints:
+    with train.Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
         for step in (1, 5, 9):
             checkpoints.save(state._replace(step=jnp.int32(step)), {})
         assert checkpoints.steps() == [5, 9]
@@ -88,7 +90,7 @@ def test_a_users_own_orbax_manager_restores_the_adapter(tmp_path):
     assert out.stdout.strip() == str(want), out.stderr
 
 
-def test_arrays_come_back_where_the_run_has_them(tmp_path):
+def test_arrays_are_restored_to_the_devices_of_the_run(tmp_path):
     """On a mesh as the adapter is spread there; on one device free to meet any mesh."""
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
     spread = NamedSharding(mesh, P("model"))
@@ -151,8 +153,140 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         for file in (tmp_path / "0" / "adapter").rglob("*"):
             if file.is_file() and file.parent.name == "d":
                 file.write_bytes(file.read_bytes()[:20])
-        with pytest.raises(train.UserError, match=rf"checkpoint {tmp_path}/0 cannot be read: \S+"):
+        with pytest.raises(
+            train.UserError, match=rf"checkpoint {tmp_path}/0 cannot be read: \S+.* Delete this"
+        ):
             checkpoints.restore(state)
+
+
+def small_state():
+    """Few bytes, so that a flip of one is likely to matter."""
+    tx = optax.sgd(0.1, momentum=0.9)
+    state = train.init({"w/a": jnp.arange(3.0), "w/b": jnp.ones(2, jnp.bfloat16)}, tx)
+    return state._replace(step=jnp.int32(7))
+
+
+RUN = {"data": {"position": 7, "seed": [1, 2.5]}, "evaluated_at": None}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The files of a checkpoint, and {path: bytes} of them."""
+    folder = tmp_path_factory.mktemp("saved")
+    with train.Checkpoints(folder) as checkpoints:
+        checkpoints.save(small_state(), RUN)
+    return folder, {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(folder):
+    """Whether a checkpoint is refused with a message; one that is not must be as it was saved."""
+    like = small_state()
+    try:
+        with train.Checkpoints(folder) as checkpoints:
+            got, run = checkpoints.restore(like, 7)
+    except train.UserError as error:
+        assert str(folder) in str(error) and len(str(error)) < 600
+        return True
+    assert_same(got, like)
+    assert run == RUN
+    return False
+
+
+# Orbax's threads go on reading after the first of them has failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("part", ["run/metadata", "anywhere"])
+def test_a_flipped_bit_is_refused_or_changes_nothing(saved, part):
+    """Also where the JSON of the data position stays readable, as a 7 that has become a 6."""
+    folder, files = saved
+    random = np.random.default_rng(0)
+    if part == "anywhere":
+        flips = [(p, random.integers(len(files[p]))) for p in files for _ in range(5) if files[p]]
+    else:
+        path = folder / "7" / "run" / "metadata"
+        flips = [(path, i) for i in range(0, len(files[path]), 3)]
+    outcomes = []
+    for path, at in flips:
+        damaged = bytearray(files[path])
+        damaged[at] ^= 1 << random.integers(8)
+        try:
+            path.write_bytes(damaged)
+            outcomes.append(refused(folder))
+        finally:
+            path.write_bytes(files[path])
+    assert not refused(folder)
+    # Much of what orbax writes is not read on restoring: time stamps, copies of the arrays.
+    assert np.mean(outcomes) > (0.3 if part == "anywhere" else 0.9)
+
+
+def test_what_differs_from_its_hash_is_named(saved):
+    folder, files = saved
+    path = folder / "7" / "run" / "metadata"
+    stored = json.loads(files[path])
+    digests = stored["sha256"]
+    moments = ["optimizer [0].trace['w/a']", "optimizer [0].trace['w/b']"]
+    assert list(digests) == ["run", "adapter w/a", "adapter w/b", "optimizer step", *moments]
+
+    def check(message, **change):
+        path.write_text(json.dumps(stored | change))
+        try:
+            with train.Checkpoints(folder) as checkpoints:
+                with pytest.raises(
+                    train.UserError, match=rf"checkpoint {folder}/7 is damaged: {message}.*Delete"
+                ):
+                    checkpoints.restore(small_state())
+        finally:
+            path.write_bytes(files[path])
+
+    other = "0" * 64
+    check(
+        "its run data differs from the hash", run=RUN | {"data": {"position": 6, "seed": [1, 2.5]}}
+    )
+    check("its run data differs from the hash", sha256=digests | {"run": other})
+    check("its adapter w/b differs from the hash", sha256=digests | {"adapter w/b": other})
+    check("its optimizer step differs", sha256=digests | {"optimizer step": other})
+    check("it has a hash for 'adapter w/c', and no array", sha256=digests | {"adapter w/c": other})
+    check("its run data has format 3, and this version reads 2", format=3)
+    check(r"its run data has the keys \['format', 'run', 'ru~', 'sha256'\]", **{"ru~": 1})
+    check("its run data has the keys", sha256=None)
+    check(
+        "the hash of its run data is missing", sha256={"optimizer step": digests["optimizer step"]}
+    )
+
+
+@pytest.mark.parametrize(
+    ("item", "array"), [("adapter", "w/a"), ("optimizer", r"\[0\].trace\['w/a'\]")]
+)
+def test_arrays_of_another_checkpoint_are_refused(tmp_path, item, array):
+    """Each of its checksums is right, but it is not what was saved with the rest."""
+    state = small_state()
+    other = jax.tree.map(lambda x: x + 1 if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+    for name, x in [("one", state), ("other", other)]:
+        with train.Checkpoints(tmp_path / name) as checkpoints:
+            checkpoints.save(x, RUN)
+    shutil.rmtree(tmp_path / "one" / "7" / item)
+    shutil.copytree(tmp_path / "other" / "7" / item, tmp_path / "one" / "7" / item)
+    with train.Checkpoints(tmp_path / "one") as checkpoints:
+        with pytest.raises(train.UserError, match=rf"damaged: its {item} {array} differs from"):
+            checkpoints.restore(state)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_hash_and_is_restored_with_a_warning(tmp_path):
+    state = trained()
+    with train.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {})
+        file = tmp_path / "2" / "run" / "metadata"
+        file.write_text(json.dumps(RUN))
+        with pytest.warns(UserWarning, match=rf"{tmp_path}/2 was written without content hashes"):
+            got, run = checkpoints.restore(train.init(state.adapter, TX))
+    assert_same(got, state)
+    assert run == RUN
+
+
+def test_run_data_is_restored_as_json_has_it(tmp_path):
+    run = {"a": (1, 2), 10: "ä", 9: float("inf"), "nested": {"b": [None, True]}}
+    with train.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(small_state(), run)
+        assert checkpoints.restore(small_state())[1] == json.loads(json.dumps(run))
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
@@ -163,13 +297,13 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         train.Checkpoints(tmp_path / "file" / "run")
 
 
-def test_keep_out_of_range_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"`keep` .* at least 1; got 0"):
-        train.Checkpoints(tmp_path, keep=0)
+def test_max_to_keep_out_of_range_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"`max_to_keep` .* at least 1; got 0"):
+        train.Checkpoints(tmp_path, max_to_keep=0)
 
 
-def test_a_full_disk_is_one_line_and_the_last_whole_checkpoint_stands(tmp_path):
-    """The limit on a file's size stands for the disk: both fail the write in the kernel."""
+def test_a_full_disk_is_one_line_and_the_last_complete_checkpoint_stays(tmp_path):
+    """A limit on the size of files simulates the full disk: both make the write fail."""
     program = """
         import resource, sys
         import jax.numpy as jnp, optax
@@ -189,8 +323,8 @@ def test_a_full_disk_is_one_line_and_the_last_whole_checkpoint_stands(tmp_path):
     assert out.returncode == 2
     assert out.stderr == (
         f"error: cannot write the checkpoint of step 1 to {tmp_path}: File too large. The last "
-        f"whole one is of step 0. Make room there or choose another folder, then start again to "
-        f"go on from it.\n"
+        f"complete one is of step 0. Make room there or choose another folder, then start the run "
+        f"again: it resumes from the last complete checkpoint.\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
@@ -209,7 +343,7 @@ def test_a_disk_that_fills_up_while_orbax_writes_leaves_nothing_half_written(tmp
             patch.setattr(ocp.CheckpointManager, "save", no_space)
             with pytest.raises(
                 train.UserError,
-                match=r"step 1 to .*: No space left on device. The last whole one is none",
+                match=r"step 1 to .*: No space left on device. There is none yet",
             ):
                 checkpoints.save(state._replace(step=jnp.int32(1)), {})
         assert not half.exists()

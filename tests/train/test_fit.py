@@ -1,9 +1,12 @@
+import io
+import itertools
 import json
 import math
 import os
 import re
 import signal
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +18,22 @@ import toy
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxpeft as jp
 from jaxpeft import train
 from jaxpeft._errors import need
+from jaxpeft.prompts._checks import check_loss
+from jaxpeft.train import _report
 
 
 def run(data=None, **options):
-    adapter, frozen = toy.model()
+    frozen, adapter = toy.model()
     data = [toy.batch(seed=seed) for seed in range(6)] if data is None else data
     options = {"progress": False} | options
-    return train.fit(toy.loss_fn, optax.adamw(1e-2), adapter, frozen, data, **options)
+    return train.fit(toy.loss_fn, optax.adamw(1e-2), frozen, adapter, data, **options)
 
 
 def by_hand(batches):
-    adapter, frozen = toy.model()
+    frozen, adapter = toy.model()
     tx = optax.adamw(1e-2)
     step = jax.jit(train.train_step(toy.loss_fn, tx))
     state, losses = train.init(adapter, tx), []
@@ -46,30 +52,30 @@ def test_it_takes_the_steps_of_a_loop_written_by_hand():
     result = run(batches)
     assert_same(result.state, by_hand(batches)[0])
     assert result.finished
-    assert_same(run(batches, steps=4).state, by_hand(batches[:4])[0])
+    assert_same(run(batches, max_steps=4).state, by_hand(batches[:4])[0])
 
 
 def test_the_callers_adapter_stays_as_it_is():
-    adapter, frozen = toy.model()
-    train.fit(toy.loss_fn, optax.sgd(0.1), adapter, frozen, [toy.batch()], progress=False)
-    assert_same((adapter, frozen), toy.model())
+    frozen, adapter = toy.model()
+    train.fit(toy.loss_fn, optax.sgd(0.1), frozen, adapter, [toy.batch()], progress=False)
+    assert_same((frozen, adapter), toy.model())
 
 
-def test_held_out_loss_is_weighted_by_tokens_over_the_whole_set():
-    adapter, frozen = toy.model()
+def test_evaluation_loss_is_weighted_by_tokens_over_the_whole_set():
+    frozen, adapter = toy.model()
     batches = [toy.batch(seed=seed) for seed in range(3)]
     batches[1]["weights"] = batches[1]["weights"] * 0
     batches[2]["weights"][2:] = 0
-    got = train.evaluate(toy.loss_fn, adapter, frozen, batches)
+    got = train.evaluate(toy.loss_fn, frozen, adapter, batches)
     whole = jax.tree.map(lambda *xs: np.concatenate(xs), *batches)
-    total, weight = toy.loss_fn(adapter, frozen, whole, None)
+    total, weight = toy.loss_fn(frozen, adapter, whole, None)
     np.testing.assert_allclose(got, (total / weight, np.exp(total / weight), weight), rtol=1e-12)
 
 
-def test_held_out_set_without_tokens_is_an_error():
-    adapter, frozen = toy.model()
+def test_an_evaluation_set_without_target_tokens_is_an_error():
+    frozen, adapter = toy.model()
     with pytest.raises(train.UserError, match="no target tokens"):
-        train.evaluate(toy.loss_fn, adapter, frozen, [])
+        train.evaluate(toy.loss_fn, frozen, adapter, [])
 
 
 def test_a_huge_loss_has_infinite_perplexity():
@@ -82,19 +88,19 @@ def test_a_huge_loss_has_infinite_perplexity():
 def test_evaluation_has_no_key_and_the_dtype_of_training():
     seen = []
 
-    def loss_fn(adapter, frozen, batch, key):
+    def loss_fn(frozen, adapter, batch, key):
         seen.append((key is None, adapter["w/a"].dtype == jnp.bfloat16))
-        return toy.loss_fn(adapter, frozen, batch, key)
+        return toy.loss_fn(frozen, adapter, batch, key)
 
-    adapter, frozen = toy.model(jnp.float32)
+    frozen, adapter = toy.model(jnp.float32)
     train.fit(
         loss_fn,
         optax.sgd(0.1),
-        adapter,
         frozen,
+        adapter,
         [toy.batch()],
         key=jax.random.key(0),
-        held_out=[toy.batch()],
+        eval_data=[toy.batch()],
         compute_dtype=jnp.bfloat16,
         progress=False,
     )
@@ -104,12 +110,12 @@ def test_evaluation_has_no_key_and_the_dtype_of_training():
 def test_metrics_hold_every_step_and_evaluation_in_order_and_no_times(tmp_path):
     result = resumable.main(tmp_path, 7, log_every=2, progress=False)
     records = train.read_metrics(tmp_path / "metrics.jsonl")
-    steps = [(r["step"], "held_out_loss" in r) for r in records]
+    steps = [(r["step"], "eval_loss" in r) for r in records]
     assert steps == [(0, True), (2, False), (4, False), (5, True), (6, False), (7, True)]
     assert set(records[1]) == {"step", "loss", "grad_norm", "tokens"}
-    assert set(records[0]) == {"step", "held_out_loss", "perplexity"}
-    assert records[-1]["held_out_loss"] == result.held_out.loss
-    assert records[-1]["perplexity"] == pytest.approx(math.exp(result.held_out.loss))
+    assert set(records[0]) == {"step", "eval_loss", "eval_perplexity"}
+    assert records[-1]["eval_loss"] == result.evaluation.loss
+    assert records[-1]["eval_perplexity"] == pytest.approx(math.exp(result.evaluation.loss))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path):
@@ -129,7 +135,7 @@ def test_a_loss_that_is_not_finite_is_skipped_on_request(tmp_path):
                 batch["weights"][0, 0] = np.inf
             return batch
 
-    result = run(Poisoned(), steps=5, on_nan="skip", folder=tmp_path, log_every=2)
+    result = run(Poisoned(), max_steps=5, on_nan="skip", output_dir=tmp_path, log_every=2)
     records = train.read_metrics(tmp_path / "metrics.jsonl")
     assert [(r["step"], r["loss"] is None, r.get("skipped", False)) for r in records] == [
         (2, False, False),
@@ -172,44 +178,44 @@ def test_sigterm_saves_and_the_next_process_ends_with_the_same_bytes(
     second = resumable.main(tmp_path, 7, progress=False)
     assert second.finished
     assert_same(second.state, unstopped.state)
-    assert second.held_out == unstopped.held_out
+    assert second.evaluation == unstopped.evaluation
     name = "metrics.jsonl"
     assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_a_finished_run_started_again_changes_nothing_and_tells_its_end(tmp_path):
+def test_a_finished_run_started_again_changes_nothing_and_reports_its_evaluation(tmp_path):
     first = resumable.main(tmp_path, 4, progress=False)
     metrics = (tmp_path / "metrics.jsonl").read_bytes()
     again = resumable.main(tmp_path, 4, progress=False)
     assert_same(again.state, first.state)
-    assert again.held_out == first.held_out
+    assert again.evaluation == first.evaluation
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_records_after_the_checkpoint_and_a_torn_line_are_cut(tmp_path):
+def test_records_after_the_checkpoint_and_an_incomplete_line_are_removed(tmp_path):
     resumable.main(tmp_path, 4, progress=False)
     file = tmp_path / "metrics.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole + json.dumps({"step": 5, "loss": 1.0}).encode() + b"\n" + b'{"ste')
     resumable.main(tmp_path, 4, progress=False)
     assert file.read_bytes() == whole
-    file.write_bytes(whole[:-3])  # torn itself: what is lost is lost, the rest stands
+    file.write_bytes(whole[:-3])  # incomplete itself: the lost record stays lost, the others stay
     resumable.main(tmp_path, 4, progress=False)
     assert whole.startswith(file.read_bytes())
 
 
-def test_place_puts_batches_on_a_mesh(tmp_path):
+def test_put_batch_puts_batches_on_a_mesh(tmp_path):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     spread = NamedSharding(mesh, P("data"))
     batches = [toy.batch(seed=seed) for seed in range(3)]
     seen = []
 
-    def place(batch):
+    def put_batch(batch):
         batch = jax.device_put(batch, spread)
         seen.append(batch["tokens"].sharding)
         return batch
 
-    got = run(batches, place=place, held_out=batches[:1])
+    got = run(batches, put_batch=put_batch, eval_data=batches[:1])
     assert seen == [spread] * 5
     want, _ = by_hand(batches)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, 1e-12), got.state, want)
@@ -222,10 +228,16 @@ def test_progress_is_quiet_where_there_is_no_terminal(capfd):
 
 def test_progress_shows_step_loss_rate_and_time_left(capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
-    run(progress=True, steps=6, held_out=[toy.batch()])
+    run(progress=True, max_steps=6, eval_data=[toy.batch()])
     shown = capfd.readouterr().err
-    for part in ("6/6", "loss 3.", "held out 3.", "tokens/s", "left"):
-        assert part in shown
+    for part in (
+        r"6/6",
+        r"(?<!eval )loss 3\.\d{4}",
+        r"eval loss 3\.\d{4}",
+        r"[\d,]+ tokens/s",
+        r"\d:\d\d:\d\d\s+left",
+    ):
+        assert re.search(part, shown), part
 
 
 def test_progress_without_rich_says_what_to_install(monkeypatch):
@@ -236,14 +248,27 @@ def test_progress_without_rich_says_what_to_install(monkeypatch):
 
 
 def test_progress_in_lines_is_one_per_evaluation_on_stdout(capfd):
-    run(progress="lines", steps=6, held_out=[toy.batch()], eval_every=4)
+    run(progress="lines", max_steps=6, eval_data=[toy.batch()], eval_every=4)
     out, err = capfd.readouterr()
     first, middle, last = out.splitlines()
-    assert re.fullmatch(r"step 0/6  held out 3\.\d{4}", first)
-    assert re.fullmatch(r"step 4/6  loss 3\.\d{4}  held out 3\.\d{4}  [\d,]+ tokens/s", middle)
+    assert re.fullmatch(r"step 0/6  eval loss 3\.\d{4}", first)
+    assert re.fullmatch(r"step 4/6  loss 3\.\d{4}  eval loss 3\.\d{4}  [\d,]+ tokens/s", middle)
     assert last.startswith("step 6/6  loss 3.") and err == ""
     with pytest.raises(ValueError, match="True, False or \"lines\", got 'bars'"):
         run(progress="bars")
+
+
+def test_each_line_of_progress_is_written_at_once(monkeypatch):
+    """Python buffers output that goes to a file, where nobody would see it until the end."""
+
+    class File(io.StringIO):
+        def flush(self):
+            flushed.append(self.getvalue().count("\n"))
+
+    flushed = []
+    monkeypatch.setattr(sys, "stdout", File())
+    run(progress="lines", max_steps=3, eval_data=[toy.batch()])
+    assert set(flushed) == {1, 2}
 
 
 def without(monkeypatch, *modules):
@@ -258,34 +283,40 @@ def never(*_):
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
-        ("matplotlib", {"figure": "loss.png"}, r"a loss figure needs .*'jaxpeft\[figure\]'"),
+        ("matplotlib", {"loss_figure": "loss.png"}, r"a loss figure needs .*'jaxpeft\[figure\]'"),
         ("rich", {"progress": True}, r"progress=True needs rich: pip install 'jaxpeft\[train\]'"),
     ],
 )
-def test_what_an_option_needs_is_looked_for_before_the_first_step(
+def test_the_package_that_an_option_needs_is_checked_before_the_first_step(
     tmp_path, monkeypatch, module, options, message
 ):
     without(monkeypatch, module)
-    adapter, frozen = toy.model()
+    frozen, adapter = toy.model()
     data = resumable.Stream()
-    if "figure" in options:
-        options = options | {"folder": tmp_path, "figure": tmp_path / options["figure"]}
+    if "loss_figure" in options:
+        options = options | {
+            "output_dir": tmp_path,
+            "loss_figure": tmp_path / options["loss_figure"],
+        }
     with pytest.raises(train.UserError, match=message):
-        train.fit(never, optax.sgd(0.1), adapter, frozen, data, **{"progress": False} | options)
+        train.fit(never, optax.sgd(0.1), frozen, adapter, data, **{"progress": False} | options)
 
 
 def test_a_figure_that_could_not_be_drawn_at_the_end_is_refused_before_the_first_step(tmp_path):
     pytest.importorskip("matplotlib")
-    adapter, frozen = toy.model()
+    frozen, adapter = toy.model()
     for figure, message in [
-        (tmp_path / "loss.xyz", r"loss\.xyz ends in '\.xyz', which cannot be drawn.*png, .*svg"),
-        (tmp_path / "loss", r"loss ends in '', which cannot be drawn"),
+        (
+            tmp_path / "loss.xyz",
+            r"loss\.xyz has the suffix '\.xyz', which is not a format .*png, .*svg",
+        ),
+        (tmp_path / "loss", r"loss has the suffix '', which is not a format"),
         (tmp_path / "none" / "loss.png", rf"there is no folder {tmp_path}/none"),
     ]:
         with pytest.raises(train.UserError, match=message):
             train.fit(
-                never, optax.sgd(0.1), adapter, frozen, resumable.Stream(),
-                folder=tmp_path, figure=figure, progress=False,
+                never, optax.sgd(0.1), frozen, adapter, resumable.Stream(),
+                output_dir=tmp_path, loss_figure=figure, progress=False,
             )  # fmt: skip
 
 
@@ -302,17 +333,35 @@ def test_an_optional_module_is_named_with_its_extra_and_what_it_lacks_itself(tmp
         need("halfway", "train", "this")
 
 
-def test_the_rate_counts_target_tokens():
-    assert run().tokens_per_second > 0
+def test_the_rate_counts_target_tokens_and_seconds_after_the_first_step(monkeypatch):
+    seconds = itertools.count(100.0, 0.5)
+    monkeypatch.setattr(_report, "time", types.SimpleNamespace(monotonic=lambda: next(seconds)))
+    batches = [toy.batch(seed=seed) for seed in range(6)]
+    tokens = sum(batch["weights"].sum() for batch in batches[1:])
+    assert run(batches).tokens_per_second == pytest.approx(tokens / (5 * 0.5), rel=1e-12)
     assert run([toy.batch()]).tokens_per_second is None  # compilation only
 
 
-def test_a_loss_figure_on_request(tmp_path):
-    pytest.importorskip("matplotlib")
-    resumable.main(tmp_path, 4, progress=False, figure=tmp_path / "loss.svg")
-    assert "loss per target token" in (tmp_path / "loss.svg").read_text() or (
-        (tmp_path / "loss.svg").stat().st_size > 5000
-    )
+def test_a_loss_figure_shows_both_losses_over_steps(tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    figures, savefig = [], matplotlib.figure.Figure.savefig
+
+    def kept(figure, *args, **options):
+        figures.append(figure)
+        savefig(figure, *args, **options)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", kept)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters, not their outlines
+        resumable.main(tmp_path, 6, progress=False, loss_figure=tmp_path / "loss.svg")
+    (axes,) = figures[0].axes
+    drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    records = train.read_metrics(tmp_path / "metrics.jsonl")
+    points = lambda name: [(r["step"], r[name]) for r in records if name in r]  # noqa: E731
+    assert drawn == {"training": points("loss"), "evaluation": points("eval_loss")}
+    assert [len(drawn[label]) for label in ("training", "evaluation")] == [6, 3]
+    text = (tmp_path / "loss.svg").read_text()
+    for label in ("step", "loss per target token (nats)", "training", "evaluation"):
+        assert f">{label}</text>" in text
 
 
 def test_a_figure_needs_matplotlib_and_records(tmp_path, monkeypatch):
@@ -322,22 +371,98 @@ def test_a_figure_needs_matplotlib_and_records(tmp_path, monkeypatch):
         patch.setitem(sys.modules, "matplotlib", None)
         patch.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(train.UserError, match=r"pip install 'jaxpeft\[figure\]'"):
-            train.loss_figure(file, tmp_path / "loss.png")
+            train.plot_loss(file, tmp_path / "loss.png")
     pytest.importorskip("matplotlib")
-    with pytest.raises(train.UserError, match=rf"{file} holds no records"):
-        train.loss_figure(file, tmp_path / "loss.png")
+    with pytest.raises(train.UserError, match=rf"{file} has no records"):
+        train.plot_loss(file, tmp_path / "loss.png")
+
+
+# The order of arguments --------------------------------------------------------------------------
+
+
+def lifted():
+    """A loss, a frozen tree with placeholders, and an adapter."""
+    model = lambda p, x: x @ p["w"]  # noqa: E731
+    params = {"w": jnp.ones((3, 2))}
+    sites = jp.sites(model, params, jnp.ones((4, 3)))
+    frozen, adapter = jp.split(jp.lora(1, sites.linear)(jax.random.key(0), params))
+
+    def loss_fn(frozen, adapter, batch, key):
+        return jnp.sum(jp.lift(model)(jp.combine(frozen, adapter), batch)), 1.0
+
+    return loss_fn, frozen, adapter
+
+
+def test_the_adapter_before_the_frozen_tree_is_an_error():
+    loss_fn, frozen, adapter = lifted()
+    tx, x = optax.sgd(0.1), jnp.ones((4, 3))
+    calls = {
+        r"fit\(loss_fn, tx, frozen, adapter, data\)": lambda: train.fit(
+            loss_fn, tx, adapter, frozen, [x], progress=False
+        ),
+        r"evaluate\(loss_fn, frozen, adapter, batches\)": lambda: train.evaluate(
+            loss_fn, adapter, frozen, [x]
+        ),
+        r"estimate_memory\(loss, frozen, adapter, \.\.\.\)": lambda: jp.estimate_memory(
+            lambda *given: loss_fn(*given)[0], adapter, frozen, x, None
+        ),
+        r"check_loss\(loss_fn, frozen, adapter, batch, key\)": lambda: check_loss(
+            loss_fn, adapter, frozen, x, None
+        ),
+        r"init\(adapter, tx\)": lambda: train.init(frozen, tx),
+    }
+    for call, swapped in calls.items():
+        with pytest.raises(ValueError, match=rf"`{call}`: the adapter has a placeholder for 'w/a'"):
+            swapped()
+    with pytest.raises(ValueError, match=r"adapter is \{\}: it has no arrays.* order of arguments"):
+        train.fit(toy.loss_fn, tx, adapter, {}, [x], progress=False)
+
+
+def test_a_loss_that_takes_the_adapter_before_the_frozen_tree_is_an_error():
+    _, frozen, adapter = lifted()
+    tx, x = optax.sgd(0.1), jnp.ones((4, 3))
+
+    def old(adapter, frozen, batch, key):
+        raise AssertionError("the loss was called")
+
+    def other(params, frozen, batch, key):
+        raise AssertionError("the loss was called")
+
+    names = (
+        r"`old\(adapter, frozen, \.{3}\)` takes the adapter first.*`old\(frozen, adapter, \.{3}\)`"
+    )
+    for call in (
+        lambda loss: train.fit(loss, tx, frozen, adapter, [x], progress=False),
+        lambda loss: train.train_step(loss, tx),
+        lambda loss: train.evaluate(loss, frozen, adapter, [x]),
+        lambda loss: jp.estimate_memory(loss, frozen, adapter, x),
+        lambda loss: check_loss(loss, frozen, adapter, x, None),
+    ):
+        with pytest.raises(ValueError, match=names):
+            call(old)
+        with pytest.raises(ValueError, match=names):
+            call(jax.jit(old))
+        with pytest.raises(ValueError, match=r"`other\(params, frozen, \.\.\.\)`"):
+            call(other)
+    # Names that say nothing: it is `combine` that refuses the frozen tree as an adapter.
+    unnamed = lambda a, f, b, k: (jp.combine(f, a), 1.0)  # noqa: E731
+    with pytest.raises(KeyError, match="Is it the frozen tree. It comes first"):
+        train.evaluate(unnamed, frozen, adapter, [x])
+
+
+# Options -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eval_every": 0, "held_out": []}, r"`eval_every` .* at least 1; got 0"),
+        ({"eval_every": 0, "eval_data": []}, r"`eval_every` .* at least 1; got 0"),
         ({"save_every": -1}, r"`save_every` .* at least 1; got -1"),
         ({"log_every": 0}, r"`log_every` .* at least 1; got 0"),
-        ({"eval_every": 5}, r"`eval_every=5` needs `held_out`"),
-        ({"save_every": 5}, r"`save_every=5` needs `folder`"),
-        ({"figure": "loss.png"}, r"`figure='loss.png'` needs `folder`"),
-        ({"folder": "run"}, r"get_state and set_state, .* got list_iterator"),
+        ({"eval_every": 5}, r"`eval_every=5` needs `eval_data`"),
+        ({"save_every": 5}, r"`save_every=5` needs `output_dir`"),
+        ({"loss_figure": "loss.png"}, r"`loss_figure='loss.png'` needs `output_dir`"),
+        ({"output_dir": "run"}, r"get_state and set_state, .* got list_iterator"),
     ],
 )
 def test_options_that_do_not_fit_together_are_named(options, message):
@@ -345,7 +470,7 @@ def test_options_that_do_not_fit_together_are_named(options, message):
         run(**options)
 
 
-def test_a_user_error_is_one_line_and_exit_code_2_and_a_defect_keeps_its_traceback(capsys):
+def test_a_user_error_is_one_line_and_exit_code_2_and_a_bug_keeps_its_traceback(capsys):
     with pytest.raises(SystemExit) as end, train.one_line_errors():
         raise train.UserError("line 3 of x.jsonl is\nno JSON")
     assert end.value.code == 2

@@ -358,7 +358,7 @@ def test_head_and_adapter_are_trained_by_the_step_of_the_library():
     batch = {"tokens": tokens, "mask": mask, "labels": np.array([0, 3, 1])}
     lifted = jp.lift(model)
 
-    def loss_fn(adapter, frozen, batch, key):
+    def loss_fn(frozen, adapter, batch, key):
         tree = jp.combine(frozen, adapter)
         return head.loss(lifted(tree, batch["tokens"], mask=batch["mask"]), batch["labels"])
 

@@ -41,7 +41,7 @@ def test_equals_optax_with_gradient():
         np.testing.assert_allclose(got, want, rtol=1e-6 if got.dtype == jnp.float32 else 1e-12)
 
 
-def test_without_weights_every_token_counts_once():
+def test_without_weights_every_token_has_weight_one():
     logits, targets, _ = example()
     total, count = cross_entropy(logits, targets)
     assert count == 10
@@ -57,7 +57,7 @@ def test_bfloat16_logits_are_summed_in_float32_and_get_a_bfloat16_gradient():
     assert jax.grad(lambda x: cross_entropy(x, targets)[0])(logits).dtype == jnp.bfloat16
 
 
-def test_an_ignored_target_may_lie_outside_the_vocabulary():
+def test_an_ignored_target_may_be_outside_the_vocabulary():
     logits, targets, weights = example()
     gradient = jax.grad(lambda t: cross_entropy(logits * t, targets, weights)[0])
     ignored = targets.at[0, 2].set(-100)
@@ -98,7 +98,7 @@ def test_the_backward_pass_keeps_the_logits_in_their_dtype_and_no_float32_copy()
     assert residual_bytes(plain) > logits + small  # so the bound says something
 
 
-def test_shapes_that_do_not_belong_together_are_named():
+def test_shapes_that_do_not_match_are_named():
     logits, targets, weights = example()
     with pytest.raises(ValueError, match=r"logits \(2, 5, 7\) and targets \(2, 4\)"):
         cross_entropy(logits, targets[:, :4])
@@ -106,7 +106,7 @@ def test_shapes_that_do_not_belong_together_are_named():
         cross_entropy(logits, targets, weights[:, :4])
 
 
-def test_each_place_predicts_the_next_token_of_its_own_segment():
+def test_each_position_predicts_the_next_token_of_its_own_segment():
     tokens = jnp.array([[1, 2, 3, 4, 5, 0, 0]])
     weights = jnp.array([[0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]])
     segments = jnp.array([[1, 1, 1, 2, 2, 0, 0]])

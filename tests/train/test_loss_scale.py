@@ -38,7 +38,7 @@ def spoiling(where):
 @pytest.mark.parametrize("on_nan", ["stop", "skip"])
 def test_a_float16_adapter_that_adam_would_poison_is_kept_and_flagged(on_nan):
     """Its second moments and eps are 0: the update of a finite gradient is 0 / 0."""
-    adapter, frozen = toy.model(jnp.float16)
+    frozen, adapter = toy.model(jnp.float16)
     tx = optax.adam(1e-2)
     state = train.init(adapter, tx)
     step = jax.jit(train.train_step(toy.loss_fn, tx, on_nan=on_nan))
@@ -50,7 +50,7 @@ def test_a_float16_adapter_that_adam_would_poison_is_kept_and_flagged(on_nan):
 
 @pytest.mark.parametrize("where", ["update", "state"])
 def test_an_update_or_state_that_is_not_finite_is_not_made_and_the_next_step_goes_on(where):
-    adapter, frozen = toy.model(jnp.float32)
+    frozen, adapter = toy.model(jnp.float32)
     tx = spoiling(where)
     step = jax.jit(train.train_step(toy.loss_fn, tx, on_nan="skip"))
     batch = toy.batch(dtype=jnp.float32)
@@ -72,7 +72,7 @@ def test_an_update_or_state_that_is_not_finite_is_not_made_and_the_next_step_goe
 def test_in_host_memory_each_array_whose_update_is_not_finite_is_kept(size, finite):
     """In float16 the second moment is 0, or infinite: then Adam would stand still for good."""
 
-    def loss_fn(adapter, frozen, batch, key):
+    def loss_fn(frozen, adapter, batch, key):
         return jnp.sum(size * adapter["narrow"].astype(jnp.float32)) + adapter["wide"].sum(), 1.0
 
     adapter = {"narrow": jnp.ones(4, jnp.float16), "wide": jnp.ones(4, jnp.float32)}
@@ -86,15 +86,15 @@ def test_in_host_memory_each_array_whose_update_is_not_finite_is_kept(size, fini
 
 
 @FLOAT16
-def test_fit_says_that_it_is_the_update_that_is_not_finite():
-    adapter, frozen = toy.model(jnp.float16)
+def test_fit_names_an_update_that_is_not_finite():
+    frozen, adapter = toy.model(jnp.float16)
     with pytest.raises(train.UserError, match=r"the optimizer's update is not finite at step 1"):
-        train.fit(toy.loss_fn, optax.adam(1e-2), adapter, frozen, [toy.batch()], progress=False)
+        train.fit(toy.loss_fn, optax.adam(1e-2), frozen, adapter, [toy.batch()], progress=False)
 
 
 @pytest.mark.parametrize("page", ["no", "inside", "outside"])
 def test_scaling_changes_no_digit_where_nothing_overflows(page):
-    adapter, frozen = toy.model()
+    frozen, adapter = toy.model()
     batch = toy.batch()
     batch["weights"] = batch["weights"] * 0.3  # no power of two
     batch["weights"][:8:3] = 0  # a microbatch without tokens
@@ -107,7 +107,7 @@ def test_scaling_changes_no_digit_where_nothing_overflows(page):
 
     def run(tx):
         start = train.init(jax.device_put(adapter, jax.devices()[0]), tx)
-        step = train.train_step(toy.loss_fn, tx, accumulate=3, clip=0.05)
+        step = train.train_step(toy.loss_fn, tx, gradient_accumulation_steps=3, max_grad_norm=0.05)
         return jax.jit(step)(start, frozen, batch, None)
 
     (got, ours), (want, theirs) = run(scaled), run(tx)
@@ -115,18 +115,18 @@ def test_scaling_changes_no_digit_where_nothing_overflows(page):
     assert_same(ours, theirs)
 
 
-def small_loss_fn(adapter, frozen, batch, key):
-    loss, weight = toy.loss_fn(adapter, frozen, batch, key)
+def small_loss_fn(frozen, adapter, batch, key):
+    loss, weight = toy.loss_fn(frozen, adapter, batch, key)
     return loss * 1e-7, weight
 
 
 def test_float16_follows_float32_where_its_gradients_alone_would_be_zeros():
-    adapter, frozen = toy.model(jnp.float32)
+    frozen, adapter = toy.model(jnp.float32)
     narrow = jax.tree.map(lambda x: x.astype(jnp.float16), frozen)
     batch = toy.batch(dtype=jnp.float32)
     tx = optax.sgd(1e5)
     run = lambda tx, frozen, dtype: jax.jit(  # noqa: E731
-        train.train_step(small_loss_fn, tx, compute_dtype=dtype, accumulate=3)
+        train.train_step(small_loss_fn, tx, compute_dtype=dtype, gradient_accumulation_steps=3)
     )(train.init(adapter, tx), frozen, batch, None)
     want, exact = run(tx, frozen, None)
     got, metrics = run(train.loss_scaled(tx, init_scale=2.0**24), narrow, jnp.float16)
@@ -135,19 +135,21 @@ def test_float16_follows_float32_where_its_gradients_alone_would_be_zeros():
         moved = np.asarray(want.adapter[path] - x)
         np.testing.assert_allclose(got.adapter[path] - x, moved, atol=2e-2 * np.abs(moved).max())
     cast = jax.tree.map(lambda x: x.astype(jnp.float16), adapter)
-    unscaled = jax.grad(lambda a: small_loss_fn(a, narrow, batch, None)[0] / 238)(cast)
+    unscaled = jax.grad(lambda a: small_loss_fn(narrow, a, batch, None)[0] / 238)(cast)
     assert max(float(jnp.abs(g).max()) for g in unscaled.values()) == 0
 
 
-def test_an_overflow_halves_the_scale_and_leaves_the_step_out_until_it_fits():
+def test_an_overflow_halves_the_scale_and_skips_the_step_until_it_fits():
     """The second microbatch alone overflows, below the 65504 of float16 from a scale of 4 on."""
 
-    def loss_fn(adapter, frozen, batch, key):
+    def loss_fn(frozen, adapter, batch, key):
         return jnp.sum(adapter["w"] * batch).astype(jnp.float32), jnp.float32(1)
 
     tx = train.loss_scaled(optax.adam(1e-2), init_scale=16.0, growth_interval=2)
     step = jax.jit(
-        train.train_step(loss_fn, tx, compute_dtype=jnp.float16, accumulate=2, on_nan="stop")
+        train.train_step(
+            loss_fn, tx, compute_dtype=jnp.float16, gradient_accumulation_steps=2, on_nan="stop"
+        )
     )
     start = train.init({"w": jnp.ones(())}, tx)
     state, batch = start, jnp.asarray([1.0, 3e4], jnp.float16)
@@ -167,8 +169,8 @@ def test_an_overflow_halves_the_scale_and_leaves_the_step_out_until_it_fits():
     assert state.step == 6 and state.opt_state.inner[0].count == overflows.count(False)
 
 
-def test_an_overflow_at_the_smallest_scale_and_a_loss_that_is_not_finite_are_faults():
-    def loss_fn(adapter, frozen, batch, key):
+def test_an_overflow_at_the_smallest_scale_and_a_loss_that_is_not_finite_are_errors():
+    def loss_fn(frozen, adapter, batch, key):
         return jnp.sum(adapter["w"] * batch * frozen), jnp.float32(1)
 
     tx = train.loss_scaled(optax.sgd(1e-2), init_scale=1.0)
@@ -181,7 +183,7 @@ def test_an_overflow_at_the_smallest_scale_and_a_loss_that_is_not_finite_are_fau
 
 
 def test_fit_goes_on_after_an_overflow_and_records_it(tmp_path):
-    def loss_fn(adapter, frozen, batch, key):
+    def loss_fn(frozen, adapter, batch, key):
         return jnp.sum(adapter["w"] * batch).astype(jnp.float32), jnp.float32(1)
 
     class Stream(resumable.Stream):
@@ -191,8 +193,8 @@ def test_fit_goes_on_after_an_overflow_and_records_it(tmp_path):
 
     tx = train.loss_scaled(optax.sgd(1e-9), init_scale=8.0)
     run = lambda steps: train.fit(  # noqa: E731
-        loss_fn, tx, {"w": jnp.ones(())}, {}, Stream(), steps=steps, compute_dtype=jnp.float16,
-        folder=tmp_path, progress=False,
+        loss_fn, tx, {}, {"w": jnp.ones(())}, Stream(), max_steps=steps, compute_dtype=jnp.float16,
+        output_dir=tmp_path, progress=False,
     )  # fmt: skip
     assert run(1).state.opt_state.scale == 4.0
     result = run(3)  # from the checkpoint, and with its scale
@@ -202,26 +204,28 @@ def test_fit_goes_on_after_an_overflow_and_records_it(tmp_path):
 
 
 def test_what_cannot_be_trained_in_its_dtype_is_named():
-    adapter, frozen = toy.model(jnp.float32)
+    frozen, adapter = toy.model(jnp.float32)
     batch = toy.batch(dtype=jnp.float32)
     tx = optax.sgd(0.1)
-    with pytest.raises(ValueError, match=r"compute_dtype=float16` makes zeros .*loss_scaled\(tx\)"):
+    with pytest.raises(
+        ValueError, match=r"compute_dtype=float16` rounds most gradients to zero.*loss_scaled\(tx\)"
+    ):
         train.fit(
-            toy.loss_fn, tx, adapter, frozen, [batch], compute_dtype=jnp.float16, progress=False
+            toy.loss_fn, tx, frozen, adapter, [batch], compute_dtype=jnp.float16, progress=False
         )
     with pytest.raises(ValueError, match="`compute_dtype=int32` holds no weights"):
         train.train_step(toy.loss_fn, tx, compute_dtype=jnp.int32)
     step = train.train_step(toy.loss_fn, tx)
     ids = adapter | {"ids": jnp.arange(3)}
-    with pytest.raises(ValueError, match=r"adapter\['ids'\] is int\d\d\. Leave it to the frozen"):
+    with pytest.raises(ValueError, match=r"adapter\['ids'\] is int\d\d\. Leave it in the frozen"):
         step(train.State(jnp.int32(0), ids, tx.init(adapter)), frozen, batch, None)
     small = adapter | {"w/b": adapter["w/b"].astype(jnp.float8_e4m3fn)}
-    with pytest.raises(ValueError, match=r"adapter\['w/b'\] is float8_e4m3fn, which no update"):
+    with pytest.raises(ValueError, match=r"adapter\['w/b'\] is float8_e4m3fn, which is too narrow"):
         step(train.State(jnp.int32(0), small, tx.init(adapter)), frozen, batch, None)
 
 
-def test_float16_in_adapter_or_base_is_said():
-    adapter, frozen = toy.model(jnp.float32)
+def test_float16_in_adapter_or_base_gives_a_warning():
+    frozen, adapter = toy.model(jnp.float32)
     tx, batch = optax.sgd(0.1), toy.batch(dtype=jnp.float32)
     step = train.train_step(toy.loss_fn, tx)
     half = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float16), tree)  # noqa: E731
@@ -231,8 +235,8 @@ def test_float16_in_adapter_or_base_is_said():
         step(train.init(half(adapter), tx), frozen, batch, None)
 
 
-def test_loss_scaling_inside_of_another_transformation_is_refused():
-    adapter, frozen = toy.model()
+def test_loss_scaling_inside_another_transformation_is_refused():
+    frozen, adapter = toy.model()
     tx = optax.chain(optax.clip(1.0), train.loss_scaled(optax.sgd(0.1)))
     step = train.train_step(toy.loss_fn, tx)
     with pytest.raises(ValueError, match=r"outermost .* its state is at opt_state\[1\]"):
@@ -240,7 +244,9 @@ def test_loss_scaling_inside_of_another_transformation_is_refused():
 
 
 def test_options_of_loss_scaling_out_of_range_are_named():
-    with pytest.raises(ValueError, match=r"`init_scale` is a power of two .*, got 1000"):
+    with pytest.raises(ValueError, match=r"`init_scale` must be a power of two .*, got 1000"):
         train.loss_scaled(optax.sgd(0.1), init_scale=1000)
-    with pytest.raises(ValueError, match=r"`growth_interval` counts steps, at least 1; got 0"):
+    with pytest.raises(
+        ValueError, match=r"`growth_interval` is a number of steps, at least 1; got 0"
+    ):
         train.loss_scaled(optax.sgd(0.1), growth_interval=0)

@@ -21,7 +21,7 @@ def forward(params, tokens):
 
 @pytest.fixture(scope="module")
 def setting():
-    _, frozen = toy.model()
+    frozen, _ = toy.model()
     params = frozen | {"rename": jnp.arange(toy.VOCABULARY, dtype=jnp.uint8)[::-1]}
     sites = jp.sites(forward, params, jnp.zeros((1, 2), jnp.int32))
     method = jp.chain(
@@ -108,12 +108,15 @@ def test_one_tree_with_a_partitioned_optimizer_trains_the_same_adapter(setting, 
 def test_the_train_step_takes_the_same_steps(setting, two_trees):
     _, frozen, adapter = setting
 
-    def loss_fn(adapter, frozen, batch, key):
+    def loss_fn(frozen, adapter, batch, key):
         logits = jp.lift(forward)(jp.combine(frozen, adapter), batch["tokens"])
         return train.cross_entropy(logits, batch["targets"], batch["weights"])
 
     tx = optax.adamw(1e-2, weight_decay=0.1)
-    step = jax.jit(train.train_step(loss_fn, tx, clip=CLIP, accumulate=2), donate_argnums=0)
+    step = jax.jit(
+        train.train_step(loss_fn, tx, max_grad_norm=CLIP, gradient_accumulation_steps=2),
+        donate_argnums=0,
+    )
     state = train.init(adapter, tx)
     for batch in batches():
         state, _ = step(state, frozen, batch, None)

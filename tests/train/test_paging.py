@@ -278,10 +278,17 @@ class Position:
 
 
 def fitted(tx, folder, steps=None):
-    adapter, frozen = toy.model()
+    frozen, adapter = toy.model()
     adapter = jax.device_put(adapter, jax.devices()[0])
     run = train.fit(
-        toy.loss_fn, tx, adapter, frozen, Batches(), steps=steps, folder=folder, clip=0.5
+        toy.loss_fn,
+        tx,
+        frozen,
+        adapter,
+        Batches(),
+        max_steps=steps,
+        output_dir=folder,
+        max_grad_norm=0.5,
     )
     return run.state
 
@@ -306,7 +313,7 @@ def test_a_checkpoint_of_a_paged_state_is_one_of_the_optimizer_as_it_is(tmp_path
     tx = optax.adamw(1e-2)
     paged = optim.paged(tx, min_size=SMALL)
     saved = fitted(paged if before else tx, tmp_path, 2)
-    adapter, frozen = toy.model()
+    frozen, adapter = toy.model()
     like = train.init(jax.device_put(adapter, jax.devices()[0]), paged if now else tx)
     with train.Checkpoints(tmp_path) as checkpoints:
         state, _ = checkpoints.restore(like)
@@ -314,15 +321,15 @@ def test_a_checkpoint_of_a_paged_state_is_one_of_the_optimizer_as_it_is(tmp_path
     if now:
         state = state._replace(opt_state=optim.to_host(state.opt_state, min_size=SMALL))
         assert_paged(state.opt_state)
-    step = jax.jit(train.train_step(toy.loss_fn, paged if now else tx, clip=0.5))
+    step = jax.jit(train.train_step(toy.loss_fn, paged if now else tx, max_grad_norm=0.5))
     for batch in Batches()[2:]:
         state, _ = step(state, frozen, batch, None)
     assert_same(state, fitted(tx, None))
 
 
 def test_a_step_with_a_paged_state_compiles_once():
-    adapter, frozen = toy.model()
-    adapter, frozen = jax.device_put((adapter, frozen), jax.devices()[0])
+    frozen, adapter = toy.model()
+    frozen, adapter = jax.device_put((frozen, adapter), jax.devices()[0])
     tx = optim.paged(optax.adamw(1e-2), min_size=SMALL)
     step = jax.jit(train.train_step(toy.loss_fn, tx), donate_argnums=0)
     state = jax.device_put(train.init(adapter, optax.identity()), jax.devices()[0])

@@ -34,27 +34,29 @@ def lifted(dtype):
         x = jax.nn.one_hot(tokens, len(params["embed"]), dtype=dtype) @ params["embed"]
         return jnp.tanh(x @ params["w"]) @ params["head"]
 
-    def loss_fn(adapter, frozen, batch, key):
+    def loss_fn(frozen, adapter, batch, key):
         logits = jp.lift(forward)(jp.combine(frozen, adapter), batch["tokens"])
         return train.cross_entropy(logits, batch["targets"], batch["weights"])
 
-    by_hand, params = toy.model(dtype)
+    params, by_hand = toy.model(dtype)
     sites = jp.sites(forward, params, jnp.zeros((1, 2), jnp.int32))
     frozen, adapter = jp.split(
         jp.lora(toy.RANK, sites.match("w"), dtype=dtype)(jax.random.key(0), params)
     )
     assert jax.tree.map(jnp.shape, adapter) == jax.tree.map(jnp.shape, by_hand)
-    return loss_fn, by_hand, frozen
+    return loss_fn, frozen, by_hand
 
 
 def run(form, dtype, model="by hand"):
     if model == "by hand":
-        loss_fn, (adapter, frozen) = toy.loss_fn, toy.model(dtype)
+        loss_fn, (frozen, adapter) = toy.loss_fn, toy.model(dtype)
     else:
-        loss_fn, adapter, frozen = lifted(dtype)
+        loss_fn, frozen, adapter = lifted(dtype)
     tx = optax.adamw(optax.cosine_decay_schedule(1e-2, STEPS), weight_decay=0.1)
     axis = "data" if form in ("pmap", "shard_map", "shard_map unchecked") else None
-    step = train.train_step(loss_fn, tx, accumulate=ACCUMULATE, clip=CLIP, axis_name=axis)
+    step = train.train_step(
+        loss_fn, tx, gradient_accumulation_steps=ACCUMULATE, max_grad_norm=CLIP, axis_name=axis
+    )
     place = lambda batch: batch  # noqa: E731
     if form == "one device":
         step = jax.jit(step, donate_argnums=0)
@@ -130,10 +132,10 @@ def test_a_lifted_model_takes_the_steps_of_the_one_written_by_hand(form):
 def test_the_mean_over_shards_of_means_would_not_agree():
     """The bound above means something: the usual wrong way misses it by far."""
     batch = next(iter(batches(jnp.float64)))
-    adapter, frozen = toy.model()
+    frozen, adapter = toy.model()
 
     def mean(rows):
-        total, weight = toy.loss_fn(adapter, frozen, rows, None)
+        total, weight = toy.loss_fn(frozen, adapter, rows, None)
         return total / jnp.maximum(weight, 1)
 
     shards = jax.tree.map(lambda x: x.reshape(SHARDS, ACCUMULATE, *x.shape[1:]), batch)
@@ -141,11 +143,11 @@ def test_the_mean_over_shards_of_means_would_not_agree():
 
 
 def test_each_shard_has_its_own_key():
-    adapter, frozen = toy.model()
+    frozen, adapter = toy.model()
     tx = optax.sgd(1.0)
     row = jax.tree.map(lambda x: np.repeat(x[None, :1], SHARDS, 0), toy.batch())
 
-    def loss_of_key(adapter, frozen, batch, key):
+    def loss_of_key(frozen, adapter, batch, key):
         del frozen, batch
         return adapter["w/a"].sum() * 0 + jax.random.uniform(key), jnp.ones(())
 
@@ -159,12 +161,16 @@ def test_each_shard_has_its_own_key():
 
 def test_on_a_mesh_the_batch_stays_where_it_is():
     """Gradients and metrics are summed over devices; no row of the batch is sent anywhere."""
-    adapter, frozen = toy.model()
+    frozen, adapter = toy.model()
     tx = optax.adamw(1e-2)
     mesh = jax.make_mesh((SHARDS,), ("data",), axis_types=(AxisType.Auto,))
     replicated, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     state = jax.device_put(train.init(adapter, tx), replicated)
-    step = jax.jit(train.train_step(toy.loss_fn, tx, accumulate=ACCUMULATE, clip=CLIP))
+    step = jax.jit(
+        train.train_step(
+            toy.loss_fn, tx, gradient_accumulation_steps=ACCUMULATE, max_grad_norm=CLIP
+        )
+    )
     args = (state, jax.device_put(frozen, replicated), jax.device_put(toy.batch(), spread), None)
     text = step.lower(*args).compile().as_text()
     assert "all-reduce" in text
@@ -173,7 +179,7 @@ def test_on_a_mesh_the_batch_stays_where_it_is():
 
 
 def test_on_a_mesh_the_step_compiles_once():
-    adapter, frozen = toy.model()
+    frozen, adapter = toy.model()
     tx = optax.adamw(1e-2)
     mesh = jax.make_mesh((SHARDS,), ("data",), axis_types=(AxisType.Auto,))
     replicated, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))

@@ -240,7 +240,7 @@ def test_entries_outside_of_masks_stay_zero_under_any_optimizer():
     assert float(loss(history[-1][0])) < float(loss(start))
 
 
-def summed(adapter, frozen, batch, key):
+def summed(frozen, adapter, batch, key):
     out = jp.lift(model)(jp.combine(frozen, adapter), batch[0])
     return jnp.sum((out - batch[1]) ** 2), jnp.float64(out.size)
 
@@ -255,7 +255,7 @@ def test_it_runs_in_the_train_step_and_is_compiled_once():
     tx = optim.scheduled_pruning(
         optax.adam(0.02), SITES, cubic(6, 0, 0.2), rule="movement", every=2, rewind=1
     )
-    step = jax.jit(train.train_step(loss_fn, tx, clip=1.0), donate_argnums=0)
+    step = jax.jit(train.train_step(loss_fn, tx, max_grad_norm=1.0), donate_argnums=0)
     state = train.init(jax.tree.map(jnp.copy, START), tx)
     first = None
     for _ in range(8):

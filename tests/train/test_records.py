@@ -33,13 +33,13 @@ def test_csv_records_know_their_lines_and_keep_quoted_line_breaks(tmp_path):
     [
         ("a.jsonl", '{"a": 1}\n{"a": }\n', "line 2: not JSON: Expecting value, at column 7."),
         ("a.jsonl", '{"a": 1}\n{"a": 1', "line 2: not JSON: Expecting ',' delimiter, at column 8."),
-        ("a.jsonl", '{"a": 1}\n\n[1, 2]\n', "line 3: a JSON object .* got list."),
+        ("a.jsonl", '{"a": 1}\n\n[1, 2]\n', "line 3: a record is a JSON object .* got list."),
         ("a.jsonl", b'{"a": "\xff"}\n', "line 1: not UTF-8 text, at byte 7 of the line."),
-        ("a.csv", "a,b\n1,2\n1,2,3\n", "line 3: 3 columns, but the header has 2."),
-        ("a.csv", "a,b\n1\n", "line 2: 1 columns, but the header has 2."),
+        ("a.csv", "a,b\n1,2\n1,2,3\n", "line 3: the row has 3 columns, but the header has 2."),
+        ("a.csv", "a,b\n1\n", "line 2: the row has 1 columns, but the header has 2."),
         ("a.csv", 'a,b\n1,"2" 3\n', "line 2: not CSV: ',' expected after '\"'."),
         ("a.csv", b"a,b\n1,\xff\n", "line 2: not UTF-8 text, at byte 2 of the line."),
-        ("a.txt", "x", "is neither .jsonl nor .csv"),
+        ("a.txt", "x", "is neither a .jsonl nor a .csv file"),
     ],
 )
 def test_what_is_wrong_is_named_with_file_and_line(tmp_path, name, content, problem):
@@ -48,12 +48,12 @@ def test_what_is_wrong_is_named_with_file_and_line(tmp_path, name, content, prob
         list(read_records(file))
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_file_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(UserError, match=rf"cannot read {tmp_path}/no.jsonl: No such file"):
         list(read_records(tmp_path / "no.jsonl"))
 
 
-def test_fields_that_hold_no_text_are_named_with_file_and_line(tmp_path):
+def test_fields_without_text_are_named_with_file_and_line(tmp_path):
     file = write(tmp_path, "a.jsonl", '{"n": 3, "empty": " ", "text": "x"}\n')
     (record,) = read_records(file)
     assert record.text("text") == "x"
@@ -63,6 +63,8 @@ def test_fields_that_hold_no_text_are_named_with_file_and_line(tmp_path):
     with pytest.raises(UserError, match=place + "field 'empty' is empty."):
         record.text("empty")
     with pytest.raises(
-        UserError, match=place + "no field 'prompt'. The fields there are: 'n', 'empty', 'text'."
+        UserError,
+        match=place
+        + "there is no field 'prompt'. The record has the fields: 'n', 'empty', 'text'.",
     ):
         record.text("prompt")

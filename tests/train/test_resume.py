@@ -49,7 +49,7 @@ def half_written(folder):
 
 def end_of(folder):
     """Every byte that a run is answerable for."""
-    adapter, _ = toy.model(jnp.float32)
+    _, adapter = toy.model(jnp.float32)
     like = train.init(adapter, optax.adamw(optax.cosine_decay_schedule(1e-2, 100)))
     with train.Checkpoints(folder) as checkpoints:
         steps = checkpoints.steps()

@@ -35,7 +35,7 @@ def test_a_document_has_the_folders_begin_and_an_end(folder):
 @pytest.mark.parametrize(
     "completion", ["it jumped", " it jumped", "\n\n", "\nit \n", "é\n", "日本"]
 )
-def test_only_the_completion_and_the_end_are_counted(folder, joint, completion):
+def test_only_the_completion_and_its_end_token_have_a_loss(folder, joint, completion):
     """Also where the border lies in blanks, that byte-level offsets leave out."""
     tokenizer = TextTokenizer(folder)
     prompt = "Question: what did the fox " + joint
@@ -49,7 +49,7 @@ def test_only_the_completion_and_the_end_are_counted(folder, joint, completion):
     assert pieces(tokenizer, tokens, False) == "<s>" + prompt.removesuffix(more)
 
 
-def test_a_conversation_counts_the_assistants_turns_and_adds_nothing(folder, tmp_path):
+def test_a_conversation_has_a_loss_on_the_assistants_turns_and_nothing_is_added(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "chat_template.jinja").write_text(CHATML)
     tokenizer = TextTokenizer(tmp_path)
@@ -58,7 +58,7 @@ def test_a_conversation_counts_the_assistants_turns_and_adds_nothing(folder, tmp
     assert tokenizer.bos_id not in tokens.ids
 
 
-def test_the_marker_of_the_next_role_is_counted_as_the_one_token_that_it_is(tmp_path, caplog):
+def test_the_marker_of_the_next_role_has_a_loss_as_the_one_token_that_it_is(tmp_path, caplog):
     folder = model_folder.make(tmp_path)
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}{% endfor %}"
@@ -69,15 +69,15 @@ def test_the_marker_of_the_next_role_is_counted_as_the_one_token_that_it_is(tmp_
     tokens = tokenizer.encode_chat(TALK)
     assert pieces(tokenizer, tokens) == "Hello!<|im_start|>Because.<|im_start|>"
     start = tokenizer.tokenizer.token_to_id("<|im_start|>")
-    assert tokens.ids[-1] == start and tokens.counted[-1]
+    assert tokens.ids[-1] == start and tokens.loss_mask[-1]
     tokenizer.encode_chat(TALK)
     (record,) = caplog.records  # once: this folder's end token is another
-    assert f"turns end with '<|im_start|>' (id {start}), which is none of the end" in record.message
+    assert f"turns end with '<|im_start|>' (id {start}), which is not one of the" in record.message
     assert f"[{tokenizer.eos_id}] of {folder}" in record.message
     assert tokenizer.stop_ids == sorted([tokenizer.eos_id, start])
 
 
-def test_turns_that_end_with_one_of_the_folders_end_tokens_are_no_news(tmp_path, caplog):
+def test_turns_that_end_with_one_of_the_folders_end_tokens_give_no_warning(tmp_path, caplog):
     folder = model_folder.make(tmp_path)
     (folder / "chat_template.jinja").write_text(CHATML)
     end = TextTokenizer(folder).tokenizer.token_to_id("<|im_end|>")
@@ -86,21 +86,21 @@ def test_turns_that_end_with_one_of_the_folders_end_tokens_are_no_news(tmp_path,
     assert not caplog.records
 
 
-def test_completions_without_an_end_token_are_said(tmp_path, caplog):
+def test_completions_without_an_end_token_give_a_warning(tmp_path, caplog):
     tokenizer = TextTokenizer(model_folder.make(tmp_path, {}, adds_bos=False))
     tokenizer.encode("the fox")
     assert not caplog.records
     tokenizer.encode("the fox", [(4, 7)])
-    assert f"{tmp_path} names no eos_token: completions have no end" in caplog.text
+    assert f"{tmp_path} has no eos_token: completions end without" in caplog.text
 
 
-def test_the_template_may_stand_in_the_config_alone_or_among_others(tmp_path):
+def test_the_template_may_be_in_the_config_alone_or_among_others(tmp_path):
     for template in (
         CHATML,
         [{"name": "x", "template": ""}, {"name": "default", "template": CHATML}],
     ):
         folder = model_folder.make(tmp_path, {"chat_template": template})
-        assert TextTokenizer(folder).encode_chat(TALK).counted.any()
+        assert TextTokenizer(folder).encode_chat(TALK).loss_mask.any()
 
 
 def test_a_folder_without_a_template_is_named(folder):
@@ -124,16 +124,16 @@ def test_special_tokens_come_from_the_configs_in_their_order(tmp_path):
     assert end.eos_id == end.tokenizer.token_to_id("<|im_end|>")
 
 
-def test_a_begin_that_only_the_config_asks_for_is_added_once(tmp_path):
+def test_a_begin_token_that_only_the_config_asks_for_is_added_once(tmp_path):
     config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     for adds_bos in (True, False):
         tokenizer = TextTokenizer(model_folder.make(tmp_path, config, adds_bos))
         tokens = tokenizer.encode("the", [(0, 3)])
         assert tokens.ids[0] == tokenizer.bos_id != tokens.ids[1]
-        assert tokens.counted.tolist() == [False, True, True]
+        assert tokens.loss_mask.tolist() == [False, True, True]
 
 
-def test_cutting_and_padding_that_the_file_asks_for_are_off(folder, tmp_path):
+def test_truncation_and_padding_that_the_file_asks_for_are_off(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["truncation"] = {
@@ -147,14 +147,18 @@ def test_cutting_and_padding_that_the_file_asks_for_are_off(folder, tmp_path):
 
 
 def test_files_that_are_missing_or_broken_are_named(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=rf"no {tmp_path}/tokenizer.json: the folder of a model"):
+    with pytest.raises(
+        UserError, match=rf"there is no {tmp_path}/tokenizer.json. Give the folder of a model"
+    ):
         TextTokenizer(tmp_path)
     folder = model_folder.make(tmp_path)
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=rf"{folder}/tokenizer_config.json is not JSON: Expecting"):
         TextTokenizer(folder)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=rf"{folder}/tokenizer.json is no tokenizer .*: \S+"):
+    with pytest.raises(
+        UserError, match=rf"{folder}/tokenizer.json cannot be read as a tokenizer: \S+"
+    ):
         TextTokenizer(folder)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"tokenizers: pip install 'jaxpeft\[train\]'"):

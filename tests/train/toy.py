@@ -10,7 +10,7 @@ VOCABULARY, WIDTH, RANK = 11, 6, 2
 
 
 def model(dtype=jnp.float64, seed=0):
-    """`(adapter, frozen)`, the adapter away from its init so that all gradients are there."""
+    """`(frozen, adapter)`, the adapter away from its init so that all gradients are there."""
     random = np.random.default_rng(seed)
     frozen = {
         "embed": random.normal(size=(VOCABULARY, WIDTH)),
@@ -22,23 +22,23 @@ def model(dtype=jnp.float64, seed=0):
         "w/b": random.normal(size=(RANK, WIDTH)) / 2,
     }
     cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)  # noqa: E731
-    return cast(adapter), cast(frozen)
+    return cast(frozen), cast(adapter)
 
 
-def forward(adapter, frozen, tokens):
+def forward(frozen, adapter, tokens):
     """(B, T) -> (B, T, vocabulary)."""
     x = jax.nn.one_hot(tokens, len(frozen["embed"]), dtype=frozen["embed"].dtype) @ frozen["embed"]
     hidden = jnp.tanh(x @ frozen["w"] + x @ adapter["w/a"] @ adapter["w/b"])
     return hidden @ frozen["head"]
 
 
-def loss_fn(adapter, frozen, batch, key):
+def loss_fn(frozen, adapter, batch, key):
     del key
-    logits = forward(adapter, frozen, batch["tokens"])
+    logits = forward(frozen, adapter, batch["tokens"])
     return cross_entropy(logits, batch["targets"], batch["weights"])
 
 
-def noisy_loss_fn(adapter, frozen, batch, key):
+def noisy_loss_fn(frozen, adapter, batch, key):
     """With dropout, so that keys matter."""
     x = frozen["embed"][batch["tokens"]]
     kept = x if key is None else x * jax.random.bernoulli(key, 0.5, x.shape) * 2
