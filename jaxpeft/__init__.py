@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxpeft._counts import ParamCounts, count_params
+from jaxpeft._find_sites import sites
 from jaxpeft._lift import Materialized, MaterializedWarning, NotMergeableError, lift, merge
 from jaxpeft._marks import Placeholder, Trainable
 from jaxpeft._masks_and_labels import param_labels, trainable_mask, trainable_only
@@ -53,7 +54,8 @@ from jaxpeft._methods.trainable_tokens import trainable_tokens
 from jaxpeft._methods.unipelt import unipelt
 from jaxpeft._methods.vera import vera
 from jaxpeft._methods.xlora import xlora
-from jaxpeft._sites import OutputSlice, Site, Sites, sites
+from jaxpeft._site import OutputSlice, Site
+from jaxpeft._sites import Sites
 from jaxpeft._tree import base_params, combine, split
 from jaxpeft._version import __version__
 from jaxpeft._view import View

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpeft import _axes as digits
+from jaxpeft import _layout as layout
 from jaxpeft._axes import Dim
-from jaxpeft._export import exportable, exportable_node
+from jaxpeft._export import exportable_node
+from jaxpeft._layout import Axis
 from jaxpeft._misuse import NotAnArray
 from jaxpeft._operand import CallSite, as_program, bind, computing, holds
 from jaxpeft._weight import (
@@ -23,24 +25,11 @@ from jaxpeft._weight import (
     chain_of,
     dense,
     innermost,
-    weight_fields,
     with_innermost,
 )
 
 # --- Views ---------------------------------------------------------------------------------
 
-
-@exportable
-@dataclasses.dataclass(frozen=True)
-class Axis:
-    """One axis of the array that a view replaces."""
-
-    size: int
-    role: str
-
-
-#: The axes that a dimension of a field runs over, and its grain (see `Weight.grain`).
-Run = tuple[tuple[int, ...], tuple[int, int]]
 
 WEIGHT_KEY = jax.tree_util.GetAttrKey("weight")
 
@@ -117,7 +106,7 @@ class View(NotAnArray):
 
     def indices(self, role: str) -> list[int]:
         """Which axes have this role."""
-        return [i for i, axis in enumerate(self.axes) if axis.role == role]
+        return layout.axes_with_role(self.axes, role)
 
     def sizes(self, role: str) -> tuple[int, ...]:
         return tuple(axis.size for axis in self.axes if axis.role == role)
@@ -241,63 +230,31 @@ class View(NotAnArray):
 
     def refined(self) -> "View":
         """The same view with axes cut so finely that every digit is a whole axis."""
-        pieces = [digits.cuts(self.dims, i, a.size) for i, a in enumerate(self.axes)]
-        if all(len(p) == 1 for p in pieces):
+        finer = layout.refine(self.axes, self.dims)
+        if finer is None:
             return self
-        new_index: dict[digits.Digit, int] = {}
-        axes: list[Axis] = []
-        for axis, piece in zip(self.axes, pieces, strict=True):
-            for digit in piece:
-                new_index[digit] = len(axes)
-                axes.append(Axis(digit.size, axis.role))
-        dims = tuple(
-            tuple(digits.Digit(0, new_index[d], 1, d.size) for d in dim if d in new_index)
-            for dim in self.dims
-        )
+        axes, dims = finer
         natural = [axis.size for axis in axes]
         stack = [axis.size for axis in axes if axis.role == STACK]
         old_stack = len(self.sizes(STACK))
 
-        def split(leaf: Any, position: Any) -> Any:
-            if position is None:
+        def reshaped(leaf: Any, owner: layout.Owner) -> Any:
+            if owner == "shared":
                 return leaf
-            if position == "base" and self.natural:
+            if owner == "base" and self.natural:
                 return leaf.reshape(natural)
             return leaf.reshape(*stack, *leaf.shape[old_stack:])
 
-        where = self._stack_marks()
         leaves, treedef = jax.tree.flatten(self.weight)
-        weight = jax.tree.unflatten(
-            treedef, [split(x, m) for x, m in zip(leaves, where, strict=True)]
-        )
-        return dataclasses.replace(self, weight=weight, axes=tuple(axes), dims=dims)
-
-    def _stack_marks(self) -> list[str | None]:
-        """Per leaf of the weight: "base", "field" (has the stack axes), or None (shared)."""
-        marks: list[str | None] = []
-
-        def visit(w: Any) -> None:
-            if not isinstance(w, Weight):
-                marks.extend(["base"] * len(jax.tree.leaves(w)))
-                return
-            for field in weight_fields(w):
-                value = getattr(w, field.name)
-                if field.metadata.get("static"):
-                    continue
-                if field.metadata.get("base"):
-                    visit(value)
-                else:
-                    mark = None if field.metadata.get("shared") else "field"
-                    marks.extend([mark] * len(jax.tree.leaves(value)))
-
-        visit(self.weight)
-        return marks
+        owners = layout.owners(self.weight)
+        weight = jax.tree.unflatten(treedef, map(reshaped, leaves, owners))
+        return dataclasses.replace(self, weight=weight, axes=axes, dims=dims)
 
     def stack_positions(self, axis: int) -> list[int | None]:
         """Per leaf of the weight: the position of a stack axis, `None` where it is shared."""
         among = self.indices(STACK).index(axis)
-        place = {"base": axis if self.natural else among, "field": among, None: None}
-        return [place[mark] for mark in self._stack_marks()]
+        position = {"base": axis if self.natural else among, "field": among, "shared": None}
+        return [position[owner] for owner in layout.owners(self.weight)]
 
     def without(self, axis: int, weight: Any, dims: Sequence[Dim] = ()) -> "View":
         """The view of one slice along an axis; `dims` are those of the slice."""
@@ -385,78 +342,29 @@ class View(NotAnArray):
 
     def field_axes(self) -> list[list[tuple[int, ...]]]:
         """Per leaf of the weight, per dimension: the axes of the replaced array it runs over."""
-        return [[axes for axes, _ in runs] for runs in self._runs()]
+        return [[run.axes for run in dims] for dims in self._runs()]
 
-    def _runs(self) -> list[list[Run]]:
-        """As `field_axes`, each with its grain."""
-        fine = (1, 1)
-        stack: list[Run] = [((i,), fine) for i in self.indices(STACK)]
-        roles = {IN: tuple(self.indices(IN)), OUT: tuple(self.indices(OUT))}
-        natural: list[Run] = [((i,), fine) for i in range(len(self.axes))]
-        out: list[list[Run]] = []
-
-        def visit(w: Any) -> None:
-            if not isinstance(w, Weight):
-                canonical = [*stack, (roles[IN], fine), (roles[OUT], fine)]
-                out.extend([natural if self.natural else canonical] * len(jax.tree.leaves(w)))
-                return
-            for field in weight_fields(w):
-                value = getattr(w, field.name)
-                if field.metadata.get("base"):
-                    visit(value)
-                elif not field.metadata.get("static"):
-                    own = [
-                        (roles.get(name, ()), w.granularity(field.name, name))
-                        for name in field.metadata.get("axes", ())
-                    ]
-                    lead = [] if field.metadata.get("shared") else stack
-                    out.extend([[*lead, *own]] * len(jax.tree.leaves(value)))
-
-        visit(self.weight)
-        return out
+    def _runs(self) -> list[list[layout.Run]]:
+        return layout.field_runs(self.weight, self.axes, self.natural)
 
     def divides(self, axis: int, parts: int) -> bool:
         """Whether every field can be cut into this many equal parts along an axis."""
-        return self.cut(axis, 0, self.axes[axis].size // parts, shapes_only=True) is not None
+        size = self.axes[axis].size // parts
+        return layout.cuts(self._runs(), self.axes, axis, 0, size) is not None
 
-    def cut(self, axis: int, start: int, stop: int, shapes_only: bool = False) -> "View | None":
-        """`start:stop` of an axis, or `None` where a field cannot be cut there.
-
-        Where several axes of one role lie merged in a field, they are told apart.
-        """
-        out = []
+    def cut(self, axis: int, start: int, stop: int) -> "View | None":
+        """`start:stop` of an axis, or `None` where a field cannot be cut there."""
+        cuts = layout.cuts(self._runs(), self.axes, axis, start, stop)
+        if cuts is None:
+            return None
         leaves, treedef = jax.tree.flatten(self.weight)
-        for leaf, runs in zip(leaves, self._runs(), strict=True):
-            at = next((p for p, (run, _) in enumerate(runs) if axis in run), None)
-            if at is None:
-                out.append(leaf)
-                continue
-            run, (entries, elements) = runs[at]
-            before = math.prod(self.axes[i].size for i in run[: run.index(axis)])
-            unit = math.prod(self.axes[i].size for i in run[run.index(axis) + 1 :])
-            if entries == 0 or start * unit % entries or stop * unit % entries:
-                return None
-            if before > 1 and self.axes[axis].size * unit % entries:
-                return None
-            if shapes_only:
-                continue
-            first, last = (n * unit // entries * elements for n in (start, stop))
-            if before == 1:
-                out.append(lax.slice_in_dim(leaf, first, last, axis=at))
-                continue
-            split = leaf.reshape(*leaf.shape[:at], before, -1, *leaf.shape[at + 1 :])
-            part = lax.slice_in_dim(split, first, last, axis=at + 1)
-            out.append(part.reshape(*leaf.shape[:at], -1, *leaf.shape[at + 1 :]))
-        if shapes_only:
-            return self
+        kept = [x if cut is None else cut.of(x) for x, cut in zip(leaves, cuts, strict=True)]
         size = stop - start
-        axes = tuple(
-            dataclasses.replace(a, size=size) if i == axis else a for i, a in enumerate(self.axes)
-        )
+        axes = tuple(Axis(size, a.role) if i == axis else a for i, a in enumerate(self.axes))
         dims = tuple(
             tuple(d._replace(size=size) if d.axis == axis else d for d in dim) for dim in self.dims
         )
-        weight = jax.tree.unflatten(treedef, out)
+        weight = jax.tree.unflatten(treedef, kept)
         return dataclasses.replace(self, weight=weight, axes=axes, dims=dims)
 
     def redim(self, dims: Sequence[Dim | None]) -> "View | None":

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft._method import Method, from_json, to_json
+from jaxpeft._method import Method
+from jaxpeft._method_json import from_json, to_json
 from tests.conformance.methods import METHODS
 from tests.methods.test_saved import at, others
 

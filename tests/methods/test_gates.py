@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft as jp
-from jaxpeft._method import from_json, to_json
+from jaxpeft._method_json import from_json, to_json
 from jaxpeft._methods.gates import Gated, gates
 from jaxpeft.sparsity import expected_density, gate_masks
 from jaxpeft.sparsity._gates import gate_values
