@@ -57,7 +57,7 @@ from jaxpeft._methods.xlora import xlora
 from jaxpeft._site import OutputSlice, Site
 from jaxpeft._sites import Sites
 from jaxpeft._tree import base_params, combine, split
-from jaxpeft._version import __version__
+from jaxpeft._version import __version__ as __version__
 from jaxpeft._view import View
 from jaxpeft._weight import Weight
 from jaxpeft.quant._loftq import loftq
