@@ -1,4 +1,4 @@
-"""What a user can put right, as one line instead of a traceback."""
+"""Errors that a user can correct, as one line instead of a traceback."""
 
 import contextlib
 import importlib
@@ -8,28 +8,29 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input, a full disk, a loss that is not finite: named, with the way out.
+    """An error that a user can correct: bad input, a full disk, a loss that is not finite.
 
-    The message is one line that makes sense without the traceback.
+    The message is one line that names the cause and the way out, without the traceback.
     """
 
 
 def need(module: str, extra: str, purpose: str) -> Any:
-    """The optional module, imported; called before the work that will use it.
+    """Imports an optional module. Call it before the work that will use the module.
 
     Args:
       module: Its dotted name.
       extra: The extra of jaxpeft that installs it.
       purpose: What needs it, for the message.
+
     Raises:
-      UserError: where it is not installed.
+      UserError: It is not installed.
     """
     name = module.split(".")[0]
     try:
         importlib.import_module(name)
         return importlib.import_module(module)
     except ImportError as error:
-        # It may be there and lack something itself.
+        # The module may be installed and lack a dependency of its own.
         lacking = "" if error.name in (None, name, module) else f" ({error})"
         raise UserError(
             f"{purpose} needs {name}: pip install 'jaxpeft[{extra}]'{lacking}."
@@ -38,9 +39,9 @@ def need(module: str, extra: str, purpose: str) -> Any:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the process with exit code 2 and one line on stderr where a `UserError` is raised.
+    """Ends the process with exit code 2 and one line on stderr if a `UserError` is raised.
 
-    For the `main` of a command. Every other exception is a defect and keeps its traceback.
+    For the `main` of a command. Every other exception is a bug and keeps its traceback.
     """
     try:
         yield

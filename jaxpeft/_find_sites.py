@@ -24,20 +24,33 @@ from jaxpeft._weight import IN, OUT, STACK, Weight, base_weight, dense, weight
 
 
 def sites(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Sites:
-    """What `fn(params, *args, **kwargs)` does with each parameter.
+    """Finds what `fn(params, *args, **kwargs)` does with each parameter, by tracing it.
+
+    Nothing is computed: shapes are enough.
 
     Args:
       fn: Any JAX function of a parameter tree.
       params: Arrays or `jax.ShapeDtypeStruct`s, in any pytree. Other leaves (functions,
-        strings, numbers of Python) reach `fn` as they are and are no parameters.
-      args, kwargs: As `fn` takes them. Arrays may be shapes too; anything else (flags,
-        strings) reaches `fn` as it is.
+        strings, numbers of Python) reach `fn` as they are and are not parameters.
+      args, kwargs: As `fn` takes them. Arrays may be shapes too. Anything else, such as a flag,
+        reaches `fn` as it is.
 
     Returns:
-      The parameters by path, with roles for their axes. Printing it shows the table.
+      The parameters by path, with the roles of their axes. Printing it shows a table.
 
     Raises:
-      TypeError: `fn` is no function.
+      TypeError: `fn` is not a function.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxpeft as jp
+      >>> def model(params, ids):
+      ...     return jax.nn.relu(params["embed"][ids] @ params["up"]) @ params["down"]
+      >>> params = {"embed": jnp.ones((9, 4)), "up": jnp.ones((4, 8)), "down": jnp.ones((8, 2))}
+      >>> print(jp.sites(model, params, jnp.zeros((1, 3), int)))
+      path   shape   axes     kinds
+      down   (8, 2)  in, out  linear
+      embed  (9, 4)  in, out  embedding
+      up     (4, 8)  in, out  linear
     """
     if not callable(fn):
         raise TypeError(
@@ -60,11 +73,11 @@ def sites(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Sites:
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat.values()]
     data = [jax.ShapeDtypeStruct(rest[i].shape, rest[i].dtype) for i in at]
     program = jax.make_jaxpr(flat_fn)(shapes, data)
-    uses, unlike = tracing.trace(program, list(flat), shapes)
+    uses, mismatches = tracing.trace(program, list(flat), shapes)
     found = {path: _site(path, x, uses[path], uses) for path, x in zip(flat, shapes, strict=True)}
-    for path, what in unlike.items():
-        found[path] = dataclasses.replace(found[path], unlike=what)
-    _announce(program, found, shapes, data)
+    for path, what in mismatches.items():
+        found[path] = dataclasses.replace(found[path], bias_mismatch=what)
+    _note_materializations(program, found, shapes, data)
     return Sites(found)
 
 
@@ -84,9 +97,9 @@ def _site(path: str, x: Any, uses: list[Use], every: Mapping[str, list[Use]]) ->
 def _axes(
     shape: Sequence[int], uses: list[Use], every: Mapping[str, list[Use]]
 ) -> tuple[Axis, ...]:
-    """The axes of a parameter with their roles, cut where a program uses parts differently."""
+    """The axes of a parameter with their roles, cut where the program uses parts differently."""
     linear = [use for use in uses if use.kind in ("linear", "embedding", "conv")]
-    # A table is read by its rows, whatever else is done with it.
+    # The rows of a table are its inputs, also where its transpose is a tied head.
     linear.sort(key=lambda use: use.kind != "embedding")
     stack = {d for use in uses for d in use.stack}
     out: list[Axis] = []
@@ -113,13 +126,13 @@ def _overlaps(digit: Digit, claims: Iterable[Digit]) -> bool:
 
 
 def _cut(axis: int, size: int, claims: Mapping[Digit, str]) -> list[Axis]:
-    """One axis, or as many as have different roles, most significant first."""
+    """The pieces of one axis with their roles, most significant first."""
     roles = set(claims.values())
     covered = 1
     for digit in claims:
         covered *= digit.size
     if len(roles) <= 1:
-        # An axis of length 1, or one that nothing speaks of, belongs to the outputs.
+        # An axis of length 1, or one that no use mentions, belongs to the outputs.
         return [Axis(size, roles.pop() if roles else OUT)]
     ordered = sorted(claims, key=lambda d: -d.stride)
     if covered != size:
@@ -129,7 +142,7 @@ def _cut(axis: int, size: int, claims: Mapping[Digit, str]) -> list[Axis]:
 
 @weight
 class _Probe(Weight):
-    """Does nothing, everywhere a matrix can: shows where `lift` would materialize."""
+    """The matrix itself, as a weight: it shows where `lift` would materialize one."""
 
     w: Any = base_weight()
     local_in = local_out = True
@@ -147,8 +160,8 @@ class _Probe(Weight):
         return self.w[ids]
 
 
-def _announce(program: Any, found: dict[str, Site], shapes: list, data: list) -> None:
-    """Notes at each site where `lift` would materialize, by evaluating the program abstractly."""
+def _note_materializations(program: Any, found: dict[str, Site], shapes: list, data: list) -> None:
+    """Fills in `Site.materialized`, by lifting the program on shapes alone."""
     events: dict[str, list[Materialized]] = {}
 
     def note(event: Materialized) -> None:
@@ -161,10 +174,10 @@ def _announce(program: Any, found: dict[str, Site], shapes: list, data: list) ->
             dataclasses.replace(site.view(x), weight=_Probe(x)).unfolded() if site.is_matrix else x
             for x, site in zip(arrays, found.values(), strict=True)
         ]
-        evaluation = Interpreter(note)
-        for out in evaluation.run(program, [*values, *data]):
+        interpreter = Interpreter(note)
+        for out in interpreter.run(program, [*values, *data]):
             if not any(out is value for value in values):
-                evaluation.dense(out, None)
+                interpreter.dense(out, None)
 
     jax.eval_shape(evaluated, shapes, data)
     for path, seen in events.items():

@@ -58,7 +58,10 @@ class Run(NamedTuple):
 
 
 def _leaves(weight: Any) -> Iterator[tuple[int, Weight | None, dataclasses.Field | None]]:
-    """(leaves, weight, field) in the order of the leaves: how many, and whose; the base has no owner."""
+    """(number of leaves, weight, field) of each field, in the order of the leaves.
+
+    The base has neither a weight nor a field.
+    """
     if not isinstance(weight, Weight):
         yield len(jax.tree.leaves(weight)), None, None
         return

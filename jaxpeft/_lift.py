@@ -94,7 +94,7 @@ class Interpreter:
         if not isinstance(innermost(view.weight), Weight):
             return view
         self.report(Materialized(view.path, eqn.primitive.name + why, self.source(eqn)))
-        return view.decoded()
+        return view.dequantized()
 
     def source(self, eqn: Any) -> str:
         """Where in the model an equation comes from."""

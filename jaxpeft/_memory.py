@@ -15,14 +15,14 @@ from jaxpeft._tree import arrays_of
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of a training step by purpose.
+    """What a training step holds in memory, in bytes. Printing it shows a table in MiB.
 
     Attributes:
       weights: The frozen tree and the adapter.
-      gradients: One array for each trained one.
+      gradients: One array for each array of the adapter.
       optimizer: The state of the optax transformation.
-      activations: What the forward pass keeps for the backward pass beside its arguments.
-        Temporaries of the compiler are not in it: `compiled.memory_analysis()` has these.
+      activations: What the forward pass keeps for the backward pass, other than its arguments.
+        Temporaries of the compiler are not included; `compiled.memory_analysis()` has them.
     """
 
     weights: int
@@ -32,6 +32,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
+        """The sum of the four."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def __str__(self) -> str:
@@ -40,23 +41,24 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    loss: Callable, adapter: Mapping[str, Any], frozen: Any, *args: Any, tx: Any = None
+    loss_fn: Callable, frozen: Any, adapter: Mapping[str, Any], *args: Any, tx: Any = None
 ) -> MemoryEstimate:
-    """Bytes that a step of `loss(adapter, frozen, *args)` holds.
+    """Estimates what a training step on a loss holds in memory, from shapes alone.
 
     Args:
-      loss: A function whose first result is differentiated in the adapter; a scalar.
-      adapter, frozen: From `split`; shapes will do.
-      args: What else the loss takes; shapes will do.
-      tx: An optax transformation, or `None`.
+      loss_fn: `loss_fn(frozen, adapter, *args)`, a scalar, which is differentiated with respect
+        to the adapter.
+      frozen, adapter: From `split`. Arrays or `jax.ShapeDtypeStruct`s.
+      args: The other arguments of the loss, such as a batch. Arrays or `jax.ShapeDtypeStruct`s.
+      tx: An optax transformation, or `None` for no optimizer state.
 
     Returns:
-      Weights, gradients, optimizer state and saved activations in bytes. Nothing is computed.
+      The bytes of weights, gradients, optimizer state and saved activations. Nothing is computed.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> w, x = jnp.ones((64, 64), "float32"), jnp.ones((8, 64), "float32")
-      >>> print(estimate_memory(lambda a, w, x: jnp.sum(jnp.tanh(x @ w) @ a["v"]), {"v": w}, w, x))
+      >>> print(estimate_memory(lambda w, a, x: jnp.sum(jnp.tanh(x @ w) @ a["v"]), w, {"v": w}, x))
       weights             0.03 MiB
       gradients           0.02 MiB
       optimizer           0.00 MiB
@@ -67,10 +69,12 @@ def estimate_memory(
     arrays, rebuilt = arrays_of(frozen)
     state = jax.eval_shape(tx.init, adapter) if tx is not None else ()
     return MemoryEstimate(
-        _bytes((adapter, frozen)),
+        _bytes((frozen, adapter)),
         _bytes(adapter),
         _bytes(state),
-        _saved(lambda adapter, xs, args: loss(adapter, rebuilt(xs), *args), adapter, arrays, args),
+        _saved(
+            lambda xs, adapter, args: loss_fn(rebuilt(xs), adapter, *args), arrays, adapter, args
+        ),
     )
 
 
@@ -82,14 +86,14 @@ def _bytes(tree: Any) -> int:
     )
 
 
-def _saved(loss: Callable, adapter: Any, frozen: Any, args: Any) -> int:
-    """Bytes of the residuals of the forward pass that are none of its arguments."""
+def _saved(loss_fn: Callable, frozen: Any, adapter: Any, args: Any) -> int:
+    """Bytes of the residuals of the forward pass that are not arguments of it."""
 
-    def residuals(adapter: Any, frozen: Any, args: Any) -> list:
-        _, pullback = jax.vjp(lambda adapter: loss(adapter, frozen, args), adapter)
+    def residuals(frozen: Any, adapter: Any, args: Any) -> list:
+        _, pullback = jax.vjp(lambda adapter: loss_fn(frozen, adapter, args), adapter)
         return jax.tree.leaves(pullback)
 
-    jaxpr, _ = compat.open_jaxpr(jax.make_jaxpr(residuals)(adapter, frozen, args))
+    jaxpr, _ = compat.open_jaxpr(jax.make_jaxpr(residuals)(frozen, adapter, args))
     known = set(jaxpr.invars) | set(jaxpr.constvars)
     kept = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)} - known
     return _bytes([v.aval for v in kept])

@@ -1,8 +1,8 @@
-"""What a method is, how methods are chained, and how they say what they are.
+"""Method: a function from parameters to parameters with structured weights; `chain`; the registry.
 
 A method is a pure function from a key and a tree of parameters to a tree with structured
-weights. Any such function will do; one with a name and options can be written down, so that
-an adapter folder describes itself.
+weights. Any such function will do. One that is a `Method` also has a name and options, so that
+an adapter folder can describe itself (`_method_json`).
 """
 
 import dataclasses
@@ -24,12 +24,25 @@ _MISSING: Any = object()
 # Equal only to itself: `jax.jit` needs a hash, and options hold mappings and arrays.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
-    """A function `(key, tree) -> tree` with its name and options.
+    """A fine-tuning method: a function `(key, params) -> tree` with its name and options.
+
+    Calling it puts structured weights in the place of the selected arrays and marks what is
+    trained. It changes nothing in `params`. `split` takes the tree apart.
 
     Attributes:
-      name: Of the factory that made it, as in `jaxpeft.lora`.
-      options: Its arguments by name.
-      apply: The method itself.
+      name: The name of the function that made it, such as "lora" for `jaxpeft.lora`.
+      options: The arguments of that function by name.
+      apply: The function itself.
+
+    Example:
+      >>> import jaxpeft as jp
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
+      >>> sites = jp.sites(fn, params, jnp.ones((1, 8)))
+      >>> method = jp.lora(2, sites.linear)
+      >>> method.name, method.options["rank"]
+      ('lora', 2)
+      >>> tree = method(jax.random.key(0), params)
+      >>> frozen, adapter = jp.split(tree)
     """
 
     name: str
@@ -39,18 +52,24 @@ class Method:
     def __call__(self, key: jax.Array, tree: Any = _MISSING) -> Any:
         """The tree with this method's weights in it.
 
+        Args:
+          key: A PRNG key for initial values. Every weight folds its path into it, so that
+            selecting more weights changes no other weight's initial values.
+          tree: Parameters, or what another method returned.
+
         Raises:
-          TypeError: The key is none, is missing, or stands in the place of the tree.
+          TypeError: The key is missing, is not a PRNG key, or was given after the tree.
         """
         caller = f"{self.name}(...)(key, params)"
+        given = type(key).__name__
         if tree is _MISSING:
             raise TypeError(
                 f"`{caller}`: a method takes a PRNG key and the params, "
-                f"`method(jax.random.key(0), params)`; it was given a {type(key).__name__} alone."
+                f"`method(jax.random.key(0), params)`; it was given a {given} alone."
             )
         if is_array(tree) and jnp.issubdtype(tree.dtype, jax.dtypes.prng_key):
             raise TypeError(
-                f"`{caller}`: the key comes first; it was given a {type(key).__name__} and then a key."
+                f"`{caller}`: the key comes first; it was given a {given} and then a key."
             )
         check_key(key, caller)
         return self.apply(key, tree)
@@ -60,10 +79,13 @@ F = TypeVar("F", bound=Callable)
 
 
 def takes_sites(factory: F) -> F:
-    """A factory that says so where a selection of sites is something else, such as a path.
+    """Makes a function check its arguments that are annotated `Sites`.
 
-    Raises:
-      TypeError: An argument annotated `Sites` is none; shows it and what to write.
+    Such a function raises a TypeError if it is given something else, such as a path or a
+    pattern. The message shows the argument and what to write instead.
+
+    Args:
+      factory: A function of which some arguments are annotated `Sites` or `Sites | None`.
     """
     signature = inspect.signature(factory)
     names = [
@@ -81,13 +103,14 @@ def takes_sites(factory: F) -> F:
         for name in names:
             value = given.get(name)
             if value is not None and not isinstance(value, Sites):
-                raise TypeError(_no_sites(factory.__name__, name, value))
+                raise TypeError(_not_sites(factory.__name__, name, value))
         return factory(*args, **kwargs)
 
     return checked  # type: ignore[return-value]
 
 
-def _no_sites(caller: str, name: str, value: Any) -> str:
+def _not_sites(caller: str, name: str, value: Any) -> str:
+    """The message about an argument that should be a selection of sites."""
     patterns = [value] if isinstance(value, str) else value
     if isinstance(value, Site):
         patterns = [value.path]
@@ -102,31 +125,49 @@ def _no_sites(caller: str, name: str, value: Any) -> str:
     )
 
 
-#: The factories of this library by name, which an adapter folder may name.
+#: The functions that an adapter folder may name, each of which returns a `Method`.
 FACTORIES: dict[str, Callable[..., Method]] = {}
 
 
 def register_method(factory: F) -> F:
-    """Registers a function that returns a `Method` under its name, for adapter folders.
+    """Registers a function that returns a `Method`, so that `io.load_adapter` finds it by name.
 
-    Arguments annotated `Sites` are checked as by `takes_sites`.
+    An adapter folder stores the name of the method and its options. The module that registers
+    the function has to be imported before such a folder is read. Arguments annotated `Sites`
+    are checked as by `takes_sites`.
+
+    Args:
+      factory: The function. The `Method` that it returns has the function's name, and its
+        options are the arguments by name.
 
     Raises:
-      ValueError: Another factory has this name.
+      ValueError: Another function has this name. One that is defined again, as by a notebook's
+        cell, replaces its former self.
     """
     name = factory.__name__
-    if name in FACTORIES:
+    known = FACTORIES.get(name)
+    if known is not None and _home(known) != _home(factory):
         raise ValueError(
-            f"`register_method`: '{name}' is registered already, by "
-            f"`{FACTORIES[name].__module__}`. Give the function another name."
+            f"`register_method`: '{name}' is registered already, by `{known.__module__}`. Give "
+            "the function another name."
         )
     FACTORIES[name] = checked = takes_sites(factory)
     return checked
 
 
+def _home(factory: Callable) -> tuple[str, str]:
+    return factory.__module__, factory.__qualname__
+
+
 @register_method
 def chain(*methods: Callable[[jax.Array, Any], Any]) -> Method:
-    """One method after the other, each with a key of its own.
+    """Several methods one after the other, each with its own key.
+
+    A later method acts on what an earlier one made: LoRA on a quantized base is QLoRA, and
+    `quantize` after `pissa` quantizes the residual.
+
+    Args:
+      methods: Functions `(key, tree) -> tree`, in the order in which they are applied.
 
     Example:
       >>> import jaxpeft as jp

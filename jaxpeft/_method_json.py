@@ -15,7 +15,10 @@ from jaxpeft._sites import Sites
 def to_json(method: Any) -> dict:
     """A method as JSON: its name and options, selections of parameters included.
 
-    A number of NumPy or JAX becomes one of Python.
+    Scalars of NumPy and JAX become numbers of Python.
+
+    Args:
+      method: A `Method`, or something else, which is refused.
 
     Raises:
       ValueError: It is a plain function, or one of its options has no JSON form, such as an
@@ -23,8 +26,9 @@ def to_json(method: Any) -> dict:
     """
     if not isinstance(method, Method):
         raise ValueError(
-            f"{method!r} is a plain function and cannot be described. Build it from the "
-            "library's methods, or store the adapter without a description."
+            f"{method!r} is a plain function, which has no description for a file. Build it from "
+            "the library's methods, write a function with `jaxpeft.extend.register_method`, or "
+            "store the adapter without a description."
         )
     return {
         "method": method.name,
@@ -33,12 +37,12 @@ def to_json(method: Any) -> dict:
 
 
 def _encode(caller: str, name: str, value: Any) -> Any:
-    """An option as JSON.
+    """The value of an option as JSON.
 
     Args:
-      caller: The method that has it.
-      name: Of the option.
-      value: Of the option, or what is in it.
+      caller: The method's name, for messages.
+      name: The option's name, for messages.
+      value: The value, or an item of it.
     """
     if isinstance(value, Sites):
         return {"sites": value.to_json()}
@@ -51,7 +55,7 @@ def _encode(caller: str, name: str, value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        return _number(caller, name, value)
+        return _python_number(caller, name, value)
     if _is_dtype(value):
         return {"dtype": jnp.dtype(value).name}
     raise ValueError(
@@ -60,16 +64,16 @@ def _encode(caller: str, name: str, value: Any) -> Any:
     )
 
 
-def _number(caller: str, name: str, x: Any) -> bool | int | float:
-    """The number of Python that an array of no axes holds.
+def _python_number(caller: str, name: str, x: Any) -> bool | int | float:
+    """A scalar array as a number of Python.
 
     Raises:
-      ValueError: It is traced, has axes, or holds no real number.
+      ValueError: It is traced, has axes, or is not a real number.
     """
     if isinstance(x, jax.core.Tracer):
         raise ValueError(
             f"`{caller}({name}=...)` is a traced {x.dtype} of shape {x.shape}, whose value is not "
-            "known here and cannot be written to a file. Build the method outside of `jit`."
+            "known yet and cannot be written to a file. Build the method outside of `jit`."
         )
     if x.ndim == 0:
         kinds = (jnp.bool_, bool), (jnp.integer, int), (jnp.floating, float)
@@ -78,16 +82,16 @@ def _number(caller: str, name: str, x: Any) -> bool | int | float:
                 return python(x)
     raise ValueError(
         f"`{caller}({name}=...)` holds an array, {x.dtype} of shape {x.shape}, and the description "
-        "of a method has no place for arrays. What starts from data (`corda`, `lora_ga`) is "
+        "of a method cannot hold arrays. A method that starts from data (`corda`, `lora_ga`) is "
         "stored as plain LoRA over the same params: save the method and the adapter that "
-        "`to_lora` returns. Elsewhere give numbers, or lists of them."
+        "`adapters.to_lora` returns. For any other option give a number, or a list of numbers."
     )
 
 
 def _is_dtype(value: Any) -> bool:
-    """Whether it is a dtype of numbers, or a class that stands for one.
+    """Whether it is a numeric or boolean dtype, or a class that stands for one.
 
-    NumPy takes any array, and any class at all, for a dtype.
+    `np.dtype` accepts any array, and any class at all, so that it alone does not tell.
     """
     if not isinstance(value, (np.dtype, type)):
         return False
@@ -102,20 +106,21 @@ def from_json(description: Any, factories: Mapping[str, Callable], at: str = "me
     """The method that `to_json` described.
 
     Args:
-      description: Of JSON.
-      factories: The functions that may be named, each of which returns a `Method`.
-      at: Name of the field that it stands in, for messages.
+      description: A value read from JSON, which is checked.
+      factories: The functions that it may name, each of which returns a `Method`.
+      at: Name of the field of the file, for messages.
 
     Raises:
-      ValueError: No factory has this name (names those there are), or an option is not what its
-        factory takes (names the field).
+      ValueError: No function has the method's name (lists those there are), or an option is not
+        what the function takes (names the field).
     """
     conform_fields(description, {"method": str, "options": Mapping}, at)
     name = description["method"]
     if name not in factories:
         raise ValueError(
-            f"This library knows no method '{name}'; it knows {sorted(factories)}. It is of a "
-            "newer version, or it was made by hand, which a file cannot describe."
+            f"This library knows no method '{name}'; it knows {sorted(factories)}. Either a newer "
+            "version wrote the file, or the method is not of this library: import the module that "
+            "registers it (`jaxpeft.extend.register_method`) first."
         )
     factory, stored = factories[name], description["options"]
     options = {k: _decode(v, factories, f"{at}.options.{k}") for k, v in stored.items()}
@@ -126,23 +131,23 @@ def from_json(description: Any, factories: Mapping[str, Callable], at: str = "me
     _check_sizes(options, f"{at}.options")
     try:
         return factory(**options)
-    except Exception as error:  # whatever a value does that no file of this library has
-        raise ValueError(f"`{at}` cannot be built: {_said(error)}") from error
+    except Exception as error:  # a damaged file may hold a value that fails in any way
+        raise ValueError(f"`{at}` cannot be built: {_message(error)}") from error
 
 
-#: What a loop counts, so that a large number is a loop without end.
-_LOOPS = ("factors", "layers", "steps", "terms", "turns")
+#: Options that count the iterations of a loop, which a damaged file could make endless.
+_LOOPS = ("factors", "layers", "n_iter", "neumann_terms", "steps", "terms", "turns")
 
 
 def _check_sizes(options: Mapping[str, Any], at: str) -> None:
-    """Refuses numbers that no array and no loop has."""
+    """Refuses sizes that no array has and counts that no loop has."""
     for name, value in options.items():
         most = 1000 if name in _LOOPS else 2**31 - 1
         for number in value.values() if isinstance(value, Mapping) else [value]:
             if isinstance(number, int) and abs(number) > most:
-                raise ValueError(f"`{at}.{name}` is {number}, and may be {most} at most.")
+                raise ValueError(f"`{at}.{name}` is {number}; it may be at most {most}.")
         if name == "dtype" and not _is_inexact(value):
-            raise ValueError(f"`{at}.dtype` should be a dtype of real numbers, and is {value}.")
+            raise ValueError(f"`{at}.dtype` should be a floating-point dtype, and is {value}.")
 
 
 def _is_inexact(value: Any) -> bool:
@@ -152,7 +157,7 @@ def _is_inexact(value: Any) -> bool:
         return False
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
@@ -168,7 +173,7 @@ def _decode(value: Any, factories: Mapping[str, Callable], at: str) -> Any:
         try:
             return jnp.dtype(value["dtype"])
         except TypeError:
-            raise ValueError(f"`{at}.dtype` is no dtype: {shown(value['dtype'])}.") from None
+            raise ValueError(f"`{at}.dtype` is not a dtype: {shown(value['dtype'])}.") from None
     if value.keys() == {"mapping"}:
         conform(value["mapping"], Mapping[str, Any], f"{at}.mapping")
         return {k: _decode(v, factories, f"{at}.{k}") for k, v in value["mapping"].items()}

@@ -9,12 +9,19 @@ import re
 import pytest
 
 import jaxpeft
+from jaxpeft import _method
 
 MODULES = [
     name
     for _, name, _ in pkgutil.walk_packages(jaxpeft.__path__, "jaxpeft.")
     if not name.endswith("__main__")
 ]
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    """An example may register a method of its own, which other tests must not see."""
+    monkeypatch.setattr(_method, "FACTORIES", dict(_method.FACTORIES))
 
 
 def load(name):

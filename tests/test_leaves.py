@@ -71,7 +71,7 @@ def test_a_module_with_functions_and_strings_among_its_leaves_is_adapted():
     assert jp.base_params(tree)[1].weight is p[1].weight
     assert jp.count_params(frozen, adapter).trainable == 2 * 11 + 2 * 8 + 8
     assert jp.estimate_memory(
-        lambda a, f, x: jp.lift(run)(jp.combine(f, a), x).sum(), adapter, frozen, x
+        lambda f, a, x: jp.lift(run)(jp.combine(f, a), x).sum(), frozen, adapter, x
     )
     moments = jp.calibration.input_moments(run, p, sites.linear, [x])
     assert moments["0/weight"].second.shape == (6, 6)

@@ -34,7 +34,7 @@ def says(error, *parts):
 # What is no array is used as one ---------------------------------------------------------------
 
 UNLIFTED = "parameter 'w', where a `LowRank` stands", "`jaxpeft.lift(fn)(tree, ...)`"
-UNCOMBINED = "on 'w/a', a place of the frozen tree that nothing fills", "combine(frozen, adapter)"
+UNCOMBINED = "on 'w/a', a placeholder that nothing has filled yet", "combine(frozen, adapter)"
 UNSPLIT = "array that `lora` trains at 'w'", "`frozen, adapter = jaxpeft.split(tree)`"
 
 #: Each with a weight in the place of w.
@@ -116,10 +116,10 @@ def test_a_value_of_the_call_is_named_as_one():
 
 @pytest.mark.parametrize("call", [lambda f: f(FROZEN, X), lambda f: jax.jit(f)(FROZEN, X)])
 def test_a_frozen_tree_is_not_lifted(call):
-    with says(ValueError, "`lift` on 'b', a place of the frozen tree", "combine(frozen, adapter)"):
+    with says(ValueError, "`lift` on 'b', a placeholder", "combine(frozen, adapter)"):
         call(jp.lift(model))
     # Nor is one whose weight the function does not use.
-    with says(ValueError, "`lift` on 'b', a place of the frozen tree"):
+    with says(ValueError, "`lift` on 'b', a placeholder"):
         call(jp.lift(lambda p, x: x))
 
 
@@ -135,7 +135,7 @@ def test_nor_is_either_given_by_keyword():
 
 @pytest.mark.parametrize("f", [jp.merge, jp.base_params])
 def test_a_frozen_tree_has_no_dense_form(f):
-    with says(ValueError, f"`{f.__name__}` on 'b', a place of the frozen tree", "combine"):
+    with says(ValueError, f"`{f.__name__}` on 'b', a placeholder", "combine"):
         f(jp.split(jp.bitfit(S)(KEY, P))[0])
 
 
@@ -154,7 +154,9 @@ def test_a_tree_is_taken_apart_once():
 
 
 def test_params_have_no_place_for_an_adapter():
-    with says(KeyError, "['b', 'v/a', 'v/b', 'w/a', 'w/b'], and this tree has no place at all"):
+    with says(
+        KeyError, "['b', 'v/a', 'v/b', 'w/a', 'w/b'], and the tree has no placeholder at all"
+    ):
         jp.combine(P, ADAPTER)
 
 
@@ -318,6 +320,9 @@ def test_a_node_that_takes_arrays_only_is_named(node):
 
     p = {"block": [node(jnp.ones((6, 4)))], "other": jnp.ones(2)}
     sites = jp.sites(f, p, X)
-    for method, what in ((jp.lora(2, sites.linear), "View"), (jp.full_finetuning(sites), "Train")):
+    for method, what in (
+        (jp.lora(2, sites.linear), "View"),
+        (jp.full_finetuning(sites), "Trainable"),
+    ):
         with says(TypeError, f"a node of class `{node.__name__}` that does not take a `{what}`"):
             method(KEY, p)
