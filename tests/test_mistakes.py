@@ -147,7 +147,7 @@ def test_marks_are_not_merged():
 
 
 def test_a_tree_is_taken_apart_once():
-    with says(ValueError, "taken apart already", "places for ['b', 'v/a', 'v/b', 'w/a', 'w/b']"):
+    with says(ValueError, "taken apart already", "placeholders for ['b', 'v/a', 'v/b', 'w/a', 'w/b']"):
         jp.split(FROZEN)
     with says(ValueError, "`combine` on an array that `bitfit` trains at 'b'", "split"):
         jp.combine(MARKED, ADAPTER)
@@ -161,7 +161,7 @@ def test_params_have_no_place_for_an_adapter():
 
 
 def test_arguments_of_combine_are_not_swapped():
-    with says(KeyError, "['b', 'v', 'w'], is a tree with structured weights", "It comes first"):
+    with says(KeyError, "['b', 'v', 'w'], is a tree with structured weights", "That comes first"):
         jp.combine(ADAPTER, FROZEN)
     with says(TypeError, "the adapter is a tuple"):
         jp.combine(FROZEN, (FROZEN, ADAPTER))
