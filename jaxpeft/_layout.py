@@ -44,7 +44,7 @@ def axes_with_role(axes: Sequence[Axis], role: str) -> list[int]:
 Owner = Literal["base", "field", "shared"]
 
 
-class Run(NamedTuple):
+class AxisRun(NamedTuple):
     """What one dimension of a leaf runs over.
 
     Attributes:
@@ -84,7 +84,7 @@ def owners(weight: Any) -> list[Owner]:
     return out
 
 
-def field_runs(weight: Any, axes: Sequence[Axis], natural: bool) -> list[list[Run]]:
+def field_runs(weight: Any, axes: Sequence[Axis], natural: bool) -> list[list[AxisRun]]:
     """What each dimension of each leaf of a weight runs over.
 
     Args:
@@ -92,18 +92,18 @@ def field_runs(weight: Any, axes: Sequence[Axis], natural: bool) -> list[list[Ru
       axes: Those of the array that it replaces.
       natural: Whether the base lies in the program's own layout.
     """
-    stack = [Run((i,)) for i in axes_with_role(axes, STACK)]
+    stack = [AxisRun((i,)) for i in axes_with_role(axes, STACK)]
     sides = {role: tuple(axes_with_role(axes, role)) for role in (IN, OUT)}
-    base = [Run((i,)) for i in range(len(axes))]
+    base = [AxisRun((i,)) for i in range(len(axes))]
     if not natural:
-        base = [*stack, Run(sides[IN]), Run(sides[OUT])]
-    out: list[list[Run]] = []
+        base = [*stack, AxisRun(sides[IN]), AxisRun(sides[OUT])]
+    out: list[list[AxisRun]] = []
     for count, owner, field in _leaves(weight):
         runs = base
         if owner is not None and field is not None:
             lead = [] if field.metadata.get("shared") else stack
             names = field.metadata.get("axes", ())
-            own = [Run(sides.get(n, ()), owner.granularity(field.name, n)) for n in names]
+            own = [AxisRun(sides.get(n, ()), owner.granularity(field.name, n)) for n in names]
             runs = [*lead, *own]
         out.extend([runs] * count)
     return out
@@ -133,8 +133,8 @@ class Cut(NamedTuple):
         return part.reshape(*lead, -1, *rest)
 
 
-def cuts(
-    runs: Sequence[Sequence[Run]], axes: Sequence[Axis], axis: int, start: int, stop: int
+def field_cuts(
+    runs: Sequence[Sequence[AxisRun]], axes: Sequence[Axis], axis: int, start: int, stop: int
 ) -> list[Cut | None] | None:
     """How each leaf is cut to `start:stop` of an axis; `None` for a leaf that does not have it.
 

@@ -263,7 +263,7 @@ def as_program(x: jax.Array, dtype: Any, path: str) -> jax.Array:
     return x.astype(dtype)
 
 
-def bind(w: Any, site: CallSite, base_roles: Sequence[str], cast: Any = None) -> Any:
+def bind_weight(w: Any, site: CallSite, base_roles: Sequence[str], cast: Any = None) -> Any:
     """The weight with its fields as operands of a call site; stack axes are gone already."""
     if not isinstance(w, Weight):
         return BaseOperand(w if cast is None else w.astype(cast), base_roles, IN, OUT, site)
@@ -271,7 +271,7 @@ def bind(w: Any, site: CallSite, base_roles: Sequence[str], cast: Any = None) ->
     for field in weight_fields(w):
         value = getattr(w, field.name)
         if field.metadata.get("base"):
-            bound[field.name] = bind(value, site, base_roles, cast)
+            bound[field.name] = bind_weight(value, site, base_roles, cast)
         elif "axes" in field.metadata and value is not None:
             names = field.metadata["axes"]
             rows, cols = (names[0], names[-1]) if names else ("", "")

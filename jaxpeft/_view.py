@@ -19,7 +19,7 @@ from jaxpeft._axes import Dim
 from jaxpeft._export import exportable_node
 from jaxpeft._layout import Axis
 from jaxpeft._misuse import NotAnArray
-from jaxpeft._operand import CallSite, as_program, bind, computing, holds
+from jaxpeft._operand import CallSite, as_program, bind_weight, computing, holds
 from jaxpeft._weight import (
     IN,
     OUT,
@@ -411,7 +411,7 @@ class View(NotAnArray):
         """For each leaf of the weight and each of its dimensions: the axes that it runs over."""
         return [[run.axes for run in dims] for dims in self._runs()]
 
-    def _runs(self) -> list[list[layout.Run]]:
+    def _runs(self) -> list[list[layout.AxisRun]]:
         return layout.field_runs(self.weight, self.axes, self.natural)
 
     def divides(self, axis: int, parts: int) -> bool:
@@ -422,7 +422,7 @@ class View(NotAnArray):
           parts: How many.
         """
         size = self.axes[axis].size // parts
-        return layout.cuts(self._runs(), self.axes, axis, 0, size) is not None
+        return layout.field_cuts(self._runs(), self.axes, axis, 0, size) is not None
 
     def cut(self, axis: int, start: int, stop: int) -> "View | None":
         """The view of `start:stop` of an axis, or `None` if a field cannot be cut there.
@@ -431,7 +431,7 @@ class View(NotAnArray):
           axis: Position of the axis.
           start, stop: Bounds of the slice.
         """
-        cuts = layout.cuts(self._runs(), self.axes, axis, start, stop)
+        cuts = layout.field_cuts(self._runs(), self.axes, axis, start, stop)
         if cuts is None:
             return None
         leaves, treedef = jax.tree.flatten(self.weight)
@@ -458,7 +458,7 @@ class View(NotAnArray):
 def _derived(view: View) -> dict[str, jax.Array]:
     roles = [axis.role for axis in view.axes] if view.natural else [IN, OUT]
     dtype = computing(view.dtype)
-    return bind(view.weight, CallSite(dtype), roles, dtype).derived()
+    return bind_weight(view.weight, CallSite(dtype), roles, dtype).derived()
 
 
 def is_view(x: Any) -> bool:

@@ -12,6 +12,8 @@ import flax.core
 import flax.linen as nn
 from flax import nnx
 
+__all__ = ["NNX", "Linen", "from_linen", "from_nnx"]
+
 
 class Linen(NamedTuple):
     """A linen module as a function, from `from_linen`.
