@@ -9,7 +9,7 @@ import re
 import pytest
 
 import jaxpeft
-from jaxpeft import _method
+from jaxpeft._method import FACTORIES
 
 MODULES = [
     name
@@ -19,9 +19,12 @@ MODULES = [
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch):
+def registry():
     """An example may register a method of its own, which other tests must not see."""
-    monkeypatch.setattr(_method, "FACTORIES", dict(_method.FACTORIES))
+    before = dict(FACTORIES)
+    yield
+    FACTORIES.clear()
+    FACTORIES.update(before)
 
 
 def load(name):
