@@ -145,7 +145,7 @@ def _check_sizes(options: Mapping[str, Any], at: str) -> None:
         most = 1000 if name in _LOOPS else 2**31 - 1
         for number in value.values() if isinstance(value, Mapping) else [value]:
             if isinstance(number, int) and abs(number) > most:
-                raise ValueError(f"`{at}.{name}` is {number}; it may be at most {most}.")
+                raise ValueError(f"`{at}.{name}` is {number}, and may be {most} at most.")
         if name == "dtype" and not _is_inexact(value):
             raise ValueError(f"`{at}.dtype` should be a floating-point dtype, and is {value}.")
 

@@ -147,7 +147,7 @@ def split(tree: Any) -> tuple[Any, dict[str, jax.Array]]:
         if places := [x.name for x in flat.values() if isinstance(x, Placeholder) and x.expects]:
             raise ValueError(
                 "`split`: this tree was taken apart already; it has placeholders for "
-                f"{places[:10]}. It is the frozen tree: `combine(frozen, adapter)` puts it together."
+                f"{places[:10]}. Put it together with `combine(frozen, adapter)`: it is frozen."
             )
         raise ValueError(
             "`split`: nothing in this tree is trainable. Apply a method first: "

@@ -147,7 +147,9 @@ def test_marks_are_not_merged():
 
 
 def test_a_tree_is_taken_apart_once():
-    with says(ValueError, "taken apart already", "placeholders for ['b', 'v/a', 'v/b', 'w/a', 'w/b']"):
+    with says(
+        ValueError, "taken apart already", "placeholders for ['b', 'v/a', 'v/b', 'w/a', 'w/b']"
+    ):
         jp.split(FROZEN)
     with says(ValueError, "`combine` on an array that `bitfit` trains at 'b'", "split"):
         jp.combine(MARKED, ADAPTER)

@@ -279,7 +279,7 @@ def test_options_are_checked_even_under_a_right_hash(tmp_path, options, message)
         ({"axes": [[4, "in"], [6, "up"]]}, r"parameters\[2\].axes` should be .*\['stack', 'in', "),
         ({"path": "down"}, "`method.options.sites.sites.parameters` has 'down' twice"),
         ({"path": "upward"}, "`.*sites.selected` names 'up', which is not one of the parameters"),
-        ({"bias": "bios"}, "`.*sites.parameters` names 'bios', which is none"),
+        ({"bias": "bios"}, "`.*sites.parameters` names 'bios', which is not one"),
         ({"part": [3, 3, 1]}, "Block 3 of 3 in 1 groups does not exist in the output axis of 'up'"),
     ],
 )
