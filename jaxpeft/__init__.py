@@ -1,8 +1,29 @@
 """jaxpeft: parameter-efficient fine-tuning for any JAX function, unmodified.
 
-The top level has the verbs and types of the core and every function that returns a `Method`.
+`sites` finds what a function does with its parameters. A method, such as `lora`, puts structured
+weights in the place of some of them. `split` takes the result apart into what is frozen and what is
+trained, `combine` puts it together again, `lift` makes the function accept it, and `merge` turns it
+into plain arrays.
+
+The top level has these verbs, the types of the core, and every function that returns a `Method`.
 Helpers are in the namespace of their subject, such as `jaxpeft.sparsity`, which is loaded when it
-is first used. A name with an underscore in its path is private.
+is first used; `jaxpeft.extend` has what methods are written with. A name with an underscore in its
+path is private.
+
+Example:
+  >>> import jax, jax.numpy as jnp, jaxpeft as jp
+  >>> def model(params, x):
+  ...     return jax.nn.relu(x @ params["up"]) @ params["down"]
+  >>> params = {"up": jnp.ones((8, 32)), "down": jnp.ones((32, 4))}
+  >>> x = jnp.ones((16, 8))
+  >>> sites = jp.sites(model, params, x)
+  >>> frozen, adapter = jp.split(jp.lora(2, sites.linear)(jax.random.key(0), params))
+  >>> def loss(adapter):
+  ...     return jnp.mean(jp.lift(model)(jp.combine(frozen, adapter), x) ** 2)
+  >>> list(jax.grad(loss)(adapter))
+  ['down/a', 'down/b', 'up/a', 'up/b']
+  >>> list(jp.merge(jp.combine(frozen, adapter)))
+  ['down', 'up']
 """
 
 import importlib
@@ -171,7 +192,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A namespace when it is first asked for (PEP 562)."""
+    """A namespace, imported when it is first used (PEP 562)."""
     if name in _NAMESPACES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,7 +31,7 @@ def says(error, *parts):
     return pytest.raises(error, match="(?s)" + ".*".join(map(re.escape, parts)))
 
 
-# What is no array is used as one ---------------------------------------------------------------
+# Structured weights used as arrays ---------------------------------------------------------------
 
 UNLIFTED = "parameter 'w', where a `LowRank` stands", "`jaxpeft.lift(fn)(tree, ...)`"
 UNCOMBINED = "on 'w/a', a placeholder that nothing has filled yet", "combine(frozen, adapter)"
@@ -106,9 +106,9 @@ def test_the_last_layers_of_a_stack_are_no_array_either():
 
 
 def test_a_value_of_the_call_is_named_as_one():
-    hole = FROZEN["w"].weight.key
+    place = FROZEN["w"].weight.key
     with says(AttributeError, "`.shape` on 'dropout'", "combine(frozen, adapter, dropout=...)"):
-        hole.shape  # noqa: B018
+        place.shape  # noqa: B018
 
 
 # The steps are taken in another order ------------------------------------------------------------
@@ -302,7 +302,7 @@ class Strict:
 
 @jax.tree_util.register_pytree_node_class
 class Counted:
-    """Fails with whatever Python raises on what is no array."""
+    """Fails with whatever Python raises on something that is not an array."""
 
     def __init__(self, kernel):
         self.kernel, self.bytes = kernel, 2 * np.dtype(kernel.dtype).itemsize + kernel.T.ndim

@@ -248,7 +248,7 @@ def test_every_way_to_train_an_array_knows_its_shape():
             jp.combine(frozen, {**adapter, path: jnp.ones((9, 9))}, **call)
 
 
-def test_what_is_folded_and_what_a_bank_gives_is_compared_too():
+def test_shapes_are_compared_after_a_conversion_too():
     def table(p, ids):
         return p["table"][ids]
 
@@ -268,7 +268,7 @@ def test_what_is_folded_and_what_a_bank_gives_is_compared_too():
         jp.combine(frozen, {**wrong, **adapter})
 
 
-def test_what_is_made_smaller_has_a_tree_of_its_own():
+def test_an_adapter_of_pruned_ranks_has_a_tree_of_its_own():
     p = params()
     method = jp.adalora(3, jp.sites(model, p, jnp.ones((2, 6))).match("w"))
     frozen, adapter = jp.split(method(KEY, p))
