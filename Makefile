@@ -11,6 +11,8 @@
 #                     Penzai, Tunix) under five methods, and a table of how exact they are
 #   make newest       the core's tests on the newest Python of this machine
 #   make lint, types  ruff, mypy
+#   make docs         the examples and arguments of docstrings, and the README
+#   make dist         sdist and wheel, each tested in an empty environment (TAG=v1.2.3 to release)
 #   make tpu-check    compile the examples' steps for TPUs, without a TPU
 #
 # An environment is made when it is missing and updated when pyproject.toml is newer.
@@ -27,7 +29,7 @@ comma := ,
 # What needs environments of their own.
 OTHERS := --ignore=tests/parity --ignore=tests/clients
 
-.PHONY: demo test conformance parity test-bench adapters clients newest lint types tpu-check
+.PHONY: demo test conformance parity test-bench adapters clients newest lint types docs dist tpu-check
 
 demo: $(VENV)/installed-train
 	$(VENV)/bin/python examples/demo/run.py $(ARGS)
@@ -84,6 +86,12 @@ lint: $(VENV)/installed-lint
 
 types: $(VENV)/installed-lint
 	$(RUN) mypy
+
+docs: $(VENV)/installed-train-test
+	$(RUN) pytest -n 0 -q tests/test_docs.py tests/test_readme.py
+
+dist:
+	PYTHON="$(PYTHON)" .ci/dist $(TAG)
 
 # One stamp per set of extras: installed-train-test stands for `pip install -e .[train,test]`.
 $(VENV)/installed-%: pyproject.toml | $(VENV)/bin/python

@@ -60,6 +60,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from measured import stamp
 
 import jaxpeft as jp
 from jaxpeft.data import TextTokenizer
@@ -463,6 +464,7 @@ def main():
         if not options.short:
             (RESULTS / "longlora.json").write_text(json.dumps(result, indent=1) + "\n")
             (RESULTS / "longlora.md").write_text(table(result))
+            stamp("longlora")
     say(table(result))
     print(json.dumps(result))
 

@@ -30,7 +30,7 @@ from comparison import report
 from comparison.calibration import Calibration, calibration
 from comparison.command import main
 from comparison.places import Places
-from comparison.protocol import Plan
+from comparison.protocol import WHOLE, Plan
 from comparison.rows import FULL, PROBE, Row, adalora
 from comparison.tasks import TASKS
 
@@ -271,4 +271,4 @@ def judged(named: Named, difference: float, half: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main("named", PLAN, SHORT, also=["methods"], more=differences))
+    sys.exit(main("named", PLAN, SHORT, also={"methods": WHOLE.rows}, more=differences))

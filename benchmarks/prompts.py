@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before jax starts
 
 from comparison import report
 from comparison.command import main
-from comparison.protocol import Plan
+from comparison.protocol import WHOLE, Plan
 from comparison.rows import PROMPTS
 
 PLAN = Plan(
@@ -93,4 +93,4 @@ def judged(claim: Claim, difference: float, error: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main("prompts", PLAN, SHORT, also=["methods"], more=claims))
+    sys.exit(main("prompts", PLAN, SHORT, also={"methods": WHOLE.rows}, more=claims))

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from measured import stamp
 
 import jaxpeft as jp
 from jaxpeft._view import is_view
@@ -171,6 +172,7 @@ def main():
     result |= {"train_gib": None} if options.no_tpu else train_gib()
     if not options.no_tpu:
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        stamp("quantization")
     print(json.dumps(result))
 
 

@@ -41,6 +41,7 @@ import optax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
+from measured import stamp  # noqa: E402
 
 import jaxpeft as jp  # noqa: E402
 from jaxpeft.models import decoder  # noqa: E402
@@ -260,6 +261,7 @@ def keep(rows):
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(listed, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(report(listed))
+    stamp("quantization_tpu")
 
 
 def summary(rows):

@@ -26,6 +26,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from measured import stamp
 
 import jaxpeft as jp
 from jaxpeft.models import decoder
@@ -231,6 +232,7 @@ def main():
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(known, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(report(known))
+    stamp("tpu_check")
     print(report(known))
 
 

@@ -1,6 +1,8 @@
-"""Everything that differs between the JAX versions that are supported, and nothing else.
+"""What the core reads from JAX's programs and types, kept apart from how a version writes it.
 
-Primitives that `jax.extend.core.primitives` does not export are found by tracing one
+The supported versions name and arrange some of this differently: parameters of a scan, constants
+of a jaxpr, primitives. Each function here has one source for all of them and asks for no version
+number. Primitives that `jax.extend.core.primitives` does not export are found by tracing one
 public call, so that neither their names nor their modules matter.
 """
 

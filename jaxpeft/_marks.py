@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxpeft._export import exportable, exportable_node
 from jaxpeft._misuse import NotAnArray
+from jaxpeft._printing import fields_summary
 from jaxpeft._view import Axis, View
 from jaxpeft._weight import OUT
 
@@ -23,7 +24,7 @@ VALUE_KEY = jax.tree_util.GetAttrKey("trained")
 
 @exportable_node
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Trainable(NotAnArray):
     """Marks an array as trainable, from the method that returns it to `split`.
 
@@ -71,6 +72,9 @@ class Trainable(NotAnArray):
     def dtype(self) -> Any:
         """The dtype of the array."""
         return self.value.dtype
+
+    def __repr__(self) -> str:
+        return fields_summary(self)
 
     def misuse(self, what: str) -> str:
         by = f"`{self.method}` trains at '{self.path}'" if self.path else "is trained"
@@ -173,7 +177,7 @@ def is_array(x: Any) -> bool:
 @exportable_node
 @exportable
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Placeholder(NotAnArray):
     """A place of a tree that `combine` fills with a value by name.
 
@@ -203,6 +207,9 @@ class Placeholder(NotAnArray):
     stack: tuple[int, ...] = ()
     axes: tuple[Axis, ...] = ()
     expects: Expected | None = None
+
+    def __repr__(self) -> str:
+        return fields_summary(self)
 
     def misuse(self, what: str) -> str:
         value = "" if self.expects or not self.name.isidentifier() else f", {self.name}=..."
@@ -256,7 +263,7 @@ _PARTS = tuple(jax.tree_util.GetAttrKey(name) for name in ("frozen", "trained_pa
 
 @exportable_node
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Concatenated(NotAnArray):
     """An array of which only the end of one axis is trained. `combine` concatenates the parts.
 
@@ -283,6 +290,9 @@ class Concatenated(NotAnArray):
         shape = list(self.frozen.shape)
         shape[self.axis] += self.trained.shape[self.axis]
         return tuple(shape)
+
+    def __repr__(self) -> str:
+        return fields_summary(self)
 
     def misuse(self, what: str) -> str:
         return self.trained.misuse(what)

@@ -37,7 +37,7 @@ WEIGHT_KEY = jax.tree_util.GetAttrKey("weight")
 
 @exportable_node
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class View(NotAnArray):
     """A weight in the place of an array of a tree: what methods put there and `lift` meets.
 
@@ -94,6 +94,15 @@ class View(NotAnArray):
     @classmethod
     def tree_unflatten(cls, meta: tuple, children: tuple) -> "View":
         return cls(children[0], *meta)
+
+    def __repr__(self) -> str:
+        """`View(LowRank(Codebook), shape=(128, 64), dtype=float32, path='w')`, outermost first."""
+        kinds = [type(w).__name__ for w in chain_of(self.weight)]
+        inner = innermost(self.weight)
+        if not kinds or not isinstance(inner, (Weight, jax.Array, jax.ShapeDtypeStruct)):
+            kinds.append(type(inner).__name__)
+        nested = "(".join(kinds) + ")" * (len(kinds) - 1)
+        return f"View({nested}, shape={self.shape}, dtype={self.dtype}, path={self.path!r})"
 
     def misuse(self, what: str) -> str:
         inside = jax.tree.leaves(self.weight, is_leaf=lambda x: isinstance(x, NotAnArray))

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft._export import exportable_node
+from jaxpeft._printing import fields_summary
 
 T = TypeVar("T")
 
@@ -74,7 +75,7 @@ def weight(cls: type[T]) -> type[T]:
       cls: The class. Each of its fields is declared by `base_weight`, `axes`, `arrays` or
         `static`.
     """
-    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     meta = [f.name for f in fields if f.metadata.get("static")]
     data = [f.name for f in fields if f.name not in meta]
@@ -137,6 +138,10 @@ class Weight:
     local_out: ClassVar[bool] = False
     per_position: ClassVar[str | None] = None
     is_reparameterized: ClassVar[bool] = False
+
+    def __repr__(self) -> str:
+        """Arrays print as their dtype and shape: `LowRank(w=float32[128,64], a=..., b=...)`."""
+        return fields_summary(self)
 
     __array_ufunc__ = None  # so that NumPy leaves `x @ weight` to `__rmatmul__`
 

@@ -1,4 +1,7 @@
-"""One process configuration for every test: float64, 8 virtual devices, strict shapes."""
+"""How JAX runs in every test: float64, 8 virtual CPU devices, little optimization by XLA.
+
+Tests of float32 switch float64 off for themselves. Shapes and dtypes promote as in JAX's defaults.
+"""
 
 import itertools
 import os

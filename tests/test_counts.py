@@ -212,3 +212,33 @@ def test_p_tuning_with_20_tokens_and_an_lstm_of_128_units_has_1926400_trainable_
 def test_other_widths_of_the_prompt_encoder(options, expected):
     found = prompts_on_bloomz(lambda table: jp.p_tuning(20, table, **options))
     assert found[0] == expected
+
+
+# Quantized bases ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", sorted(jp.quant.FORMATS))
+@pytest.mark.parametrize("shape", [(128, 128), (3, 100, 128)])
+def test_a_quantized_weight_has_the_parameters_of_the_array_that_it_stands_for(format, shape):
+    def model(params, x):
+        return jnp.einsum("...ti,...io->...to", x, params["w"]) + params["b"]
+
+    params = {"w": jnp.ones(shape, jnp.float32), "b": jnp.ones(128, jnp.float32)}
+    sites = jp.sites(model, params, jnp.ones((*shape[:-2], 2, shape[-2]), jnp.float32)).match("w")
+    qlora = jp.chain(jp.quantize(format, sites), jp.lora(2, sites))
+    frozen, adapter = jp.split(qlora(jax.random.key(0), params))
+    counts = jp.count_params(frozen, adapter)
+    stored = [x for x in jax.tree.leaves(frozen) if hasattr(x, "nbytes")]
+    assert counts.frozen == np.prod(shape) + 128
+    assert counts.frozen_bytes == sum(x.nbytes for x in stored) < counts.frozen * 4
+    assert counts.total == counts.trainable + counts.frozen
+
+
+def test_rank_2_on_an_nf4_matrix_of_128_by_128_trains_512_of_16896_parameters():
+    params = {"w": jnp.ones((128, 128), jnp.float32)}
+    sites = jp.sites(lambda params, x: x @ params["w"], params, jnp.ones((2, 128), jnp.float32))
+    qlora = jp.chain(jp.quantize("nf4", sites), jp.lora(2, sites))
+    frozen, adapter = jp.split(qlora(jax.random.key(0), params))
+    assert str(jp.count_params(frozen, adapter)) == (
+        "trainable 512 of 16,896 (3.0303 %), 2,048 bytes; frozen 9,216 bytes"
+    )

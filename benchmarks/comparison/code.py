@@ -9,7 +9,7 @@ import ast
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +21,47 @@ from comparison.calibration import Calibration
 from comparison.cell import Cell, Trained
 from comparison.files import ROOT
 from comparison.rows import Row
-from jaxpeft import train
+from comparison.source import program, programs
+from jaxpeft import optim
+
+#: The core, in the order of its names.
+_CORE = "axes compat composite computed errors export lift losses marks method misuse operand"
+_CORE += " schema sites tree view weight"
 
 #: What every row depends on.
 COMMON = (
-    *(f"jaxpeft/{name}.py" for name in ("axes", "compat", "composite", "computed", "exporting")),
-    *(f"jaxpeft/{name}.py" for name in ("lift", "method", "misuse", "schema", "sites", "tree")),
-    "jaxpeft/weight.py",
-    "jaxpeft/rules/*.py",
-    "jaxpeft/tracing/*.py",
-    "jaxpeft/methods/placing.py",
-    "jaxpeft/methods/folding.py",
-    "jaxpeft/methods/selection.py",
-    "jaxpeft/methods/prefix.py",
-    "jaxpeft/methods/prompt.py",
-    "jaxpeft/models/layers.py",
-    "jaxpeft/models/encoder.py",
-    "jaxpeft/models/decoder.py",
-    "jaxpeft/serve/generate.py",
-    "jaxpeft/train/heads.py",
-    "jaxpeft/train/loss.py",
-    *(f"jaxpeft/train/{name}.py" for name in ("finite", "loss_scale", "step")),
-    "benchmarks/comparison/files.py",
-    "benchmarks/comparison/tasks.py",
-    "benchmarks/comparison/places.py",
-    "benchmarks/comparison/cell.py",
-    "benchmarks/comparison/costs.py",
+    *(f"jaxpeft/_{name}.py" for name in _CORE.split()),
+    "jaxpeft/_rules/*.py",
+    "jaxpeft/_tracing/*.py",
+    "jaxpeft/_methods/selection.py",
+    "jaxpeft/_methods/prefix_tuning.py",
+    "jaxpeft/_methods/prompt_tuning.py",
+    "jaxpeft/prompts/_virtual.py",
+    "jaxpeft/prompts/_tokens.py",
+    "jaxpeft/extend/_apply.py",
+    "jaxpeft/adapters/_reparameterization.py",
+    "jaxpeft/models/_layers.py",
+    *(f"jaxpeft/models/{name}.py" for name in ("encoder", "decoder", "heads")),
+    "jaxpeft/serve/_generate.py",
+    "jaxpeft/optim/_finite.py",
+    *(f"jaxpeft/train/_{name}.py" for name in ("loss_scale", "step")),
+    *(f"benchmarks/comparison/{x}.py" for x in ("files", "tasks", "places", "cell", "costs")),
 )
 
 
 #: What rows that are trained in their own way depend on.
 TUNED = (
     ROOT / "benchmarks/comparison/tuned.py",
-    *(ROOT / f"jaxpeft/train/{name}.py" for name in ("largest", "pruning", "rank_budget")),
+    *(ROOT / f"jaxpeft/optim/_{name}.py" for name in ("top_k", "pruning", "rank_allocator")),
 )
 #: What rows depend on that are told of their task's batches.
 CALIBRATION = ROOT / "benchmarks/comparison/calibration.py"
 
+#: What the core imports and no result depends on.
+IDLE = (ROOT / "jaxpeft/_printing.py",)
+
 #: What no program shows: which data are read, and how outputs are scored.
-SCORING = ("files", "tasks", "places", "cell", "costs", "records")
+SCORING = ("files", "tasks", "places", "cell", "costs", "significance")
 
 
 @functools.cache
@@ -109,15 +111,7 @@ def declared(make: Callable) -> str:
 def method_files(make: Callable) -> list[Path]:
     """The files of the methods that a row's function calls, and what they import."""
     package = Path(jp.__file__).parent
-    modules = {"jp": jp, "train": train}
-    named = (
-        getattr(modules[node.value.id], node.attr)
-        for node in ast.walk(_node(make))
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id in modules
-    )
-    paths = (Path(inspect.getsourcefile(inspect.unwrap(what)) or "") for what in named)
+    paths = (Path(inspect.getsourcefile(inspect.unwrap(x)) or "") for x in _named(_node(make)))
     files = [path for path in paths if path not in TUNED]
     found: set[Path] = set()
     while files:
@@ -125,7 +119,26 @@ def method_files(make: Callable) -> list[Path]:
         if file not in found:
             found.add(file)
             files += _imported(file, package)
-    return sorted(found - set(_common()))
+    return sorted(found.difference(_common(), IDLE))
+
+
+def _named(node: ast.AST) -> Iterator[Any]:
+    """What of the library a function names: `jp.lora`, `jp.adapters.to_lora`, `optim.rigl`."""
+    if isinstance(node, ast.Attribute) and (found := _value(node)) is not None:
+        if not inspect.ismodule(found):
+            yield found
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _named(child)
+
+
+def _value(node: ast.AST) -> Any:
+    """The value of a dotted name that starts with a module of the library, else `None`."""
+    if isinstance(node, ast.Name):
+        return {"jp": jp, "optim": optim}.get(node.id)
+    if isinstance(node, ast.Attribute) and inspect.ismodule(module := _value(node.value)):
+        return getattr(module, node.attr)
+    return None
 
 
 def _imported(file: Path, package: Path) -> Iterator[Path]:
@@ -147,24 +160,11 @@ def _node(make: Callable) -> ast.AST:
 
 @functools.cache
 def _common() -> tuple[Path, ...]:
-    return tuple(path for pattern in COMMON for path in sorted(ROOT.glob(pattern)))
+    found = {pattern: sorted(ROOT.glob(pattern)) for pattern in COMMON}
+    if gone := [pattern for pattern, paths in found.items() if not paths]:
+        raise FileNotFoundError(f"Every result depends on {gone}, which are not there: see COMMON.")
+    return tuple(path for paths in found.values() for path in paths)
 
 
-def _programs(files: Any) -> str:
-    return "\n".join(f"{path.relative_to(ROOT)}: {_program_of(path)}" for path in files)
-
-
-@functools.cache
-def _program_of(path: Path) -> str:
-    return program(ast.parse(path.read_text()))
-
-
-def program(tree: ast.AST) -> str:
-    """What a source says to the interpreter, without its docstrings."""
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and body:
-            first = body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                node.body = body[1:] or [ast.Pass()]
-    return ast.dump(tree)
+def _programs(files: Iterable[Path]) -> str:
+    return programs(files, ROOT)

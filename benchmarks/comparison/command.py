@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from comparison.code import code_hash
 from comparison.files import ROOT
 from comparison.protocol import Plan, Protocol
 from comparison.records import Results
+from comparison.rows import Row
 from comparison.sharing import SharedResults, spread
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -23,7 +24,7 @@ def main(
     whole: Plan,
     short: Plan,
     *,
-    also: Sequence[str] = (),
+    also: Mapping[str, Sequence[Row]] | None = None,
     more: Callable[[list[dict[str, Any]], Plan], str] = lambda lines, plan: "",
     arguments: Sequence[str] | None = None,
 ) -> int:
@@ -32,7 +33,8 @@ def main(
     Args:
       name: Of the files in results/.
       whole, short: What is run.
-      also: Names of other comparisons, whose runs of the same methods count here too.
+      also: Other comparisons, whose runs of the same methods count here too, and their rows. Those
+        of earlier code count as such where the row is this plan's own.
       more: From the finished runs and the plan to what stands at the end of the table.
       arguments: Those of the command line; `None` takes the process's own.
     """
@@ -61,12 +63,13 @@ def main(
     plan, ending = (short, ".short") if options.short else (whole, "")
     name += ending
     codes = {code_hash(row) for row in plan.rows}
-    others = [
-        line
-        for other in also
-        for line in Results(RESULTS / f"{other}{ending}.jsonl").lines
-        if line["code"] in codes
-    ]
+    others = []
+    for other, rows in (also or {}).items():
+        shared = {row.name for row in rows if row in plan.rows}
+        others.append(Results(RESULTS / f"{other}{ending}.jsonl"))
+        others[-1].lines = [
+            line for line in others[-1].lines if line["code"] in codes or line["method"] in shared
+        ]
     results = SharedResults(RESULTS / f"{name}.jsonl", others)
     try:
         if options.cell:

@@ -12,9 +12,9 @@ from comparison import costs
 from comparison.calibration import cell_of
 from comparison.cell import Cell, Run, Trained
 from comparison.code import code_hash, program_hash
-from comparison.records import gap, pack, unpack
 from comparison.rows import DESCENDANTS, FULL, PROBE, RANKS, ROWS, Row
 from comparison.sharing import SharedResults
+from comparison.significance import gap
 from comparison.sizes import SIZES
 from comparison.tasks import TASKS, Task
 
@@ -281,19 +281,21 @@ class _Work:
             "forgetting": costs.forgetting(run),
             "forgetting_of_base": costs.unforgotten(task),
             "dropped_from_train": task.dropped,
-            "outcomes": pack(outcomes),
+            "outcomes": None,
         }
         self.protocol.say(
             f"{self.name:<10} {self.row.name:<12} {part:<11} rate {rate:<8.2g} seed {seed}: "
             f"{task.metric} {line['score']:.2f}, {difference:+.2f} on the probe"
         )
-        return self.protocol.results.add(line)
+        # A sweep's are compared with the probe's here and never again.
+        kept = part == "test" or self.row == PROBE
+        return self.protocol.results.add(line, outcomes if kept else None)
 
     def _gap(self, task: Task, part: str, seed: int, outcomes: np.ndarray) -> tuple[float, float]:
         if self.row == PROBE:
             return 0.0, 0.0
         probe = _Work(self.protocol, self.name, PROBE).line(part, 0.0, seed)
-        return gap(outcomes, unpack(probe["outcomes"]), task.score)
+        return gap(outcomes, self.protocol.results.outcomes(probe), task.score)
 
     @functools.cached_property
     def cell(self) -> Cell:

@@ -9,17 +9,23 @@ import numpy as np
 
 from comparison.code import code_hash
 from comparison.protocol import PARITY, Plan, unfit
-from comparison.records import Results, gap, unpack
+from comparison.records import Results
 from comparison.rows import FAMILIES, Row
+from comparison.significance import gap
 from comparison.tasks import METRICS
 
 
 def latest(results: Results, plan: Plan) -> list[dict[str, Any]]:
-    """The finished runs of a plan; of each cell, those of the code that ran last."""
+    """The finished runs of a plan; of each cell, those of the code that ran last.
+
+    Their `outcomes` are arrays (N, S) here, or `None` where they were not kept.
+    """
     lengths = {row.name: plan.length(row) for row in plan.rows}
     lines = [line for line in results.of() if line["steps"] == lengths.get(line["method"])]
     newest = {(line["task"], line["method"]): line["code"] for line in lines}
-    return [line for line in lines if line["code"] == newest[line["task"], line["method"]]]
+    lines = [line for line in lines if line["code"] == newest[line["task"], line["method"]]]
+    kept = lambda line: None if line["outcomes"] is None else results.outcomes(line)  # noqa: E731
+    return [line | {"outcomes": kept(line)} for line in lines]
 
 
 def summary(lines: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
@@ -41,8 +47,9 @@ def summary(lines: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
             missing.append({"task": task, "method": method, "why": "not finished"})
             continue
         cell = _cell(mine, on_test(lines, task, "probe"))
+        cell["of_earlier_code"] = mine[-1]["code"] != code_hash(row)
         tasks.setdefault(task, {})[method] = cell
-        if mine[-1]["code"] != code_hash(row):
+        if cell["of_earlier_code"]:
             earlier.append(f"{method} on {task}")
         if len(mine) < len(plan.seeds):
             found = f"{len(mine)} of {len(plan.seeds)} seeds"
@@ -88,6 +95,7 @@ def _cell(mine: list[dict[str, Any]], probe: list[dict[str, Any]]) -> dict[str, 
         "probe_gap_error": error,
         "loss": statistics.fmean(line["loss"] for line in mine),
         "forgetting": statistics.fmean(line["forgetting"] for line in mine),
+        "code": last.get("measured", last["code"]),
         **{name: last[name] for name in kept},
     }
 
@@ -102,7 +110,7 @@ def between(
         return None, None
     score = METRICS[mine[0]["metric"]]
     difference, error = gap(
-        *(np.stack([unpack(pair[i]["outcomes"]) for pair in both]) for i in (0, 1)), score
+        *(np.stack([pair[i]["outcomes"] for pair in both]) for i in (0, 1)), score
     )
     if len(both) > 1:
         gaps = [line["score"] - other["score"] for line, other in both]
@@ -113,7 +121,7 @@ def between(
 # Table -------------------------------------------------------------------------------------------
 
 _COLUMNS = ("method", "trainable", "score", "gap to the probe", "loss", "rate", "peak", "step")
-_COLUMNS += ("1 x 16", "32 x 128", "FLOPs", "context", "forgetting")
+_COLUMNS += ("1 x 16", "32 x 128", "FLOPs", "context", "forgetting", "code")
 
 
 def table(found: dict[str, Any], plan: Plan) -> str:
@@ -132,7 +140,8 @@ def table(found: dict[str, Any], plan: Plan) -> str:
         "(prompts and prefixes with a network: folded). Context: virtual positions. Forgetting: "
         "MiniLM, mean cosine to the base's embeddings of Banking77; stories260k, loss on the "
         "base's own stories (the base's in brackets). Rates in brackets are an end of what was "
-        "swept.",
+        "swept. Code: the hash of all that a row depends on, when it ran (comparison/code.py); "
+        '"earlier" where that has changed since, other than by what carried.json lists.',
     ]
     for task, cells in found["tasks"].items():
         first = next(iter(cells.values()))
@@ -146,10 +155,13 @@ def table(found: dict[str, Any], plan: Plan) -> str:
     if found["not_run"]:
         rows = [f"- {x['method']} on {x['task']}: {x['why']}" for x in found["not_run"]]
         parts += ["## Not run", "\n".join(rows)]
-    if found["of_earlier_code"]:
-        what = "The code that these depend on has changed since they ran; gaps to them are of two "
-        rows = [f"- {name}" for name in found["of_earlier_code"]]
-        parts += ["## Of earlier code", what + "states of it.", "\n".join(rows)]
+    if earlier := found["of_earlier_code"]:
+        what = (
+            f"The code that {len(earlier)} of {len(cells)} rows depend on has changed since they "
+            "ran, and they have not run again; gaps to the others are of two states of it."
+        )
+        rows = [f"- {name}" for name in earlier]
+        parts += ["## Of earlier code", what, "\n".join(rows)]
     rows = [f"| {name} | {f.centre:g} | {f.source} |" for name, f in FAMILIES.items() if f.centre]
     sources = "\n".join(["| family | centre | source |", "|---|---|---|", *rows])
     parts += ["## Rates", "Three a factor of three apart, one more beyond an edge.", sources]
@@ -177,6 +189,7 @@ def _table_row(row: Row, cell: dict[str, Any]) -> str:
         f"{cell['flops_vs_base']:.3f}",
         str(cell["context_used"]),
         f"{cell['forgetting']:.3f}{story}",
+        f"`{cell['code']}`" + " earlier" * cell["of_earlier_code"],
     )
     return "| " + " | ".join(values) + " |"
 

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from comparison.records import Results
 
@@ -20,12 +21,13 @@ class SharedResults(Results):
 
     Args:
       path: The file.
-      also: Finished runs of other files, which are not done again.
+      also: Results whose finished runs are not done again.
     """
 
-    def __init__(self, path: Path, also: Sequence[dict[str, Any]] = ()):
+    def __init__(self, path: Path, also: Sequence[Results] = ()):
         super().__init__(path)
-        self.lines = [*also]
+        self._also = also
+        self.lines = [line for other in also for line in other.lines]
         self._read = 0  # bytes of the file
         self._refresh()
         self._held: set[tuple[str, str]] = set()
@@ -60,11 +62,17 @@ class SharedResults(Results):
             finally:
                 self._held.remove((task, method))
 
-    def add(self, line: dict[str, Any]) -> dict[str, Any]:
-        super().add(line)
+    def add(self, line: dict[str, Any], outcomes: np.ndarray | None = None) -> dict[str, Any]:
+        line = super().add(line, outcomes)
         self.lines.pop()  # it comes back from the file, behind what others have added before it
         self._refresh()
         return line
+
+    def outcomes(self, line: dict[str, Any]) -> np.ndarray:
+        for other in self._also:
+            if line["outcomes"] is not None and line["outcomes"] in other.own_outcomes:
+                return other.outcomes(line)
+        return super().outcomes(line)
 
     def _refresh(self) -> None:
         """Takes in what has been added to the file."""
@@ -74,7 +82,7 @@ class SharedResults(Results):
             file.seek(self._read)
             whole = file.read().rpartition(b"\n")[0]
         if whole:
-            self.lines += [json.loads(line) for line in whole.splitlines()]
+            self.lines += self._parsed(whole.decode())
             self._read += len(whole) + 1
 
 

@@ -186,4 +186,5 @@ def _text_ids(text: str, tokenizer: Any, init: Any) -> list[int]:
 
 
 def encoded_text(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text, without special tokens."""
     return tokenizer.encode(text, add_special_tokens=False).ids

@@ -21,6 +21,9 @@ def unfreeze(sites: Sites) -> Method:
 
     Where another method has put a weight, the array at the bottom of it is trained.
 
+    Args:
+      sites: The arrays to train, of any role.
+
     Raises:
       ValueError: Nothing is selected, a path is not in the tree, or its array is quantized.
 
@@ -48,13 +51,20 @@ def _unfrozen(sites: Sites, caller: str) -> Method:
 
 @register_method
 def full_finetuning(sites: Sites) -> Method:
-    """Full fine-tuning: every array of the program is trained."""
+    """Full fine-tuning: every array of the program is trained.
+
+    Args:
+      sites: Any selection of the program: all of its arrays are trained.
+    """
     return _unfrozen(sites.every, "full_finetuning")
 
 
 @register_method
 def norm_tuning(sites: Sites) -> Method:
     """Trains the scales and biases of normalizations.
+
+    Args:
+      sites: Where to look for normalizations; usually all sites of the program.
 
     References:
       Qi et al., Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language

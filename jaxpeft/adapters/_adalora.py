@@ -50,7 +50,11 @@ def orthogonality_penalty(adapter: Mapping[str, Any]) -> jax.Array:
 
 
 def effective_ranks(adapter: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """How many values of each matrix are not zero: {path: counts (*stack,)}."""
+    """How many values of each matrix are not zero: {path: counts (*stack,)}.
+
+    Args:
+      adapter: {path: array} of `adalora`, as `split` returned it or as it was trained since.
+    """
     found = {path: np.asarray(adapter[f"{path}/values"]) for path in triplets(adapter)}
     return {path: np.count_nonzero(values, axis=-1) for path, values in found.items()}
 

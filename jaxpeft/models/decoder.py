@@ -627,7 +627,12 @@ def init(config: Config, key: Array, dtype: Any = jnp.float32) -> Params:
 
 
 def shapes(config: Config, dtype: Any = jnp.float32) -> Params:
-    """The parameters as `jax.ShapeDtypeStruct`s; nothing is allocated, whatever the size."""
+    """The parameters as `jax.ShapeDtypeStruct`s; nothing is allocated, whatever the size.
+
+    Args:
+      config: Of the model.
+      dtype: Of every parameter.
+    """
     return nnx.to_pure_dict(nnx.state(_abstract(config, param_dtype=dtype)))
 
 
@@ -767,7 +772,11 @@ def _abstract(config: Config, **options: Any) -> Decoder:
 
 
 def plan(config: Config) -> dict[str, Stack]:
-    """What each array is made of, by path, in terms of the tensors of a Hugging Face folder."""
+    """What each array is made of, by path, in terms of the tensors of a Hugging Face folder.
+
+    Args:
+      config: Of the model.
+    """
     return folders.plan(shapes(config), _TABLE)
 
 

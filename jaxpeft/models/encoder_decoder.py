@@ -630,12 +630,24 @@ def init(config: Config, key: Array, dtype: Any = jnp.float32) -> Params:
 
 
 def shapes(config: Config, dtype: Any = jnp.float32) -> Params:
-    """The parameters as `jax.ShapeDtypeStruct`s; nothing is allocated, whatever the size."""
+    """The parameters as `jax.ShapeDtypeStruct`s; nothing is allocated, whatever the size.
+
+    Args:
+      config: Of the model.
+      dtype: Of every parameter.
+    """
     return nnx.to_pure_dict(nnx.state(_abstract(config, param_dtype=dtype)))
 
 
 def init_cache(config: Config, rows: int, length: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache with `length` slots for the targets of each of `rows` rows."""
+    """An empty cache with `length` slots for the targets of each of `rows` rows.
+
+    Args:
+      config: Of the model.
+      rows: Sequences that are decoded at once.
+      length: Positions of the targets, the start token included.
+      dtype: Of keys and values.
+    """
     check_dtype_option("dtype", dtype)
     kv = (config.decoder_layers, rows, length, config.heads, config.head_dim)
     order, real = jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows, length), bool)
@@ -785,7 +797,11 @@ def save(
 
 
 def plan(config: Config) -> dict[str, Stack]:
-    """What each array is made of, by path, in terms of the tensors of a Hugging Face folder."""
+    """What each array is made of, by path, in terms of the tensors of a Hugging Face folder.
+
+    Args:
+      config: Of the model.
+    """
     return folders.plan(shapes(config), _table(config))
 
 

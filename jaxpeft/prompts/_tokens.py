@@ -19,7 +19,13 @@ from jaxpeft._weight import (
 
 
 def virtual_token_ids(site: Site, length: int, start: int = 0) -> np.ndarray:
-    """Ids (length,) of the virtual tokens `start`, `start` + 1, ... of a table."""
+    """Ids (length,) of the virtual tokens `start`, `start` + 1, ... of a table.
+
+    Args:
+      site: The embedding table.
+      length: How many ids.
+      start: The first of the table's virtual tokens; the second prompt of length 8 starts at 8.
+    """
     return site.size(IN) + start + np.arange(length, dtype=np.int32)
 
 
@@ -85,6 +91,11 @@ def _parts(piece: Any) -> list[Any]:
 
 def check_token_ids(tree: Any, site: Site, ids: Any) -> None:
     """Says whether every id has a row or a prompt behind it. Needs concrete ids.
+
+    Args:
+      tree: Params under the methods, before `split`, after it or combined again.
+      site: The embedding table.
+      ids: Integers of any shape, as the model is given them.
 
     Raises:
       ValueError: An id is out of range; names it and what there is.

@@ -134,5 +134,10 @@ def _check_segments(segment_ids: jax.Array, tokens: jax.Array) -> None:
 
 
 def drop_virtual_positions(outputs: jax.Array, length: int) -> jax.Array:
-    """Outputs (batch, length + time, ...) at real positions only."""
+    """Outputs (batch, length + time, ...) at real positions only.
+
+    Args:
+      outputs: Of a model with a prefix, (batch, length + time, ...).
+      length: Virtual positions in front.
+    """
     return outputs[:, length:]

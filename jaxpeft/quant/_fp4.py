@@ -25,6 +25,10 @@ def fp4(
     +-(0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1) to w / scale, in the order of the codes that
     bitsandbytes writes. Bits per parameter and arguments are those of `nf4`.
 
+    Args:
+      matrix: The weights, (*stack, in, out).
+      block, double, layout: As in `nf4`, at the same bits per parameter.
+
     References:
       Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023, section 4.
       https://arxiv.org/abs/2305.14314

@@ -12,6 +12,10 @@ def fp8(matrix: jax.Array, *, block: int | None = None) -> PerChannel | Blockwis
     scale = max |w| / 448 over a column, or over `block` rows of it; codes = w / scale rounded
     to the nearest float8, whose relative error is at most 1/16 down to scale / 64.
 
+    Args:
+      matrix: The weights, (*stack, in, out).
+      block: Rows under one scale; `None` for one scale per column.
+
     References:
       Micikevicius et al., FP8 Formats for Deep Learning, 2022, section 3.
       https://arxiv.org/abs/2209.05433

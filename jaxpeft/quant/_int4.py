@@ -48,6 +48,12 @@ def int4(matrix: jax.Array, *, block: int = 64, symmetric: bool = True) -> Int4:
     Asymmetric: scale = (max(w, 0) - min(w, 0)) / 15, zero = round(-min(w, 0) / scale),
     codes = round(w / scale) + zero. Either way a weight of zero stays zero, and the error of
     an entry is at most scale / 2 (scale, where a zero point was rounded the other way).
+
+    Args:
+      matrix: The weights, (*stack, in, out).
+      block: Rows under one scale. 4 + 32 / block bits per parameter.
+      symmetric: Whether zero lies in the middle of the codes. If not, each block has a zero point
+        of its own, for 8 / block bits more.
     """
     w = wide(matrix)
     full, tail = divmod(w.shape[-2], checked_block(block))

@@ -11,5 +11,9 @@ def int8(matrix: jax.Array, *, block: int | None = None) -> PerChannel | Blockwi
 
     scale = max |w| / 127 over a column, or over `block` rows of it; codes = round(w / scale);
     the error of an entry is at most scale / 2. Where all are zero, scale and codes are.
+
+    Args:
+      matrix: The weights, (*stack, in, out).
+      block: Rows under one scale; `None` for one scale per column.
     """
     return linear_codes(matrix, block, jnp.int8)

@@ -31,7 +31,7 @@ class Codebook(Quantized):
     block: int = static(64)
     tail: int = static(0)
     book: Book = static(None)
-    kernel: str | None = static(None)
+    kernel: str | None = static(None)  # experimental; `_kernels.fused` sets it
 
     def forward(self, x):
         return super().forward(x) if (y := self._fused(x, False)) is None else y

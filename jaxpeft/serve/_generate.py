@@ -210,6 +210,14 @@ def sample(
     """Draws ids (...) from logits (..., V), restricted as `generator` says.
 
     Tokens as likely as the last one kept are kept too.
+
+    Args:
+      key: A PRNG key.
+      logits: (..., V), of any floating-point dtype.
+      temperature: Divides the logits; more than 0.
+      top_k: How many of the most likely tokens may be drawn; `None` for all.
+      top_p: The most likely tokens that have this much probability together may be drawn; `None`
+        for all.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
     if top_k is not None:

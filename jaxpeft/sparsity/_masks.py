@@ -171,7 +171,11 @@ def _largest(
 
 
 def mask_density(masks: Mapping[str, Any]) -> dict[str, float]:
-    """Share of entries that each mask has, and under "" that of all."""
+    """Share of entries that each mask has, and under "" that of all.
+
+    Args:
+      masks: {path: boolean mask}, as `topk_mask` returns them.
+    """
     counts = {path: (int(np.count_nonzero(m)), math.prod(m.shape)) for path, m in masks.items()}
     share = {path: some / of for path, (some, of) in counts.items()}
     some, of = (sum(pair[i] for pair in counts.values()) for i in (0, 1))

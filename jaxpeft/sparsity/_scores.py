@@ -39,6 +39,13 @@ Rule = Literal["snip", "taylor", "fisher", "obd", "grasp"]
 def magnitude_scores(params: Any, sites: Sites) -> dict[str, jax.Array]:
     """|w|.
 
+    Args:
+      params: The model's parameters.
+      sites: The arrays to score.
+
+    Returns:
+      {path: |w|}, each score in the shape of its array.
+
     References:
       Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015.
       https://arxiv.org/abs/1506.02626

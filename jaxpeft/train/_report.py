@@ -54,7 +54,11 @@ def _bytes_up_to(path, step):
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics file, in the order of the run."""
+    """The records of a metrics file, in the order of the run.
+
+    Args:
+      path: The file, one JSON object per line.
+    """
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 

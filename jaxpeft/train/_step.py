@@ -53,6 +53,10 @@ def init(adapter: Any, tx: optax.GradientTransformation) -> State:
     buffer twice where an optimizer keeps the adapter itself in its state. What has no place
     of its own (counters) goes where the adapter is: on a mesh, put the adapter there first
     (`jax.device_put(adapter, NamedSharding(mesh, P()))`), or the step compiles twice.
+
+    Args:
+      adapter: {path: array} of the trainable parameters.
+      tx: The optimizer.
     """
     adapter = jax.tree.map(jnp.copy, adapter)
     opt_state = jax.tree.map(jnp.copy, tx.init(adapter))
@@ -281,6 +285,10 @@ def fill_float0(grads: Any, tree: Any) -> Any:
     `jax.grad(loss, allow_int=True)` gives integer arrays (the codes of a quantized base)
     gradients of dtype float0, which cannot be added to anything. They become zeros of the
     array's own dtype; the others stay.
+
+    Args:
+      grads: Gradients of `tree`, from `jax.grad(..., allow_int=True)`.
+      tree: What was differentiated.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -5,6 +5,7 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ pytest.importorskip("tokenizers", reason="the models' tokenizers need it")
 pytest.importorskip("seqeval", reason="span F1 needs it: pip install 'jaxpeft[bench]'")
 pytest.importorskip("sacrebleu", reason="BLEU needs it: pip install 'jaxpeft[bench]'")
 
+import carry  # noqa: E402
 import prompts  # noqa: E402
 from comparison import (  # noqa: E402
     calibration,
@@ -27,6 +29,7 @@ from comparison import (  # noqa: E402
     report,
     rows,
     sharing,
+    significance,
     tasks,
 )
 
@@ -229,14 +232,44 @@ def test_the_error_of_a_gap_is_that_of_a_mean_of_paired_differences():
     rng = np.random.default_rng(1)
     mine, theirs = (rng.random((2, 500)) < [[0.9], [0.8]]).astype(int)
     outcomes = [np.stack([x, np.ones_like(x)], axis=-1) for x in (mine, theirs)]
-    difference, error = records.gap(*outcomes, tasks.accuracy)
+    difference, error = significance.gap(*outcomes, tasks.accuracy)
     assert difference == pytest.approx(100 * (mine - theirs).mean())
     assert error == pytest.approx(100 * np.std(mine - theirs) / 500**0.5, rel=0.1)
 
 
-def test_outcomes_survive_the_file():
-    outcomes = np.array([[1, 2, 300], [0, 5, 6]])
-    assert np.array_equal(records.unpack(records.pack(outcomes)), outcomes)
+def test_outcomes_survive_the_file_under_their_hash(tmp_path):
+    first, second = np.array([[1, 2, 300], [0, 5, 6]]), np.array([[1, 2], [300, 0], [5, 6]])
+    store = records.Outcomes(tmp_path / "x.outcomes.xz")
+    digests = [store.add(x) for x in (first, second, first)]
+    assert digests[0] == digests[2] != digests[1]  # the same numbers, laid out otherwise
+    again = records.Outcomes(store.path)
+    assert np.array_equal(again[digests[0]], first) and np.array_equal(again[digests[1]], second)
+    other = records.Outcomes(store.path)  # as another process has it open meanwhile
+    third = again.add(first + 1)
+    assert third in other and np.array_equal(other[third], first + 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.outcomes.xz"]
+
+
+def test_outcomes_that_are_not_there_are_asked_for_by_name(tmp_path):
+    results = records.Results(tmp_path / "x.jsonl")
+    line = {"method": "lora", "task": "snips", "part": "validation", "outcomes": None}
+    with pytest.raises(ValueError, match=r"lora on snips \(validation\) were not kept"):
+        results.outcomes(line)
+    with pytest.raises(ValueError, match=r"x\.outcomes\.xz' has no outcomes 0123.*--cell"):
+        results.outcomes(line | {"outcomes": "0123"})
+
+
+@pytest.mark.parametrize("name", ["methods", "named", "prompts"])
+def test_recorded_lines_are_small_and_their_outcomes_are_there(name):
+    results = records.Results(command.RESULTS / f"{name}.jsonl")
+    lines = results.path.read_text().splitlines()
+    assert max(map(len, lines)) < 1_000
+    for line in results.lines:
+        kept = line["part"] == "test" or line["method"] == "probe"
+        assert (line["outcomes"] is not None) == kept
+        if kept:
+            score = tasks.METRICS[line["metric"]](results.outcomes(line).sum(axis=0))
+            assert score == pytest.approx(line["score"], rel=1e-9)
 
 
 # Runs --------------------------------------------------------------------------------------------
@@ -251,6 +284,13 @@ PLAN = protocol.Plan(
 FIELDS = """method task rate seed steps code program device score probe_gap probe_gap_error
 trainable trainable_with_head peak_bytes step_time_vs_full latency_vs_base flops_vs_base
 context_used forgetting""".split()
+
+
+def copied(path, folder):
+    """The results file in another folder, with its outcomes."""
+    outcomes = records.Results(path).own_outcomes.path
+    shutil.copy(outcomes, folder / outcomes.name)
+    return shutil.copy(path, folder / path.name)
 
 
 @pytest.fixture(scope="module")
@@ -314,8 +354,7 @@ def test_trec_takes_the_rate_of_the_encoder(finished):
 
 def test_a_repeated_command_runs_nothing_and_a_killed_one_goes_on(finished, tmp_path, monkeypatch):
     whole = finished[0].read_text()
-    path = tmp_path / "methods.jsonl"
-    path.write_text(whole)
+    path = copied(finished[0], tmp_path)
 
     def refuse(*args):
         raise AssertionError("trained again")
@@ -359,6 +398,79 @@ def test_runs_of_other_code_count_where_the_programs_are_the_same(finished, tmp_
         run("other.jsonl", {"code": "0", "program": "0"})
 
 
+# Carried runs ------------------------------------------------------------------------------------
+
+
+def test_a_run_of_carried_code_counts_and_keeps_the_hash_it_was_measured_with(finished, tmp_path):
+    path = copied(finished[0], tmp_path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    full = next(line["code"] for line in lines if line["method"] == "full")
+    old = [line | {"code": "old"} if line["method"] == "full" else line for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in old))
+    found = report.summary(report.latest(records.Results(path), PLAN), PLAN)
+    assert found["of_earlier_code"] == ["full on e2e", "full on snips", "full on trec"]
+
+    steps = [{"codes": {"old": "newer"}}, {"codes": {"newer": full, full: "old"}}]  # there and back
+    (tmp_path / "carried.json").write_text(json.dumps(steps[:1] + [{"codes": {"newer": full}}]))
+    for results in (records.Results(path), sharing.SharedResults(path)):
+        assert {x["code"] for x in results.of(method="full")} == {full}
+        assert {x["measured"] for x in results.of(method="full")} == {"old"}
+    found = report.summary(report.latest(records.Results(path), PLAN), PLAN)
+    assert found["of_earlier_code"] == []
+    assert found["tasks"]["snips"]["full"]["code"] == "old"
+    (tmp_path / "carried.json").write_text(json.dumps(steps))
+    assert records.Carried(tmp_path / "carried.json")("old") == full  # and no endless round
+
+
+def test_what_is_carried_are_recorded_runs_of_methods_that_do_not_differ():
+    codes = lambda state: {"methods": {m: f"{m} {state}" for m in ("a", "b", "c", "d")}}  # noqa: E731
+    ones, cells = [np.ones(3)], [("snips", "a"), ("snips", "b"), ("e2e", "b"), ("snips", "d")]
+    before = {"codes": codes("then"), "cells": {cell: ones for cell in cells}}
+    now = {"codes": codes("now"), "cells": before["cells"] | {("e2e", "b"): [np.ones(3) * 1.001]}}
+    recorded = {"methods": {"a then", "b then", "c then", "d of earlier code"}}
+    about = dict(reason="renamed", since="0123", say=str)
+    found, differ = carry.entry(before, now, recorded, **about)
+    assert found["codes"] == {"a then": "a now"} and differ == ["b"]
+    assert found["checked"] == ["a on snips", "d on snips"]
+    assert (found["reason"], found["since"]) == ("renamed", "0123")
+    found, differ = carry.entry(before, now, recorded, unchecked=True, **about)
+    assert found["codes"] == {"a then": "a now", "c then": "c now"}
+    found, differ = carry.entry(before, now, recorded, tolerance=0.01, **about)
+    assert found["codes"] == {"a then": "a now", "b then": "b now"} and not differ
+
+
+def test_arrays_of_other_shapes_or_another_number_of_them_differ():
+    ones = np.ones((2, 3))
+    assert carry.farthest([ones], [ones]) == 0
+    assert carry.farthest([ones, 2 * ones], [ones, ones]) == 1
+    assert carry.farthest([ones], [ones.T]) == carry.farthest([ones], [ones, ones]) == np.inf
+
+
+def test_nothing_is_carried_without_saying_what_was_checked(capsys):
+    for arguments, said in (
+        (["HEAD", "--reason", "x"], "--unchecked"),
+        (["HEAD", "--reason", "x", "--check", "lora"], "a method and a task each are needed"),
+    ):
+        with pytest.raises(SystemExit):
+            carry.main(arguments)
+        assert said in capsys.readouterr().err
+
+
+def test_carried_hashes_lead_from_recorded_runs_on():
+    """A hash that no line has is a typing error, or of a line that was dropped."""
+    entries = json.loads((command.RESULTS / "carried.json").read_text())
+    lines = (
+        line
+        for name in ("methods", "named", "prompts")
+        for line in (command.RESULTS / f"{name}.jsonl").read_text().splitlines()
+    )
+    known = {json.loads(line)["code"] for line in lines}
+    for entry in entries:
+        assert entry["reason"] and entry["since"]
+        assert set(entry["codes"]) <= known
+        known |= set(entry["codes"].values())
+
+
 def test_the_hash_of_the_programs_sees_what_is_computed(task, monkeypatch):
     """And nothing else: neither the row's name nor how its function is written."""
     lora = WHOLE.row("lora")
@@ -387,8 +499,7 @@ def test_the_hash_of_the_programs_sees_what_is_computed(task, monkeypatch):
 
 
 def test_a_cell_is_redone_and_takes_the_place_of_the_old_one(finished, tmp_path):
-    path = tmp_path / "methods.jsonl"
-    path.write_text(finished[0].read_text())
+    path = copied(finished[0], tmp_path)
     before = len(records.Results(path).lines)
     results = sharing.SharedResults(path)
     protocol.Protocol(PLAN, results, str).redo("trec", "probe")
@@ -434,9 +545,9 @@ def test_a_result_depends_on_its_own_method_and_on_no_other():
     hashes = {row.name: code.code_hash(row) for row in WHOLE.rows}
     assert len(set(hashes.values())) == len(hashes)
     files = {row.name: {x.name for x in code.method_files(row.make)} for row in WHOLE.rows[1:]}
-    assert files["lora"] == {"lora.py", "dropping.py"} and "hybrids.py" in files["mam"]
+    assert files["lora"] == {"lora.py", "_dropout.py"} and "mam.py" in files["mam"]
     faster = code.method_files(WHOLE.row("lora+").wrap)
-    assert "lora_plus.py" in {x.name for x in faster}
+    assert "_lora_plus.py" in {x.name for x in faster}
     told = dataclasses.replace(WHOLE.row("eva"), needs="gradients")
     assert code.code_hash(told) != hashes["eva"]
     assert "fill" in code.declared(WHOLE.row("poly").make)  # what helps it
@@ -444,6 +555,22 @@ def test_a_result_depends_on_its_own_method_and_on_no_other():
     other = dataclasses.replace(lora, make=lambda p: jp.lora(rows.RANK, p.queries))
     assert code.code_hash(other) != hashes["lora"]
     assert "'RANK': 8" in code.declared(lora.make)
+
+
+def test_names_in_a_room_of_the_library_lead_to_their_own_file():
+    def make(p):
+        return jp.adapters.to_lora, jp.lora(rows.RANK, p.kernels).name.upper()
+
+    names = {path.name for path in code.method_files(make)}
+    assert {"_to_lora.py", "lora.py"} <= names and "__init__.py" not in names
+
+
+def test_a_file_that_results_depend_on_cannot_go_unseen(monkeypatch):
+    code._common.cache_clear()
+    monkeypatch.setattr(code, "COMMON", ("jaxpeft/_lift.py", "jaxpeft/lift.py"))
+    with pytest.raises(FileNotFoundError, match=r"\['jaxpeft/lift.py'\], which are not there"):
+        code._common()
+    code._common.cache_clear()
 
 
 # Several processes -------------------------------------------------------------------------------
@@ -525,13 +652,15 @@ def test_runs_of_another_comparison_are_not_done_again(finished, tmp_path, monke
     for line in lines:
         line["code"] = "0" if line["method"] == "prefix" else line["code"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    outcomes = records.Results(finished[0]).own_outcomes.path
+    shutil.copy(outcomes, tmp_path / "a.outcomes.xz")
     known = {}
     monkeypatch.setattr(
         protocol.Protocol,
         "cell",
         lambda self, task, row: known.update({(task, row.name): self.lines(row, task=task)}),
     )
-    assert command.main("b", PLAN, PLAN, also=["a"], arguments=["--json"]) == 0
+    assert command.main("b", PLAN, PLAN, also={"a": ()}, arguments=["--json"]) == 0
     assert {cell for cell, found in known.items() if not found} == {
         ("e2e", "prefix"),
         ("snips", "prefix"),
@@ -540,6 +669,11 @@ def test_runs_of_another_comparison_are_not_done_again(finished, tmp_path, monke
     assert {task: set(cells) for task, cells in found["tasks"].items()} == dict.fromkeys(
         PLAN.tasks, {"probe", "full"}
     )
+    # In a table, those of earlier code are there as such where the row is the same.
+    pytest.importorskip("matplotlib")
+    assert command.main("b", PLAN, PLAN, also={"a": PLAN.rows}, arguments=["--table"]) == 0
+    text = (tmp_path / "b.md").read_text().split("## Of earlier code")[1]
+    assert "- prefix on e2e\n- prefix on snips" in text
 
 
 def test_workers_are_processes_on_cores_of_their_own(tmp_path, monkeypatch):
@@ -584,7 +718,11 @@ def test_the_summary_has_gaps_with_errors_and_says_what_was_not_run(finished):
     old = [line | {"code": "0"} if line["method"] == "full" else line for line in lines]
     found = report.summary(old, PLAN)
     assert found["of_earlier_code"] == ["full on e2e", "full on snips", "full on trec"]
-    assert "## Of earlier code" in report.table(found, PLAN)
+    text = report.table(found, PLAN)
+    assert "## Of earlier code" in text and "The code that 3 of 8 rows depend on" in text
+    marked = [line for line in text.splitlines() if line.endswith("` earlier |")]
+    assert len(marked) == 3 and all(line.startswith("| full") for line in marked)
+    assert f"| `{lines[0]['code']}` |" in text
 
 
 def test_the_table_and_the_figure_are_made_from_the_file_alone(finished, tmp_path, monkeypatch):
@@ -593,7 +731,7 @@ def test_the_table_and_the_figure_are_made_from_the_file_alone(finished, tmp_pat
     found = report.summary(lines, PLAN)
     text = report.table(found, PLAN)
     assert "| full (full fine-tuning) | " in text and "bitfit on e2e: the decoder" in text
-    assert all(line.count("|") == 14 for line in text.splitlines() if line.startswith("| full"))
+    assert all(line.count("|") == 15 for line in text.splitlines() if line.startswith("| full"))
     assert f"| {found['tasks']['e2e']['full']['loss']:.3f} |" in text
     pytest.importorskip("matplotlib")
     report.figure(found, tmp_path / "methods.png")

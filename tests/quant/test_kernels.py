@@ -200,6 +200,11 @@ def test_scales_are_constants_to_the_kernel():
     np.testing.assert_array_equal(jax.grad(total)(w.scales), jnp.zeros_like(w.scales))
 
 
+def test_what_turns_the_kernel_on_is_marked_as_experimental():
+    for documented in (fused, nf4_matmul, quant._kernels):
+        assert "experimental" in documented.__doc__.lower()
+
+
 def test_an_unknown_kernel_is_refused():
     with pytest.raises(ValueError, match=r"kernel='triton'.*'pallas', 'interpret'"):
         fused({}, "triton")

@@ -1,4 +1,4 @@
-"""Kernels for one kind of hardware, chosen by hand: `fused`."""
+"""Experimental kernels for one kind of hardware, which `fused` turns on."""
 
 from jaxpeft.quant._kernels.fused import fused
 

@@ -12,12 +12,15 @@ Tree = TypeVar("Tree")
 
 
 def fused(tree: Tree, kernel: str | None = "pallas") -> Tree:
-    """The tree with products by 4-bit matrices in one kernel that decodes as it multiplies.
+    """Experimental: products by 4-bit matrices in one kernel that dequantizes as it multiplies.
 
-    Unproven: right in Pallas's interpreter, and compiled for TPUs v5e and v5p without one; whether
-    it wins over what XLA makes of decoding and product is to be measured on a TPU. Nothing uses it
-    unless asked to. A whole decoded matrix never exists, neither in the forward nor in the backward
-    pass; sums are in float32.
+    The kernel has never run on a TPU. It is tested in Pallas's interpreter and compiles for TPUs
+    v5e and v5p (`benchmarks/quantization_tpu.py`); nobody has measured whether it is faster than
+    what XLA makes of dequantization and product. Its name, options and results may change in any
+    release, and nothing in the library uses it unless you call this function.
+
+    A whole dequantized matrix never exists, neither in the forward nor in the backward pass; sums
+    are in float32.
 
         frozen, adapter = jp.split(method(key, params))
         frozen = fused(frozen)

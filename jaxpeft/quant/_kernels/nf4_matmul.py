@@ -8,6 +8,8 @@ of float32) by 512 columns, or the whole of an axis that is shorter. It is decod
 selections, cast to the dtype of the product and multiplied; the sum stays in a float32 scratch in
 VMEM. Where a tile reaches beyond the axis that is summed over, both operands are zero there; beyond
 the others, what is computed is not written.
+
+Experimental: it has run in Pallas's interpreter alone, never on a TPU.
 """
 
 import functools
