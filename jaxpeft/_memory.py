@@ -41,12 +41,12 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    loss_fn: Callable, frozen: Any, adapter: Mapping[str, Any], *args: Any, tx: Any = None
+    loss: Callable, frozen: Any, adapter: Mapping[str, Any], *args: Any, tx: Any = None
 ) -> MemoryEstimate:
     """Estimates what a training step on a loss holds in memory, from shapes alone.
 
     Args:
-      loss_fn: `loss_fn(frozen, adapter, *args)`, a scalar, which is differentiated with respect
+      loss: `loss(frozen, adapter, *args)`, a scalar, which is differentiated with respect
         to the adapter.
       frozen, adapter: From `split`. Arrays or `jax.ShapeDtypeStruct`s.
       args: The other arguments of the loss, such as a batch. Arrays or `jax.ShapeDtypeStruct`s.
@@ -72,9 +72,7 @@ def estimate_memory(
         _bytes((frozen, adapter)),
         _bytes(adapter),
         _bytes(state),
-        _saved(
-            lambda xs, adapter, args: loss_fn(rebuilt(xs), adapter, *args), arrays, adapter, args
-        ),
+        _saved(lambda xs, adapter, args: loss(rebuilt(xs), adapter, *args), arrays, adapter, args),
     )
 
 
@@ -86,11 +84,11 @@ def _bytes(tree: Any) -> int:
     )
 
 
-def _saved(loss_fn: Callable, frozen: Any, adapter: Any, args: Any) -> int:
+def _saved(loss: Callable, frozen: Any, adapter: Any, args: Any) -> int:
     """Bytes of the residuals of the forward pass that are not arguments of it."""
 
     def residuals(frozen: Any, adapter: Any, args: Any) -> list:
-        _, pullback = jax.vjp(lambda adapter: loss_fn(frozen, adapter, args), adapter)
+        _, pullback = jax.vjp(lambda adapter: loss(frozen, adapter, args), adapter)
         return jax.tree.leaves(pullback)
 
     jaxpr, _ = compat.open_jaxpr(jax.make_jaxpr(residuals)(frozen, adapter, args))

@@ -227,9 +227,9 @@ class Sites(Mapping[str, Site]):
         for site in self.values():
             if site.part is not None:
                 raise ValueError(
-                    f"`output_slice`: {site.part} of '{site.path}' is selected already, and of a "
-                    "slice no slice can be taken. Select one with a larger `of` from the whole "
-                    f"weight: `.output_slice({index}, {of * site.part.of}, ...)`."
+                    f"Of '{site.path}', {site.part} is selected already, and of a slice no slice "
+                    "can be taken. Select one with a larger `of` from the whole weight: "
+                    f"`.output_slice({index}, {of * site.part.of}, ...)`."
                 )
         # Files hold integers of Python, not of NumPy.
         part = OutputSlice(*map(operator.index, (index, of, groups)))
