@@ -128,6 +128,7 @@ def table(found: dict[str, Any], plan: Plan) -> str:
     """The summary in Markdown."""
     seeds = f"{found['seeds']} seed" + "s" * (found["seeds"] > 1)
     cells = [cell for cells in found["tasks"].values() for cell in cells.values()]
+    count = len(cells)
     devices = " and ".join(sorted({cell["device"] for cell in cells}))
     parts = [
         "# Side by side",
@@ -157,7 +158,7 @@ def table(found: dict[str, Any], plan: Plan) -> str:
         parts += ["## Not run", "\n".join(rows)]
     if earlier := found["of_earlier_code"]:
         what = (
-            f"The code that {len(earlier)} of {len(cells)} rows depend on has changed since they "
+            f"The code that {len(earlier)} of {count} rows depend on has changed since they "
             "ran, and they have not run again; gaps to the others are of two states of it."
         )
         rows = [f"- {name}" for name in earlier]
