@@ -34,7 +34,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft as jp
-from jaxpeft._weight import Weight
 from jaxpeft.data import Batches, TextTokenizer, read_examples
 from jaxpeft.extend import apply_to_sites, base_weight, dense, static, weight
 from jaxpeft.models import decoder
@@ -78,7 +77,7 @@ def spread(params, mesh):
 
 
 @weight
-class ByRows(Weight):
+class ByRows(jp.Weight):
     """The matrix `w`, with inputs and outputs held to the chips that their rows are on.
 
     Left to itself XLA also moves rows to the parts of a kernel, which takes more memory the more

@@ -1,14 +1,36 @@
 """jaxpeft: parameter-efficient fine-tuning for any JAX function, unmodified.
 
-The top level has the verbs and types of the core and every function that returns a `Method`.
+`sites` finds what a function does with its parameters. A method, such as `lora`, puts structured
+weights in the place of some of them. `split` takes the result apart into what is frozen and what is
+trained, `combine` puts it together again, `lift` makes the function accept it, and `merge` turns it
+into plain arrays.
+
+The top level has these verbs, the types of the core, and every function that returns a `Method`.
 Helpers are in the namespace of their subject, such as `jaxpeft.sparsity`, which is loaded when it
-is first used. A name with an underscore in its path is private.
+is first used; `jaxpeft.extend` has what methods are written with. A name with an underscore in its
+path is private.
+
+Example:
+  >>> import jax, jax.numpy as jnp, jaxpeft as jp
+  >>> def model(params, x):
+  ...     return jax.nn.relu(x @ params["up"]) @ params["down"]
+  >>> params = {"up": jnp.ones((8, 32)), "down": jnp.ones((32, 4))}
+  >>> x = jnp.ones((16, 8))
+  >>> sites = jp.sites(model, params, x)
+  >>> frozen, adapter = jp.split(jp.lora(2, sites.linear)(jax.random.key(0), params))
+  >>> def loss(adapter):
+  ...     return jnp.mean(jp.lift(model)(jp.combine(frozen, adapter), x) ** 2)
+  >>> list(jax.grad(loss)(adapter))
+  ['down/a', 'down/b', 'up/a', 'up/b']
+  >>> list(jp.merge(jp.combine(frozen, adapter)))
+  ['down', 'up']
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxpeft._counts import ParamCounts, count_params
+from jaxpeft._find_sites import sites
 from jaxpeft._lift import Materialized, MaterializedWarning, NotMergeableError, lift, merge
 from jaxpeft._marks import Placeholder, Trainable
 from jaxpeft._masks_and_labels import param_labels, trainable_mask, trainable_only
@@ -53,7 +75,8 @@ from jaxpeft._methods.trainable_tokens import trainable_tokens
 from jaxpeft._methods.unipelt import unipelt
 from jaxpeft._methods.vera import vera
 from jaxpeft._methods.xlora import xlora
-from jaxpeft._sites import OutputSlice, Site, Sites, sites
+from jaxpeft._site import OutputSlice, Site
+from jaxpeft._sites import Sites
 from jaxpeft._tree import base_params, combine, split
 from jaxpeft._version import __version__ as __version__
 from jaxpeft._view import View
@@ -169,7 +192,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A namespace when it is first asked for (PEP 562)."""
+    """A namespace, imported when it is first used (PEP 562)."""
     if name in _NAMESPACES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Errors that the user can fix, as one line instead of a traceback."""
+"""Errors that a user can correct, as one line instead of a traceback."""
 
 import contextlib
 import importlib
@@ -8,28 +8,29 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """An error that the user can fix: bad input, a full disk, a loss that is not finite.
+    """An error that a user can correct: bad input, a full disk, a loss that is not finite.
 
-    The message is one line that makes sense without the traceback: what is wrong and the way out.
+    The message is one line that names the cause and the way out, without the traceback.
     """
 
 
 def need(module: str, extra: str, purpose: str) -> Any:
-    """Imports an optional module, before the work that will use it.
+    """Imports an optional module. Call it before the work that will use the module.
 
     Args:
       module: Dotted name of the module.
       extra: The extra of jaxpeft that installs it.
       purpose: What needs it, for the message.
+
     Raises:
-      UserError: where it is not installed.
+      UserError: It is not installed.
     """
     name = module.split(".")[0]
     try:
         importlib.import_module(name)
         return importlib.import_module(module)
     except ImportError as error:
-        # The module may be installed, and a module that it needs may be missing.
+        # The module may be installed and lack a dependency of its own.
         lacking = "" if error.name in (None, name, module) else f" ({error})"
         raise UserError(
             f"{purpose} needs {name}: pip install 'jaxpeft[{extra}]'{lacking}."
@@ -38,7 +39,7 @@ def need(module: str, extra: str, purpose: str) -> Any:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the process with exit code 2 and one line on stderr where a `UserError` is raised.
+    """Ends the process with exit code 2 and one line on stderr if a `UserError` is raised.
 
     For the `main` of a command. Every other exception is a bug and keeps its traceback.
     """

@@ -1,7 +1,8 @@
-"""Lets trees with structured weights be arguments of what `jax.export` writes to a file.
+"""Makes trees with structured weights valid arguments of functions that `jax.export` stores.
 
-A file holds the structure of the arguments: for each node its name and its static part, here as
-JSON of a few plain kinds of value, so that reading a file runs no code that it names.
+Such a file holds the structure of the arguments: for each node its class and its static part. The
+static part is stored as JSON of a few plain types, so that reading a file runs no code that the
+file names.
 """
 
 import dataclasses
@@ -19,17 +20,18 @@ _RECORDS: dict[str, type] = {}
 
 
 def exportable(cls: T) -> T:
-    """Lets static fields hold records of this class, a dataclass or a named tuple."""
+    """Registers a dataclass or named tuple whose instances static fields may hold."""
     _RECORDS[cls.__name__] = cls
     return cls
 
 
 def exportable_node(cls: T, names: Sequence[str] = ()) -> T:
-    """Registers a class of nodes that JAX knows already.
+    """Registers a class of nodes that is a JAX pytree already.
 
     Args:
-      cls: Its static part is a tuple, or it is registered as static itself and `exportable`.
-      names: What the static part holds, for messages.
+      cls: A class whose static part is a tuple, or one that is static as a whole and
+        `exportable`.
+      names: Names of what the static part holds, for messages.
     """
     name = f"{cls.__module__}.{cls.__qualname__}"
 
@@ -44,8 +46,8 @@ def exportable_node(cls: T, names: Sequence[str] = ()) -> T:
             cls, serialized_name=name, serialize_auxdata=written, deserialize_auxdata=read
         )
     except ValueError:
-        # A class of this name is known: the cell of a notebook was run again. JAX forgets none,
-        # and says of the new class that it is not registered where it is to be written.
+        # A class of this name is registered: the cell of a notebook was run again. JAX keeps the
+        # first one, and refuses to export the new class as not registered.
         pass
     return cls
 
@@ -64,17 +66,17 @@ def _encode(value: Any, caller: str, names: Sequence[str] = ()) -> Any:
         whose = [f"{caller}.{name}" for name in names] or [caller] * len(value)
         return {kind: [_encode(x, owner) for x, owner in zip(value, whose, strict=True)]}
     raise ValueError(
-        f"`{caller}` holds {value!r}, a {kind}, which has no place in an exported file. Static fields "
-        "may hold numbers, strings, dtypes, and tuples of these."
+        f"`{caller}` holds {value!r}, a {kind}, which has no place in an exported file. Static "
+        "fields may hold numbers, strings, dtypes, and tuples of these."
     )
 
 
 def _dtype(value: Any) -> Any:
-    """The dtype of numbers that this is, or whose class it is; `None` for all else."""
+    """The numeric or boolean dtype that this is, or whose class it is; `None` for all else."""
     if not isinstance(value, (np.dtype, type)):
         return None
     try:
-        dtype = jnp.dtype(value)  # takes any class for a dtype, if of objects
+        dtype = jnp.dtype(value)  # any other class becomes the dtype of objects
     except TypeError:
         return None
     known = jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)

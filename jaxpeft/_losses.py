@@ -1,8 +1,8 @@
-"""Losses as sums and weights, so that batches of any size add up to the same mean.
+"""Losses as a sum and a weight, so that batches of any size add up to the same mean.
 
-A mean of means is wrong as soon as two microbatches, devices or batches have different numbers
-of target tokens. Everything here therefore returns a sum of losses and a sum of weights; the
-caller adds them up over all parts and divides once.
+A mean of means is wrong as soon as two microbatches, devices or batches hold different
+numbers of target tokens. Everything here therefore returns the sum of losses and the sum of
+weights. The caller adds up both over all parts, and divides once.
 """
 
 import jax
@@ -12,21 +12,25 @@ import jax.numpy as jnp
 def cross_entropy(
     logits: jax.Array, targets: jax.Array, weights: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum over tokens of `weight * (log(sum(exp(logits))) - logits[target])`, in nats.
+    """Cross-entropy of next-token logits: a weighted sum over tokens, in nats.
 
-    It is computed in float32 (float64 for float64 logits) whatever the dtype of the logits. For
-    the backward pass the logits are kept once, in their own dtype, and the softmax is computed
-    again instead of being stored. Reverse-mode differentiation only.
+    The loss of a token is `weight * (log(sum(exp(logits))) - logits[target])`. It is computed in
+    float32 (float64 for float64 logits). The backward pass computes the softmax again instead of
+    storing it, so that the logits are kept once, in their own dtype. Only reverse-mode
+    differentiation is supported.
 
     Args:
       logits: (..., vocabulary), any float dtype.
-      targets: (...) integers. Where the weight is 0 any value is allowed, such as -100.
+      targets: (...) integers. Where the weight is 0, any value is allowed, such as -100.
       weights: (...), the weight of each target; `None` for 1 everywhere.
+
     Returns:
       `(sum, count)`: the weighted sum of losses and the sum of weights, both scalars.
       The mean loss per token is `sum / count`.
+
     Raises:
-      ValueError: where the shapes do not match.
+      ValueError: The shapes do not match.
+
     Example:
       >>> import jax.numpy as jnp
       >>> total, count = cross_entropy(jnp.zeros((1, 3, 4)), jnp.array([[0, 1, 2]]))
@@ -35,12 +39,12 @@ def cross_entropy(
     """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
-            f"cross_entropy needs logits of shape (*targets.shape, vocabulary), got logits "
+            f"`cross_entropy` needs logits of shape (*targets.shape, vocabulary), got logits "
             f"{logits.shape} and targets {targets.shape}."
         )
     if weights is not None and weights.shape != targets.shape:
         raise ValueError(
-            f"cross_entropy needs weights of the shape of the targets {targets.shape}, "
+            f"`cross_entropy` needs weights of the shape of the targets {targets.shape}, "
             f"got {weights.shape}."
         )
     losses = _token_losses(logits, targets)
@@ -57,19 +61,19 @@ def _token_losses(logits, targets):
 
 
 def _forward(logits, targets):
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    normalizer = jax.nn.logsumexp(wide, axis=-1)
-    # A comparison and a sum instead of a gather: with a vocabulary that is sharded over devices,
-    # each device adds up its own part, and the backward pass needs no scatter.
-    picked = jnp.sum(jnp.where(_is_target(logits, targets), wide, 0), axis=-1)
+    accurate = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    normalizer = jax.nn.logsumexp(accurate, axis=-1)
+    # A comparison and a sum instead of a gather: if the vocabulary is sharded, each device adds
+    # up its own part, and there is no gather whose backward pass would be a scatter.
+    picked = jnp.sum(jnp.where(_is_target(logits, targets), accurate, 0), axis=-1)
     return normalizer - picked, (logits, targets, normalizer)
 
 
 def _backward(residuals, cotangent):
     """d loss / d logits = softmax(logits) - onehot(target)."""
     logits, targets, normalizer = residuals
-    wide = logits.astype(normalizer.dtype)
-    gradient = jnp.exp(wide - normalizer[..., None]) - _is_target(logits, targets)
+    accurate = logits.astype(normalizer.dtype)
+    gradient = jnp.exp(accurate - normalizer[..., None]) - _is_target(logits, targets)
     return (gradient * cotangent[..., None]).astype(logits.dtype), None
 
 
@@ -86,16 +90,18 @@ def next_token(
     weights: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Targets and weights of a language model: at each position, the token that follows.
+    """Targets and weights of a causal language model: at each position, the next token.
 
     Args:
       tokens: (B, T) integers.
-      weights: (B, T), the weight of the loss of predicting *this* token (0 on a prompt and on
-        padding). `None` for 1 everywhere.
-      segment_ids: (B, T) of packed rows, 0 on padding. The first token of a segment is not a
-        target, since it follows another example, and neither is padding.
+      weights: (B, T), the weight of predicting *this* token, such as 0 on a prompt and on
+        padding. `None` for 1 everywhere.
+      segment_ids: (B, T) of packed rows, 0 on padding. The first token of a segment and padding
+        are not predicted.
+
     Returns:
-      `(targets, weights)`, both (B, T). The last position of a row has no target: weight 0.
+      `(targets, weights)`, both (B, T). The last position of a row has no target and weight 0.
+
     Example:
       >>> import jax.numpy as jnp
       >>> targets, weights = next_token(jnp.array([[5, 6, 7]]))

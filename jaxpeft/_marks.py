@@ -1,7 +1,8 @@
-"""Marks in a tree: which arrays are trained, and which values come from elsewhere.
+"""Marks in a tree of parameters: which arrays are trained, which values come from elsewhere.
 
-A method marks trained arrays with `Trainable` and leaves a `Placeholder` where a value comes from
-somewhere else.
+A method wraps each array that is to be trained in `Trainable`, and leaves a `Placeholder` for
+each value that it does not have, such as a dropout key. `split` turns the first into the second,
+and `combine` fills these.
 """
 
 import dataclasses
@@ -25,14 +26,28 @@ VALUE_KEY = jax.tree_util.GetAttrKey("trained")
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Trainable(NotAnArray):
-    """Marks an array as trained, between a method and `split`.
+    """Marks an array as trainable, from the method that returns it to `split`.
 
     Attributes:
-      value: The array, its initial value.
-      fresh: Whether the method made it, so that nobody else holds it.
-      name: What the adapter calls it; `None` for its path. An array that other places share by
-        a `Hole` needs one, since a path grows when another method is put on top.
+      value: The initial value of the array.
+      fresh: Whether the method made the array. If it belongs to the caller's params instead,
+        `split` copies it.
+      name: The array's name in the adapter; `None` for its path in the tree. An array that
+        other places share by a `Placeholder` needs one, since its path changes when another
+        method wraps the weight.
       method, path: Which method trains it and at which parameter, for messages.
+        `apply_to_sites` fills them in.
+
+    Example:
+      A method may be any function that marks arrays.
+
+      >>> import jaxpeft as jp
+      >>> def train_bias(key, params):
+      ...     return {**params, "bias": Trainable(params["bias"], fresh=False)}
+      >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+      >>> frozen, adapter = jp.split(train_bias(jax.random.key(0), params))
+      >>> list(adapter)
+      ['bias']
     """
 
     value: Any
@@ -50,10 +65,12 @@ class Trainable(NotAnArray):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
         return self.value.shape
 
     @property
     def dtype(self) -> Any:
+        """The dtype of the array."""
         return self.value.dtype
 
     def __repr__(self) -> str:
@@ -62,8 +79,8 @@ class Trainable(NotAnArray):
     def misuse(self, what: str) -> str:
         by = f"`{self.method}` trains at '{self.path}'" if self.path else "is trained"
         return (
-            f"{what} on an array that {by}: this is a tree as a method returns it. Take it apart, "
-            "`frozen, adapter = jaxpeft.split(tree)`, and put it together where it is used, "
+            f"{what} on an array that {by}: this is the tree that a method returned. Take it "
+            "apart, `frozen, adapter = jaxpeft.split(tree)`, and put it together where it is used, "
             "`jaxpeft.combine(frozen, adapter)`: that is the argument of `jaxpeft.lift(fn)`."
         )
 
@@ -71,14 +88,14 @@ class Trainable(NotAnArray):
 @exportable
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What goes into a `Hole`, of one call: under `jax.vmap` it is the shape of one example.
+    """Which array of an adapter a `Placeholder` takes.
 
     Attributes:
-      shape: Of the array.
-      kind: "floating", "complex", ...: an adapter may be stored in another width of its kind.
-      dtype: That it was made in, for messages.
-      method: That made it, for messages.
-      way: What to do about another shape, for messages; `None` for what to do as a rule.
+      shape: The shape of the array; under `jax.vmap`, that of one example.
+      kind: "floating", "complex" and so on. An adapter may be stored in any dtype of its kind.
+      dtype: The dtype that the array was made in, for messages.
+      method: The method that made it, for messages.
+      way: What to do about another shape, for messages; `None` for the general advice.
     """
 
     shape: tuple[int, ...]
@@ -90,13 +107,13 @@ class Expected:
 
     @classmethod
     def like(cls, array: Any, method: str | None = None) -> "Expected | None":
-        """What fits where this array was; `None` for what is no array, such as a sharding."""
+        """What fits where this array was; `None` if it is no array but, say, a sharding."""
         if not is_array(array):
             return None
         return cls(tuple(array.shape), kind_of(array.dtype), array.dtype, method)
 
     def fits(self, x: Any) -> bool:
-        """Whether x may go in: another width of its kind may, and what is not of an array."""
+        """Whether x may stand here."""
         try:
             return x.shape == self.shape and kind_of(x.dtype) == self.kind
         except AttributeError:
@@ -104,7 +121,12 @@ class Expected:
             return not isinstance(x, (int, float, complex, list, tuple, dict))
 
     def check(self, name: str, x: Any) -> None:
-        """Raises ValueError where x does not fit."""
+        """Raises ValueError if x may not stand here.
+
+        Args:
+          name: Of the placeholder, for messages.
+          x: What the adapter has under this name.
+        """
         if self.fits(x):
             return
         by = f"`{self.method}`" if self.method else "its method"
@@ -118,18 +140,19 @@ class Expected:
             raise ValueError(
                 f"`combine`: '{name}' is {x.dtype} of shape {shape}, where {by} trains "
                 f"{self.dtype or self.kind} of shape {self.shape}. Any {self.kind} dtype will do, "
-                "and no other: convert what was stored in another one with `.astype`."
+                "and no other. Convert the array with `.astype`."
             )
         more = len(shape) - len(self.shape)
         if more > 0 and shape[more:] == self.shape:
             way = (
                 f"It looks like a stack of {shape[0]} adapters. Map over them with `jax.vmap`, so "
-                "that each call has one: `jax.vmap(lambda adapter: ... combine(frozen, adapter))`."
+                "that each call gets one: `jax.vmap(lambda adapter: ... combine(frozen, adapter))`."
             )
         else:
             way = self.way or (
-                "The adapter is of a method with other options, or of other params: give the one "
-                "that `split` returned with this frozen tree, or make the tree with its options."
+                "The adapter belongs to a method with other options, or to other params. Give the "
+                "one that `split` returned with this frozen tree, or apply the method with the "
+                "adapter's options."
             )
         raise ValueError(
             f"`combine`: '{name}' has shape {shape}, where {by} trains an array of shape "
@@ -139,6 +162,7 @@ class Expected:
 
 @functools.cache
 def kind_of(dtype: Any) -> str:
+    """ "floating", "complex", "integer" or "boolean"; the dtype's own name for any other."""
     for kind in ("floating", "complexfloating", "integer", "bool_"):
         if jnp.issubdtype(dtype, getattr(jnp, kind)):
             return {"complexfloating": "complex", "bool_": "boolean"}.get(kind, kind)
@@ -146,7 +170,7 @@ def kind_of(dtype: Any) -> str:
 
 
 def is_array(x: Any) -> bool:
-    """Whether a leaf is an array, or the shape and dtype of one; all others are static."""
+    """Whether a leaf is an array, or the shape and dtype of one. Any other leaf is static."""
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
@@ -155,16 +179,26 @@ def is_array(x: Any) -> bool:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, repr=False)
 class Placeholder(NotAnArray):
-    """A place that `combine` fills.
+    """A place of a tree that `combine` fills with a value by name.
+
+    The value is looked up in the adapter, among the values of the call
+    (`combine(frozen, adapter, dropout=key)`), and in the frozen tree, in this order.
 
     Attributes:
-      name: Path of a trained or frozen array of the tree, or name of a value of the call.
-      optional: `None` goes in where nobody gives the value.
-      fold: For a PRNG key: what is folded in, so that every weight has a key of its own.
-      stack: For a PRNG key: one key for each slice of this stack.
-      axes: For the bias of a weight: the axes of the bias as the program lays it out. It goes
-        in as the weight's own fields lie, (*stack, out).
-      expects: What fits, where it is an array of the adapter.
+      name: Path of an array of the adapter or of the frozen tree, or name of a value of the
+        call.
+      optional: Whether `None` is filled in if nobody gives the value. If not, that is an error.
+      fold: For a PRNG key: the integer that is folded in, so that every weight has its own key.
+      stack: For a PRNG key: the shape of the stack, each slice of which gets its own key.
+      axes: For a bias or scale of the model: its axes as the program lays it out. The value is
+        filled in as fields of the weight lie, (*stack, out).
+      expects: For an array of the adapter: which shape and kind of dtype it has.
+
+    Example:
+      >>> frozen = {"w": Placeholder("w"), "key": Placeholder("dropout", optional=True)}
+      >>> import jaxpeft as jp
+      >>> jp.combine(frozen, {"w": 1.0})
+      {'key': None, 'w': 1.0}
     """
 
     name: str
@@ -180,13 +214,17 @@ class Placeholder(NotAnArray):
     def misuse(self, what: str) -> str:
         value = "" if self.expects or not self.name.isidentifier() else f", {self.name}=..."
         return (
-            f"{what} on '{self.name}', a place of the frozen tree that nothing fills. Put the tree "
+            f"{what} on '{self.name}', a placeholder that nothing has filled yet. Put the tree "
             f"together first, `tree = jaxpeft.combine(frozen, adapter{value})`, and give it to "
             "`jaxpeft.lift(fn)` or `jaxpeft.merge`."
         )
 
     def fill(self, value: Any) -> Any:
-        """What goes into the hole when its name has this value."""
+        """What goes into the tree when the name has this value.
+
+        Args:
+          value: The value by this name, or `None`.
+        """
         if self.axes:
             return self._laid_out(value)
         if self.fold is None or value is None:
@@ -204,7 +242,12 @@ class Placeholder(NotAnArray):
 
 
 def check_key(key: Any, caller: str) -> None:
-    """Raises TypeError where something is no PRNG key, of the new form or the old."""
+    """Raises TypeError if something is not a PRNG key, typed or as raw `uint32`.
+
+    Args:
+      key: What was given.
+      caller: The call as the user wrote it, for messages.
+    """
     dtype = getattr(key, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return
@@ -222,7 +265,13 @@ _PARTS = tuple(jax.tree_util.GetAttrKey(name) for name in ("frozen", "trained_pa
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Concatenated(NotAnArray):
-    """An array of which only the end of one axis is trained; `combine` joins the parts."""
+    """An array of which only the end of one axis is trained. `combine` concatenates the parts.
+
+    Attributes:
+      frozen: The first part.
+      trained: The last part, a `Trainable` or `Placeholder`.
+      axis: The axis along which they are concatenated.
+    """
 
     frozen: Any
     trained: Any
@@ -237,6 +286,7 @@ class Concatenated(NotAnArray):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the whole array."""
         shape = list(self.frozen.shape)
         shape[self.axis] += self.trained.shape[self.axis]
         return tuple(shape)
@@ -258,5 +308,5 @@ def is_mark(x: Any) -> bool:
 
 
 def is_concatenated(x: Any) -> bool:
-    """Whether a node of a tree is an array that is trained in part."""
+    """Whether a node of a tree is an array of which a part is trained."""
     return isinstance(x, Concatenated)

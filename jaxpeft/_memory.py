@@ -16,14 +16,14 @@ from jaxpeft._tree import arrays_of
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of a training step by purpose.
+    """What a training step holds in memory, in bytes. Printing it shows a table in MiB.
 
     Attributes:
       weights: The frozen tree and the adapter.
-      gradients: One array for each trained one.
+      gradients: One array for each array of the adapter.
       optimizer: The state of the optax transformation.
-      activations: What the forward pass keeps for the backward pass beside its arguments.
-        Temporaries of the compiler are not in it: `compiled.memory_analysis()` has these.
+      activations: What the forward pass keeps for the backward pass, other than its arguments.
+        Temporaries of the compiler are not included; `compiled.memory_analysis()` has them.
     """
 
     weights: int
@@ -33,6 +33,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
+        """The sum of the four."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def __str__(self) -> str:
@@ -43,16 +44,17 @@ class MemoryEstimate:
 def estimate_memory(
     loss: Callable, frozen: Any, adapter: Mapping[str, Any], *args: Any, tx: Any = None
 ) -> MemoryEstimate:
-    """Estimates the memory of a training step of `loss(frozen, adapter, *args)`, in bytes.
+    """Estimates what a training step on a loss holds in memory, from shapes alone.
 
     Args:
-      loss: A function whose first result is differentiated in the adapter; a scalar.
-      frozen, adapter: From `split`; shapes will do.
-      args: What else the loss takes; shapes will do.
-      tx: An optax transformation, or `None`.
+      loss: `loss(frozen, adapter, *args)`, a scalar, which is differentiated with respect
+        to the adapter.
+      frozen, adapter: From `split`. Arrays or `jax.ShapeDtypeStruct`s.
+      args: The other arguments of the loss, such as a batch. Arrays or `jax.ShapeDtypeStruct`s.
+      tx: An optax transformation, or `None` for no optimizer state.
 
     Returns:
-      Weights, gradients, optimizer state and saved activations in bytes. Nothing is computed.
+      The bytes of weights, gradients, optimizer state and saved activations. Nothing is computed.
 
     Raises:
       ValueError: The frozen tree and the adapter are swapped, here or in `loss`.
@@ -89,7 +91,7 @@ def _bytes(tree: Any) -> int:
 
 
 def _saved(loss: Callable, frozen: Any, adapter: Any, args: Any) -> int:
-    """Bytes of the residuals of the forward pass that are none of its arguments."""
+    """Bytes of the residuals of the forward pass that are not arguments of it."""
 
     def residuals(frozen: Any, adapter: Any, args: Any) -> list:
         _, pullback = jax.vjp(lambda adapter: loss(frozen, adapter, args), adapter)

@@ -1,10 +1,10 @@
-"""What a tree holds in the place of an array says what was forgotten when it is used as one."""
+"""Nodes that stand in the place of an array say what was forgotten when they are used as one."""
 
 from typing import Any
 
 import jax
 
-#: What is done, by the name of the method that Python, JAX or NumPy then calls.
+#: How messages call an operation, by the special method that Python, JAX or NumPy calls for it.
 _BINARY = {
     "add": "`+`",
     "sub": "`-`",
@@ -38,16 +38,20 @@ _OTHER = {
 
 
 class NotAnArray:
-    """Stands in a tree at the place of an array, and is none.
+    """A node of a tree that stands in the place of an array and is not one.
 
-    Every operation of an array on it raises a TypeError, and every attribute of an array that it
-    has not an AttributeError, with what `misuse` says.
+    Operations of arrays raise a TypeError, and attributes of arrays that it lacks an
+    AttributeError, each with the message of `misuse`.
     """
 
     __array_ufunc__ = None  # NumPy leaves operators to those below
 
     def misuse(self, what: str) -> str:
-        """What was forgotten, given what was done: "`@`", "`.T`" or "an operation of JAX"."""
+        """The message: what was forgotten, and what to write.
+
+        Args:
+          what: What was done: "`@`", "`.T`" or "an operation of JAX".
+        """
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:

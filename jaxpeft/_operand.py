@@ -1,4 +1,4 @@
-"""Operands: the fields of a weight where the program uses it.
+"""Operands: the fields of a weight at one place of the program where it acts.
 
 Where a view meets a product, `lift` binds the weight: each field becomes an `Operand`, and
 `x @ self.a` is then whatever that call site makes of a product.
@@ -14,31 +14,31 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpeft._weight import (
-    IN,
-    OUT,
-    STACK,
-    Unsupported,
-    Weight,
-    weight_fields,
-)
-
-# --- Operands: the fields of a weight at a site --------------------------------------------
+from jaxpeft._weight import IN, OUT, STACK, Unsupported, Weight, weight_fields
 
 
 class CallSite:
-    """How one place in the program multiplies: the ordinary product. Subclasses do others.
+    """One place of the program where a weight acts, and how the program multiplies there.
+
+    This class is the ordinary product; subclasses are batched and ragged products and
+    convolutions. A weight reaches it through any of its operands: `self.a.site`.
 
     Args:
-      dtype: What the program multiplies in at this place. Inputs come in it, as the program's
-        own product would promote them, and so does the base.
+      dtype: The dtype that the program multiplies in. The input and the base come in it, as
+        the program's own product would promote them.
       precision: As in `jax.lax.dot_general`.
       preferred: `preferred_element_type` of the program's own product, for the base only.
       where: `file:line` of the program, for messages.
       salt: Number of this place, so that two uses of a weight draw different dropout masks.
-      taps: Where weights of one program meet each other, by name; `None` where they cannot.
-      residual: Finds what the program adds to this product, given the numbers of one row where
-        it adds a bias too; `None` where it has no such place.
+      taps: Values that weights of one program leave for each other, by name; `None` where
+        they cannot.
+      residual: Finds what the program adds to this product. It is given the length of a row
+        if the program adds a bias too, else `None`. `None` where the program has no such
+        addition.
+
+    Attributes:
+      rows: Number of rows of the table, at a lookup.
+      arrays: Arrays that a product depends on beside its factors, such as the sizes of groups.
     """
 
     def __init__(
@@ -55,14 +55,19 @@ class CallSite:
         self.dtype, self.precision, self.preferred = dtype, precision, preferred
         self._residual, self.where = residual, where
         self.salt, self.taps = salt, taps
-        self.rows = 0  # of the table, at a lookup
-        self.arrays: dict[str, jax.Array] = {}  # what a product depends on beside its factors
+        self.rows = 0
+        self.arrays: dict[str, jax.Array] = {}
 
     def residual(self, y: jax.Array, bias: "Operand | None") -> jax.Array:
-        """The stream that the program adds to its product y here, and to the bias, if it has one.
+        """The residual stream that the program adds to its product here.
+
+        Args:
+          y: The product (..., out).
+          bias: The bias that the program adds too, or `None`.
 
         Raises:
-          ValueError: There is none, or it cannot be found; says why.
+          Unsupported: This is no place where a residual stream could be added.
+          ValueError: It cannot be found; says why.
         """
         if self._residual is None:
             raise Unsupported("a residual stream beside its product")
@@ -75,13 +80,22 @@ class CallSite:
         return jnp.where(off[0] < off[1], last, first)
 
     def with_arrays(self, arrays: dict[str, jax.Array]) -> "CallSite":
-        """The same site with its arrays traced elsewhere."""
+        """The same call site with other `arrays`, such as those that an inner trace binds.
+
+        Args:
+          arrays: By the same names.
+        """
         site = copy.copy(self)
         site.arrays = arrays
         return site
 
     def product(self, x: jax.Array, op: "Operand") -> jax.Array:
-        """x (..., rows) times op (rows, cols)."""
+        """`x @ op`, of shape (..., cols).
+
+        Args:
+          x: (..., rows).
+          op: (rows, cols).
+        """
         rows = [i for i, role in enumerate(op.roles) if role == op.rows]
         cols = [n for n, role in zip(op.array.shape, op.roles, strict=True) if role != op.rows]
         x = refold(x, (*x.shape[:-1], *(op.array.shape[i] for i in rows)))
@@ -97,18 +111,34 @@ class CallSite:
         return refold(y, (*y.shape[:lead], math.prod(cols)))
 
     def spread(self, op: "Operand") -> jax.Array:
-        """A field without rows, ready to meet an activation (..., cols) elementwise."""
+        """A field of one axis as an array that broadcasts with an activation (..., cols).
+
+        Args:
+          op: (cols,).
+        """
         return op.matrix
 
     def pick(self, op: "Operand", ids: jax.Array) -> jax.Array:
-        """Rows of op (rows, cols)."""
+        """`op[ids]`, of shape (..., cols).
+
+        Args:
+          op: (rows, cols).
+          ids: (...) integers.
+        """
         at = op.roles.index(op.rows)
         y = jnp.take(op.array, ids, axis=at, mode="clip")
         y = jnp.moveaxis(y, range(at, at + ids.ndim), range(ids.ndim))
         return refold(y, (*ids.shape, math.prod(y.shape[ids.ndim :])))
 
     def matrix(self, op: "Operand") -> jax.Array:
-        """The operand in canonical form (rows, cols), as a plain array."""
+        """An operand in canonical form (rows, cols), as a plain array.
+
+        Args:
+          op: The operand.
+
+        Raises:
+          Unsupported: It has axes other than these.
+        """
         sides = [role for role in dict.fromkeys((op.rows, op.cols)) if role in op.roles]
         order = [i for role in sides for i, r in enumerate(op.roles) if r == role]
         if len(order) != op.array.ndim:
@@ -121,7 +151,22 @@ class CallSite:
 
 
 class Operand:
-    """A field of a weight, bound to a site: `x @ op`, `op[ids]`, `y * op`, `op.T`."""
+    """A field of a weight at a call site, which gives it the operators that maths needs.
+
+    A weight's `forward`, `transposed` and `lookup` see their fields as operands:
+
+        x @ op       product along the first declared axis, (..., rows) to (..., cols)
+        y @ op.T     product along the last one
+        op[ids]      rows
+        y * op       elementwise, for a field of one axis; also `y + op`
+        op.matrix    the plain array (rows, cols), for any other maths
+
+    Attributes:
+      array: As the program laid it out, cast where the call site asks for it.
+      roles: What each axis of `array` is: a name that the field declares, or "stack".
+      rows, cols: The names of the two sides.
+      site: The `CallSite`.
+    """
 
     __array_ufunc__ = None
 
@@ -133,7 +178,7 @@ class Operand:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array as it lies, not of the canonical form."""
+        """The shape of `array`, which may differ from (rows, cols)."""
         return self.array.shape
 
     @property
@@ -142,11 +187,12 @@ class Operand:
 
     @property
     def matrix(self) -> jax.Array:
-        """The canonical array, for maths that no operator here covers."""
+        """The plain array (rows, cols), for maths that no operator here covers."""
         return self.site.matrix(self)
 
     @property
     def T(self) -> "Operand":
+        """The transposed operand: rows and cols change places."""
         return Operand(self.array, self.roles, self.cols, self.rows, self.site)
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
@@ -175,9 +221,9 @@ class BaseOperand(Operand):
 
 
 def holds(wide: Any, narrow: Any) -> bool:
-    """Whether a dtype of real or complex numbers has every value of another dtype.
+    """Whether a real or complex dtype represents every value of another dtype.
 
-    Integers count as held: a program that makes floats of them means the floats.
+    Integers count as represented: a program that makes floats of them means the floats.
     """
     if jnp.issubdtype(narrow, jnp.complexfloating) and not jnp.issubdtype(
         wide, jnp.complexfloating
@@ -190,9 +236,10 @@ def holds(wide: Any, narrow: Any) -> bool:
 
 
 def computing(dtype: Any) -> Any:
-    """The dtype in which sums with an array of this dtype are taken: itself, if JAX promotes it.
+    """The dtype in which sums with an array of this dtype are computed.
 
-    float32 for integers and for floats of 8 bits or fewer, with which JAX mixes nothing.
+    This is the dtype itself if JAX promotes it with others. It is float32 for integers and for
+    floats of 8 bits or fewer, which JAX does not promote.
     """
     if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits > 8:
         return jnp.dtype(dtype)
@@ -200,31 +247,31 @@ def computing(dtype: Any) -> Any:
 
 
 def as_program(x: jax.Array, dtype: Any, path: str) -> jax.Array:
-    """x in the dtype that the program has in its place.
+    """x in the dtype that the program sees in its place.
 
     Raises:
-      ValueError: That would drop imaginary parts, or fractions; names the weight.
+      ValueError: The cast would drop imaginary parts or fractions. The message names the weight.
     """
     kinds = (jnp.complexfloating, "imaginary parts"), (jnp.inexact, "fractions")
     for kind, what in kinds:
         if jnp.issubdtype(x.dtype, kind) and not jnp.issubdtype(dtype, kind):
             raise ValueError(
-                f"What stands at '{path}' gives {x.dtype} where the program has {dtype}, which "
+                f"The weight at '{path}' gives {x.dtype} where the program has {dtype}, and a cast "
                 f"would drop the {what}. Cast the parameter before the method is applied, or "
                 "give `merge` a dtype that holds the sum."
             )
     return x.astype(dtype)
 
 
-def bind(w: Any, site: CallSite, base_roles: Sequence[str], cast: Any = None) -> Any:
-    """The weight with its fields as operands of a site; stack axes are gone already."""
+def bind_weight(w: Any, site: CallSite, base_roles: Sequence[str], cast: Any = None) -> Any:
+    """The weight with its fields as operands of a call site; stack axes are gone already."""
     if not isinstance(w, Weight):
         return BaseOperand(w if cast is None else w.astype(cast), base_roles, IN, OUT, site)
     bound: dict[str, Any] = {}
     for field in weight_fields(w):
         value = getattr(w, field.name)
         if field.metadata.get("base"):
-            bound[field.name] = bind(value, site, base_roles, cast)
+            bound[field.name] = bind_weight(value, site, base_roles, cast)
         elif "axes" in field.metadata and value is not None:
             names = field.metadata["axes"]
             rows, cols = (names[0], names[-1]) if names else ("", "")

@@ -1,4 +1,4 @@
-"""Whether what was read from a file is what it should be, said with the name of the field."""
+"""Checks of what was read from a file: each error names the field, and what it should be."""
 
 import inspect
 import math
@@ -8,17 +8,17 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import jax.numpy as jnp
 
-#: Whole numbers in a file are smaller: sizes of arrays are, and a damaged one may not be.
+#: Integers in a file are smaller, as sizes of arrays are. Those of a damaged file may not be.
 LARGEST = 2**53
 
 
 def conform(value: Any, kind: Any, at: str) -> None:
-    """Raises ValueError unless a value is of a kind.
+    """Raises ValueError unless a value is of a type.
 
     Args:
-      value: From JSON, or made of it.
+      value: A value read from JSON.
       kind: A class, `None`, `Any`, or what `typing` builds of these: unions, `Literal`s,
-        sequences and tuples of a length, mappings.
+        sequences, tuples of a fixed length, mappings.
       at: Name of the field, for the message.
 
     Example:
@@ -32,14 +32,14 @@ def conform(value: Any, kind: Any, at: str) -> None:
 
 
 def conform_fields(value: Any, fields: Mapping[str, Any], at: str) -> None:
-    """Raises ValueError unless a JSON object has exactly these fields, each of its kind."""
+    """Raises ValueError unless a JSON object has exactly these fields, each of its type."""
     if not isinstance(value, Mapping):
         raise ValueError(f"`{at}` should be an object of JSON, and is {shown(value)}.")
     if value.keys() != fields.keys():
         lacks, more = sorted(fields.keys() - value.keys()), sorted(value.keys() - fields.keys())
         raise ValueError(
-            f"`{at}` should have the fields {sorted(fields)}; it lacks {lacks or 'none'}, and has "
-            f"besides {shown(more) if more else 'none'}."
+            f"`{at}` should have the fields {sorted(fields)}. Missing: {lacks or 'none'}. Not "
+            f"expected: {shown(more) if more else 'none'}."
         )
     for name, kind in fields.items():
         conform(value[name], kind, f"{at}.{name}")
@@ -48,14 +48,16 @@ def conform_fields(value: Any, fields: Mapping[str, Any], at: str) -> None:
 def conform_arguments(options: Mapping[str, Any], function: Callable, at: str) -> None:
     """Raises ValueError unless a function takes these keyword arguments, by its annotations.
 
-    Further ones, of a function that takes any, are plain values of JSON.
+    Keywords that only a `**kwargs` takes must be plain values of JSON.
     """
     parameters = inspect.signature(function).parameters
     named = {k: p for k, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, value in options.items():
         if name not in named and not takes_any:
-            raise ValueError(f"`{at}` has '{name}', which is none of its options {sorted(named)}.")
+            raise ValueError(
+                f"`{at}` has '{name}', which is not one of its options {sorted(named)}."
+            )
         kind = named[name].annotation if name in named else bool | int | float | str | None
         conform(value, kind, f"{at}.{name}")
     for name, parameter in named.items():
@@ -76,7 +78,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin in (Union, types.UnionType):
         if any(_fits(value, one) for one in args):
             return True
-        # By pattern of path there may be whatever may stand there alone.
+        # An option by pattern of path takes the values that it takes alone.
         alone = [one for one in args if get_origin(one) is not Mapping]
         by_pattern = len(alone) < len(args) and isinstance(value, Mapping)
         return by_pattern and all(
@@ -121,9 +123,13 @@ def _name(kind: Any) -> str:
 
 
 def check_dtype_option(name: str, dtype: Any) -> None:
-    """Raises ValueError where the option `name` is no dtype of real floating-point numbers.
+    """Raises ValueError if an option is not a real floating-point dtype or `None`.
 
-    Weights of 0.02 would all be 0 in integers.
+    Weights such as 0.02 would all be 0 in integers.
+
+    Args:
+      name: The option's name, for the message.
+      dtype: Its value.
     """
     if dtype is None:
         return
@@ -131,11 +137,11 @@ def check_dtype_option(name: str, dtype: Any) -> None:
         kind = jnp.dtype(dtype)
     except TypeError:
         raise ValueError(
-            f"`{name}={dtype!r}` is no dtype. Give one such as jnp.bfloat16."
+            f"`{name}={dtype!r}` is not a dtype. Give one such as jnp.bfloat16."
         ) from None
     if not jnp.issubdtype(kind, jnp.floating):
         raise ValueError(
-            f"`{name}={kind}` holds no weights: these are real floating-point "
-            f"numbers. Give one such as jnp.float32 or jnp.bfloat16; integers come by "
-            f"`quantize`, as in load(folder, quantize='int8')."
+            f"`{name}={kind}` cannot hold weights, which are real floating-point numbers. Give a "
+            "dtype such as jnp.float32 or jnp.bfloat16. To store weights as integers, use "
+            "`quantize`, as in load(folder, quantize='int8')."
         )

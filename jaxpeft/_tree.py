@@ -1,8 +1,8 @@
-"""Trees of parameters: what is trained, what is frozen, and how the two are taken apart.
+"""Trees of parameters: `split` takes them apart into frozen and trained, `combine` joins them.
 
-A method marks trained arrays with `Train` and leaves `Hole`s where a value comes from
-somewhere else. `split` takes such a tree apart, `combine` puts it together again. Both
-exist once for the whole library.
+A method marks what is trained with `Trainable` and leaves a `Placeholder` where a value comes
+from somewhere else. That is all that `split` and `combine` need, so that they exist once for the
+whole library.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from jaxpeft._weight import Weight, innermost
 
 
 def path_name(path: tuple) -> str:
-    """`a/b/c` of a key path; the nodes of this library leave no trace in it."""
+    """`a/b/c` of a key path, without the keys of this library's own nodes."""
     keys = [k for k in path if k is not WEIGHT_KEY and k is not VALUE_KEY]
     return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
 
@@ -56,7 +56,7 @@ def unflatten(treedef: Any, leaves: Sequence[Any]) -> Any:
     """`jax.tree.unflatten`, for leaves that are not all arrays.
 
     Raises:
-      TypeError: A node of the tree takes arrays only; names its class.
+      TypeError: A node of the tree accepts nothing but arrays; names its class.
     """
     try:
         return jax.tree.unflatten(treedef, leaves)
@@ -68,9 +68,9 @@ def unflatten(treedef: Any, leaves: Sequence[Any]) -> Any:
         raise TypeError(
             f"The tree has a node of class `{kind.__name__}` that does not take a "
             f"`{type(marks[0]).__name__}` in the place of an array: {type(error).__name__}: {error}"
-            "\nJAX builds trees with other things than arrays in them: let what is no array pass "
-            f"the checks of `{kind.__name__}`, or keep its arrays in a dict and build it inside "
-            "the function that is lifted."
+            "\nJAX builds trees with other things than arrays in them. Let these pass the checks "
+            f"of `{kind.__name__}`, or keep its arrays in a dict and build it inside the function "
+            "that is lifted."
         ) from error
 
 
@@ -89,7 +89,7 @@ def _refusing(treedef: Any, leaves: list) -> tuple[Any, list]:
 
 
 def arrays_of(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The arrays of a tree, and the tree as a function of them; its other leaves are static."""
+    """The arrays of a tree, and the tree as a function of them. Its other leaves are static."""
     leaves, treedef = jax.tree.flatten(tree)
     at = [i for i, x in enumerate(leaves) if is_array(x)]
 
@@ -103,7 +103,8 @@ def arrays_of(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
 
 
 def key_for_path(key: jax.Array, path: str) -> jax.Array:
-    """A key for a path, whatever else the tree holds: selecting more changes no other init."""
+    """A key for a path that depends on nothing else, so that selecting more weights changes no
+    other weight's initial values."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
@@ -114,31 +115,42 @@ def split(tree: Any) -> tuple[Any, dict[str, jax.Array]]:
     adapter to a jitted step cannot delete them.
 
     Args:
-      tree: What a method returned: params with weights and trained arrays in them.
+      tree: What a method returned.
 
     Returns:
-      The frozen tree, with holes, and `{path: array}` of the trained arrays and nothing else.
+      `(frozen, adapter)`. The frozen tree has a `Placeholder` for each trained array; the
+      adapter is `{path: array}` of the trained arrays and nothing else.
 
     Raises:
       ValueError: Nothing is trained, or the tree was taken apart already.
-      TypeError: A node of the tree takes arrays only; names its class.
+      TypeError: A node of the tree accepts nothing but arrays; names its class.
+
+    Example:
+      >>> import jaxpeft as jp
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
+      >>> sites = jp.sites(fn, params, jnp.ones((1, 8)))
+      >>> frozen, adapter = jp.split(jp.lora(2, sites.linear)(jax.random.key(0), params))
+      >>> loss = lambda adapter, x: jnp.sum(jp.lift(fn)(jp.combine(frozen, adapter), x))
+      >>> list(jax.grad(loss)(adapter, jnp.ones((1, 8))))
+      ['w/a', 'w/b']
     """
     flat, treedef = flatten(tree, is_leaf=is_mark)
     names = {path: x.name or path for path, x in flat.items() if isinstance(x, Trainable)}
     if len(twice := set(names.values())) < len(names):
         raise ValueError(
-            f"The trained arrays at {list(names)} have only the names {sorted(twice)}: two "
-            "methods, each of which shares arrays among its weights, were given the same weights."
+            f"`split`: the trained arrays at {list(names)} have only the names {sorted(twice)}. "
+            "Two methods that share arrays among their weights were given the same weights. Give "
+            "each method sites of its own."
         )
     adapter = {name: _own(flat[path]) for path, name in names.items()}
     if not adapter:
         if places := [x.name for x in flat.values() if isinstance(x, Placeholder) and x.expects]:
             raise ValueError(
-                f"`split`: this tree was taken apart already; it has places for {places[:10]}. It "
-                "is the frozen tree: `combine(frozen, adapter)` puts it together."
+                "`split`: this tree was taken apart already; it has placeholders for "
+                f"{places[:10]}. Put it together with `combine(frozen, adapter)`: it is frozen."
             )
         raise ValueError(
-            "Nothing in this tree is trained. Apply a method first: "
+            "`split`: nothing in this tree is trainable. Apply a method first: "
             "`frozen, adapter = split(method(key, params))`."
         )
     frozen = [
@@ -149,6 +161,7 @@ def split(tree: Any) -> tuple[Any, dict[str, jax.Array]]:
 
 
 def _own(x: Trainable) -> Any:
+    # An array of the caller's params must survive the donation of the adapter.
     copy = not x.fresh and isinstance(x.value, jax.Array)
     return jnp.array(x.value, copy=True) if copy else x.value
 
@@ -156,14 +169,14 @@ def _own(x: Trainable) -> Any:
 class _Plan(NamedTuple):
     """What `combine` needs to know of the structure of a frozen tree."""
 
-    treedef: Any  # with holes as leaves
-    holes: tuple[Placeholder | None, ...]  # per leaf; `None` for what is there already
-    wanted: frozenset[str]
-    paths: dict[str, int]  # of what is there: which of the leaves without holes it is
-    has_parts: bool  # whether an array is trained in part
+    treedef: Any  # with placeholders as leaves
+    places: tuple[Placeholder | None, ...]  # for each leaf; `None` if the tree has its value
+    wanted: frozenset[str]  # names of the placeholders
+    paths: dict[str, int]  # of the values that the tree has: which of them each one is
+    has_parts: bool  # whether of some array only a part is trained
 
 
-#: By structure, so that a loop outside `jit` derives it once.
+#: By structure of the tree, so that a loop outside `jit` makes each plan once.
 _plans: dict[Any, _Plan] = {}
 _PLANS = 32
 
@@ -186,32 +199,37 @@ def _plan(frozen: Any) -> _Plan:
     for x in flat.values():
         if isinstance(x, Trainable):
             raise ValueError(x.misuse("`combine`"))
-    holes = tuple(x if isinstance(x, Placeholder) else None for x in flat.values())
-    there = [path for path, hole in zip(flat, holes, strict=True) if hole is None]
+    places = tuple(x if isinstance(x, Placeholder) else None for x in flat.values())
+    there = [path for path, place in zip(flat, places, strict=True) if place is None]
     parts = jax.tree.leaves(frozen, is_leaf=is_concatenated)
     return _Plan(
         treedef,
-        holes,
-        frozenset(hole.name for hole in holes if hole is not None),
+        places,
+        frozenset(place.name for place in places if place is not None),
         {path: i for i, path in enumerate(there)},
         any(map(is_concatenated, parts)),
     )
 
 
 def combine(frozen: Any, adapter: Mapping[str, Any], **call: Any) -> Any:
-    """Puts a tree together again: the argument of a lifted function.
+    """Puts a tree together again, as the argument of a lifted function.
 
     Args:
-      frozen: From `split`.
-      adapter: `{path: array}`, of the same paths and shapes, in any dtype of the same kind.
-      call: Values of this call by name, such as `dropout=key` or `virtual=slots`. A dropout
-        key is folded by path and split over stacks, so that every layer has its own.
+      frozen: The frozen tree that `split` returned.
+      adapter: `{path: array}` with the paths and shapes that `split` returned, in any dtype of
+        the same kind.
+      call: Values of this call by name, such as `dropout=key`. A dropout key is folded by path
+        and split over stacks, so that every layer draws its own mask.
+
+    Returns:
+      The tree with structured weights: what `lift(fn)` and `merge` take.
 
     Raises:
-      KeyError: A trained array is missing from the adapter, or one has no place in the tree.
+      KeyError: A trained array is missing from the adapter, the adapter or the call has a name
+        that the tree does not have, or a value of the call is missing.
       ValueError: An array of the adapter has another shape than the method gave it, or a dtype
         of another kind; names both and the method. Or the tree was not taken apart yet.
-      TypeError: The adapter is no mapping, or a value that should be a PRNG key is none.
+      TypeError: The adapter is not a mapping, or a value is not the PRNG key that it should be.
     """
     leaves, treedef = jax.tree.flatten(frozen)
     plan = _planned(frozen, treedef)
@@ -219,36 +237,36 @@ def combine(frozen: Any, adapter: Mapping[str, Any], **call: Any) -> Any:
     if not isinstance(adapter, Mapping):
         raise TypeError(
             f"`combine(frozen, adapter)`: the adapter is a {type(adapter).__name__}, and should be "
-            "the dict of paths and arrays that `split` returned beside the frozen tree."
+            "the dict of paths and arrays that `split` returned with the frozen tree."
         )
     if unknown := sorted(set(adapter) - wanted):
         raise KeyError(_without_place(unknown, adapter, wanted))
     if unknown := sorted(set(call) - wanted):
         raise KeyError(
-            f"This tree takes no value called {unknown}. "
+            f"`combine`: this tree takes no value called {unknown}. "
             f"It takes {sorted(wanted - set(adapter) - set(plan.paths)) or 'none'}."
         )
 
-    def value(hole: Placeholder) -> Any:
-        found = adapter.get(hole.name)
+    def value(place: Placeholder) -> Any:
+        found = adapter.get(place.name)
         if found is None:
-            found = call.get(hole.name)
-        if found is None and (at := plan.paths.get(hole.name)) is not None:
+            found = call.get(place.name)
+        if found is None and (at := plan.paths.get(place.name)) is not None:
             found = leaves[at]
         if found is not None:
-            if hole.expects is not None:
-                hole.expects.check(hole.name, found)
-            return hole.fill(found)
-        if hole.optional:
+            if place.expects is not None:
+                place.expects.check(place.name, found)
+            return place.fill(found)
+        if place.optional:
             return None
         raise KeyError(
-            f"Nothing is given for '{hole.name}'. If it is trained, it is missing from the "
-            f"adapter, which has {sorted(adapter)}; if it is a value of the call, give it: "
-            f"`combine(frozen, adapter, {hole.name}=...)`."
+            f"Nothing is given for '{place.name}'. If it is a trained array, it is "
+            f"missing from the adapter, which has {sorted(adapter)}. If it is a value of the call, "
+            f"give it: `combine(frozen, adapter, {place.name}=...)`."
         )
 
     there = iter(leaves)
-    filled = [next(there) if hole is None else value(hole) for hole in plan.holes]
+    filled = [next(there) if place is None else value(place) for place in plan.places]
     tree = unflatten(plan.treedef, filled)
     if not plan.has_parts:
         return tree
@@ -258,30 +276,35 @@ def combine(frozen: Any, adapter: Mapping[str, Any], **call: Any) -> Any:
 
 
 def _without_place(unknown: list[str], adapter: Mapping[str, Any], wanted: frozenset[str]) -> str:
-    """What is said of trained arrays that a tree has no place for."""
+    """The message about arrays of an adapter for which a tree has no placeholder."""
     inside = jax.tree.leaves(dict(adapter), is_leaf=lambda x: isinstance(x, NotAnArray))
     if any(isinstance(x, NotAnArray) for x in inside):
         return (
             f"`combine(frozen, adapter)`: what was given as the adapter, with {unknown}, is a tree "
-            "with structured weights. Is it the frozen tree? It comes first."
+            "with structured weights. Is it the frozen tree? That comes first."
         )
     if not wanted:
         return (
-            f"The adapter has {unknown}, and this tree has no place at all: it is none that "
-            "`split` returned. Give the frozen tree, not the params: "
-            "`frozen, adapter = split(method(key, params))`."
+            f"`combine(frozen, adapter)`: the adapter has {unknown}, and the tree has no "
+            "placeholder at all, so `split` did not return it. Give the frozen tree, not the "
+            "params: `frozen, adapter = split(method(key, params))`."
         )
     return (
-        f"The adapter has {unknown}, for which the tree has no place. "
-        f"It has places for {sorted(wanted)}."
+        f"`combine(frozen, adapter)`: the adapter has {unknown}, for which the tree has no "
+        f"placeholder. It has placeholders for {sorted(wanted)}."
     )
 
 
 def base_params(tree: Any) -> Any:
-    """Plain arrays of what the structured weights act on, without what the methods added.
+    """The params that the methods act on, as plain arrays without what the methods added.
+
+    A quantized base is dequantized.
 
     Args:
-      tree: What a method returned, or what `combine` put together.
+      tree: What `combine` or a method returned.
+
+    Raises:
+      ValueError: The tree was taken apart and not put together; use `combine`.
     """
 
     def one(view: View) -> Any:
@@ -296,7 +319,7 @@ def base_params(tree: Any) -> Any:
 
 
 def check_filled(tree: Any, caller: str) -> None:
-    """Raises ValueError where something of a tree waits for `split` or `combine`; names it."""
+    """Raises ValueError if something in a tree waits for `split` or `combine`; names it."""
     if mark := next((x for x in jax.tree.leaves(tree, is_leaf=_is_open) if _is_open(x)), None):
         raise ValueError(mark.misuse(f"`{caller}`"))
 

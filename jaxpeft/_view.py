@@ -1,4 +1,8 @@
-"""View: a weight at the place of an array, in the layout of the program."""
+"""View: the node of a tree that stands in the place of an array.
+
+A view gives a weight the layout of the program: it knows which axes of the replaced array are
+inputs, outputs or a stack of matrices, and what has become of them on the way to a product.
+"""
 
 import dataclasses
 import math
@@ -10,10 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpeft import _axes as digits
+from jaxpeft import _layout as layout
 from jaxpeft._axes import Dim
-from jaxpeft._export import exportable, exportable_node
+from jaxpeft._export import exportable_node
+from jaxpeft._layout import Axis
 from jaxpeft._misuse import NotAnArray
-from jaxpeft._operand import CallSite, as_program, bind, computing, holds
+from jaxpeft._operand import CallSite, as_program, bind_weight, computing, holds
 from jaxpeft._weight import (
     IN,
     OUT,
@@ -23,24 +29,8 @@ from jaxpeft._weight import (
     chain_of,
     dense,
     innermost,
-    weight_fields,
     with_innermost,
 )
-
-# --- Views ---------------------------------------------------------------------------------
-
-
-@exportable
-@dataclasses.dataclass(frozen=True)
-class Axis:
-    """One axis of the array that a view replaces."""
-
-    size: int
-    role: str
-
-
-#: The axes that a dimension of a field runs over, and its grain (see `Weight.grain`).
-Run = tuple[tuple[int, ...], tuple[int, int]]
 
 WEIGHT_KEY = jax.tree_util.GetAttrKey("weight")
 
@@ -49,19 +39,37 @@ WEIGHT_KEY = jax.tree_util.GetAttrKey("weight")
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class View(NotAnArray):
-    """A weight at the place of an array.
+    """A weight in the place of an array of a tree: what methods put there and `lift` meets.
+
+    A method gets views from `jaxpeft.extend.apply_to_sites` and returns them with another
+    weight, `dataclasses.replace(view, weight=...)`. Every other field follows from the array
+    and its site, and stays as it is.
 
     Attributes:
-      weight: The weight, or a plain array (on its way to becoming one, or to being trained).
-        Fields lie as (*stack, *declared axes), the base as the program laid it out if
+      weight: The weight, or the plain array where no method has put a weight yet. Fields of a
+        weight lie as (*stack, *declared axes). The base lies as the program laid it out if
         `natural`, else as (*stack, in, out).
-      axes: The axes of the replaced array, in its order.
-      dims: What each dimension of the current value is made of, as digits of `axes`.
-      dtype: Of the current value, as the program sees it.
+      axes: The axes of the replaced array with their roles, in its order. They are finer than
+        its shape where the program uses parts of an axis differently, such as (heads, size of
+        a head).
+      dims: What each dimension of the current value is made of, as digits of `axes`: a
+        transpose permutes them, a reshape cuts and joins them.
+      dtype: The dtype of the current value, as the program sees it.
       path: Name of the parameter, for messages.
       natural: Whether the base lies in the program's own layout.
-      rounded_from: The dtypes from which the program has rounded it, one after the other, on
-        its way to `dtype`.
+      rounded_from: The dtypes from which the program has rounded the value, one after the
+        other, on its way to `dtype`.
+
+    Example:
+      >>> import jaxpeft as jp
+      >>> params = {"kernel": jnp.ones((8, 2, 3), "float32")}  # (in, heads, size of a head)
+      >>> fn = lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["kernel"])
+      >>> sites = jp.sites(fn, params, jnp.ones((1, 8)))
+      >>> view = jp.lora(2, sites.linear)(jax.random.key(0), params)["kernel"]
+      >>> type(view.weight).__name__, view.shape, view.size("in"), view.size("out")
+      ('LowRank', (8, 2, 3), 8, 6)
+      >>> [axis.role for axis in view.axes]
+      ['in', 'out', 'out']
     """
 
     weight: Any
@@ -102,14 +110,20 @@ class View(NotAnArray):
             return marks[0].misuse(what)
         return (
             f"{what} on the parameter '{self.path}', where a `{type(self.weight).__name__}` stands "
-            "in the place of an array. Call the function through `lift`, which knows what to do "
-            "with it: `jaxpeft.lift(fn)(tree, ...)`. Where arrays are needed, as for export, "
+            "in the place of an array. Call the function through `lift`, which applies it: "
+            "`jaxpeft.lift(fn)(tree, ...)`. Where arrays are needed, as for export, "
             "`jaxpeft.merge(tree)` makes them."
         )
 
     @classmethod
     def of(cls, array: Any, axes: Sequence[Axis], path: str = "") -> "View":
-        """An array seen as a weight with these axes, which may be finer than the array's."""
+        """The view of a plain array.
+
+        Args:
+          array: An array, or its shape and dtype.
+          axes: Its axes with their roles, which may be finer than its shape.
+          path: Name of the parameter, for messages.
+        """
         fine = tuple(axis.size for axis in axes)
         dims = digits.whole(0, fine)
         if fine != tuple(array.shape):
@@ -118,29 +132,46 @@ class View(NotAnArray):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the current value, as the program sees it."""
         return tuple(math.prod(d.size for d in dim) for dim in self.dims)
 
     @property
     def ndim(self) -> int:
+        """How many dimensions the current value has."""
         return len(self.dims)
 
     def indices(self, role: str) -> list[int]:
-        """Which axes have this role."""
-        return [i for i, axis in enumerate(self.axes) if axis.role == role]
+        """Positions of the axes that have a role.
+
+        Args:
+          role: "in", "out" or "stack".
+        """
+        return layout.axes_with_role(self.axes, role)
 
     def sizes(self, role: str) -> tuple[int, ...]:
+        """Lengths of the axes that have a role.
+
+        Args:
+          role: "in", "out" or "stack".
+        """
         return tuple(axis.size for axis in self.axes if axis.role == role)
 
     def size(self, role: str) -> int:
+        """Product of the lengths of the axes that have a role.
+
+        Args:
+          role: "in", "out" or "stack".
+        """
         return math.prod(self.sizes(role))
 
     @property
     def is_mergeable(self) -> bool:
+        """Whether the weight and everything that it acts on equal a dense matrix."""
         return all(w.is_mergeable for w in chain_of(self.weight))
 
     @property
     def is_vector(self) -> bool:
-        """Whether it stands for a vector (or a stack of them), which is cheap to compute."""
+        """Whether it stands for a vector or a stack of vectors, which are cheap to materialize."""
         return not self.indices(IN)
 
     @property
@@ -149,11 +180,14 @@ class View(NotAnArray):
         return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
     def cast(self, dtype: Any) -> "View | None":
-        """The view in another dtype, or `None` where its entries are needed for that.
+        """The view in another dtype, or `None` if only a dense array can be cast so.
 
-        A weight that is rounded stays one for products in the dtype that it was rounded to, as
-        in mixed precision: there the sum with a delta is as exact as that dtype. A wider dtype
-        shows the rounding of the sum itself, which no sum of parts has.
+        Products in a narrower dtype, as in mixed precision, need no dense array: the sum of
+        base and delta is as exact there as the dtype. A cast back to a wider dtype needs it,
+        since it shows how the sum itself was rounded.
+
+        Args:
+          dtype: The dtype to cast to.
         """
         if dtype == self.dtype:
             return self
@@ -172,15 +206,18 @@ class View(NotAnArray):
 
     @property
     def exact(self) -> "View":
-        """The view as it was before the program has rounded it."""
+        """The view as it was before the program rounded it."""
         first = (*self.rounded_from, self.dtype)[0]
         return dataclasses.replace(self, dtype=first, rounded_from=())
 
     def rounded(self, x: jax.Array) -> jax.Array:
-        """Entries of the `exact` view, rounded as the program has done it.
+        """Entries of the `exact` view, rounded as the program rounds them.
+
+        Args:
+          x: The entries.
 
         Raises:
-          ValueError: The program's dtype does not hold entries of this kind.
+          ValueError: The program's dtype cannot represent entries of this kind.
         """
         for dtype in (*self.rounded_from, self.dtype):
             x = as_program(x, dtype, self.path)
@@ -202,12 +239,13 @@ class View(NotAnArray):
         return dataclasses.replace(self, weight=self.canonical(), natural=False)
 
     def materialize(self) -> jax.Array:
-        """The array this stands for, in the shape and dtype that the program sees.
+        """The dense array that the view equals, in the shape and dtype that the program sees.
 
         Raises:
-          ValueError: That dtype does not hold its entries, such as integers a sum with floats.
+          ValueError: That dtype cannot represent the entries, such as integers a sum with floats.
+          NotImplementedError: The weight is not mergeable.
         """
-        view = self.summable().unfolded().refined()
+        view = self._promoted().unfolded().refined()
         plain = dataclasses.replace(view, weight=view.canonical(), natural=False)
         matrix = plain.over_stack(lambda w, _: dense(w), None)
         order = [i for role in (STACK, IN, OUT) for i in view.indices(role)]
@@ -220,14 +258,14 @@ class View(NotAnArray):
         return view.rounded(array.reshape(view.shape))
 
     def dequantized(self) -> "View":
-        """The same weight over the array that the codes at its bottom stand for."""
-        codes = dataclasses.replace(self, weight=innermost(self.weight))
-        matrix = codes.over_stack(lambda w, _: dense(w), None).astype(self.exact.dtype)
+        """The same weight over a plain array in the place of its quantized base."""
+        base = dataclasses.replace(self, weight=innermost(self.weight))
+        matrix = base.over_stack(lambda w, _: dense(w), None).astype(self.exact.dtype)
         weight = with_innermost(self.weight, lambda _: matrix)
         return dataclasses.replace(self, weight=weight, natural=False)
 
-    def summable(self) -> "View":
-        """The same view over an array with which JAX sums others, if it stands on one."""
+    def _promoted(self) -> "View":
+        """The same view with its base in a dtype that JAX promotes with those of the fields."""
         base = innermost(self.weight)
         if not isinstance(self.weight, Weight) or isinstance(base, Weight):
             return self
@@ -239,7 +277,7 @@ class View(NotAnArray):
     # Layout ------------------------------------------------------------------------------
 
     def unfolded(self) -> "View":
-        """The same view with its base cut into axes, as every rule expects it."""
+        """The same view with its base reshaped to `axes`, as every rule expects it."""
         base = innermost(self.weight)
         sizes = tuple(axis.size for axis in self.axes)
         if not self.natural or isinstance(base, Weight) or base.shape == sizes:
@@ -250,66 +288,44 @@ class View(NotAnArray):
 
     def refined(self) -> "View":
         """The same view with axes cut so finely that every digit is a whole axis."""
-        pieces = [digits.cuts(self.dims, i, a.size) for i, a in enumerate(self.axes)]
-        if all(len(p) == 1 for p in pieces):
+        finer = layout.refine(self.axes, self.dims)
+        if finer is None:
             return self
-        new_index: dict[digits.Digit, int] = {}
-        axes: list[Axis] = []
-        for axis, piece in zip(self.axes, pieces, strict=True):
-            for digit in piece:
-                new_index[digit] = len(axes)
-                axes.append(Axis(digit.size, axis.role))
-        dims = tuple(
-            tuple(digits.Digit(0, new_index[d], 1, d.size) for d in dim if d in new_index)
-            for dim in self.dims
-        )
+        axes, dims = finer
         natural = [axis.size for axis in axes]
         stack = [axis.size for axis in axes if axis.role == STACK]
         old_stack = len(self.sizes(STACK))
 
-        def split(leaf: Any, position: Any) -> Any:
-            if position is None:
+        def reshaped(leaf: Any, owner: layout.Owner) -> Any:
+            if owner == "shared":
                 return leaf
-            if position == "base" and self.natural:
+            if owner == "base" and self.natural:
                 return leaf.reshape(natural)
             return leaf.reshape(*stack, *leaf.shape[old_stack:])
 
-        where = self._stack_marks()
         leaves, treedef = jax.tree.flatten(self.weight)
-        weight = jax.tree.unflatten(
-            treedef, [split(x, m) for x, m in zip(leaves, where, strict=True)]
-        )
-        return dataclasses.replace(self, weight=weight, axes=tuple(axes), dims=dims)
-
-    def _stack_marks(self) -> list[str | None]:
-        """Per leaf of the weight: "base", "field" (has the stack axes), or None (shared)."""
-        marks: list[str | None] = []
-
-        def visit(w: Any) -> None:
-            if not isinstance(w, Weight):
-                marks.extend(["base"] * len(jax.tree.leaves(w)))
-                return
-            for field in weight_fields(w):
-                value = getattr(w, field.name)
-                if field.metadata.get("static"):
-                    continue
-                if field.metadata.get("base"):
-                    visit(value)
-                else:
-                    mark = None if field.metadata.get("shared") else "field"
-                    marks.extend([mark] * len(jax.tree.leaves(value)))
-
-        visit(self.weight)
-        return marks
+        owners = layout.owners(self.weight)
+        weight = jax.tree.unflatten(treedef, map(reshaped, leaves, owners))
+        return dataclasses.replace(self, weight=weight, axes=axes, dims=dims)
 
     def stack_positions(self, axis: int) -> list[int | None]:
-        """Per leaf of the weight: the position of a stack axis, `None` where it is shared."""
+        """For each leaf of the weight: the position of a stack axis; `None` if it has none.
+
+        Args:
+          axis: Position of the stack axis in `axes`.
+        """
         among = self.indices(STACK).index(axis)
-        place = {"base": axis if self.natural else among, "field": among, None: None}
-        return [place[mark] for mark in self._stack_marks()]
+        position = {"base": axis if self.natural else among, "field": among, "shared": None}
+        return [position[owner] for owner in layout.owners(self.weight)]
 
     def without(self, axis: int, weight: Any, dims: Sequence[Dim] = ()) -> "View":
-        """The view of one slice along an axis; `dims` are those of the slice."""
+        """The view of one slice along an axis.
+
+        Args:
+          axis: Position of the axis.
+          weight: The weight of the slice.
+          dims: Dimensions of the current value, of which those of the axis are left out.
+        """
         kept = tuple(
             tuple(d._replace(axis=d.axis - (d.axis > axis)) for d in dim if d.axis != axis)
             for dim in dims
@@ -323,9 +339,10 @@ class View(NotAnArray):
         """f(weight, x), mapped over the stack axes of the weight and the leading axes of x.
 
         Args:
-          f: What to map.
-          x: The one operand.
-          along: Which of the stack axes x leads with; `None` is all of them.
+          f: A function of the weight of one matrix and a slice of x.
+          x: An array, or `None`.
+          along: For each stack axis, whether x has it as a leading axis; `None` means that x
+            has all of them.
         """
         stack = self.indices(STACK)
         if not stack:
@@ -342,9 +359,15 @@ class View(NotAnArray):
         return jax.vmap(slice_of, in_axes=in_axes)(leaves, x)
 
     def over_each(self, f: Callable[["View"], Any]) -> Any:
-        """f(view of one slice) for each slice of the stack in turn; results lead with the stack.
+        """f(view of one slice) for each slice of the stack in turn.
 
-        One after the other, so that of a quantized stack one matrix at a time is decoded.
+        It runs slice by slice, so that one matrix at a time of a quantized stack is dequantized.
+
+        Args:
+          f: A function of the view of one matrix.
+
+        Returns:
+          The results, stacked along leading axes.
         """
         stack = self.indices(STACK)
         if not stack:
@@ -358,27 +381,28 @@ class View(NotAnArray):
             return slice_.over_each(f)
 
         if any(at):
-            # A plain array whose stack lies further in; in front of a loop it would be copied.
+            # The base is a plain array whose stack axis is not its first. A loop would copy it.
             return jax.vmap(one, in_axes=(at,))(leaves)
 
         def step(moving: list) -> Any:
             slices = iter(moving)
             return one([x if p is None else next(slices) for x, p in zip(leaves, at, strict=True)])
 
-        # All of them lead; a move to where they are keeps the order in which a program takes them,
-        # and with it the programs that recorded runs were made with.
+        # The stack axis is the first of every leaf, so `moveaxis` moves nothing. It keeps the order
+        # of equations that the programs of recorded runs have.
         moving = [jnp.moveaxis(x, p, 0) for x, p in zip(leaves, at, strict=True) if p is not None]
         return lax.map(step, moving)
 
     def derived(self) -> dict[str, jax.Array]:
-        """What the weight derives from its fields, for the whole stack; `None` if nothing."""
+        """What the outermost weight derives from its fields, for the whole stack."""
         return self.over_each(_derived)
 
     def acting(self, call: Callable = lambda f, view: f(view)) -> "View":
-        """The view with the weights that act in the place of those that derive something.
+        """The view with each weight that derives arrays replaced by the one that acts.
 
         Args:
-          call: `call(f, view)` computes f(view), where shardings are part of the types.
+          call: `call(f, view)` computes f(view). It differs from a plain call where shardings
+            are part of the types.
         """
 
         def replaced(w: Any) -> Any:
@@ -393,83 +417,48 @@ class View(NotAnArray):
         return dataclasses.replace(self, weight=replaced(self.weight))
 
     def field_axes(self) -> list[list[tuple[int, ...]]]:
-        """Per leaf of the weight, per dimension: the axes of the replaced array it runs over."""
-        return [[axes for axes, _ in runs] for runs in self._runs()]
+        """For each leaf of the weight and each of its dimensions: the axes that it runs over."""
+        return [[run.axes for run in dims] for dims in self._runs()]
 
-    def _runs(self) -> list[list[Run]]:
-        """As `field_axes`, each with its grain."""
-        fine = (1, 1)
-        stack: list[Run] = [((i,), fine) for i in self.indices(STACK)]
-        roles = {IN: tuple(self.indices(IN)), OUT: tuple(self.indices(OUT))}
-        natural: list[Run] = [((i,), fine) for i in range(len(self.axes))]
-        out: list[list[Run]] = []
-
-        def visit(w: Any) -> None:
-            if not isinstance(w, Weight):
-                canonical = [*stack, (roles[IN], fine), (roles[OUT], fine)]
-                out.extend([natural if self.natural else canonical] * len(jax.tree.leaves(w)))
-                return
-            for field in weight_fields(w):
-                value = getattr(w, field.name)
-                if field.metadata.get("base"):
-                    visit(value)
-                elif not field.metadata.get("static"):
-                    own = [
-                        (roles.get(name, ()), w.granularity(field.name, name))
-                        for name in field.metadata.get("axes", ())
-                    ]
-                    lead = [] if field.metadata.get("shared") else stack
-                    out.extend([[*lead, *own]] * len(jax.tree.leaves(value)))
-
-        visit(self.weight)
-        return out
+    def _runs(self) -> list[list[layout.AxisRun]]:
+        return layout.field_runs(self.weight, self.axes, self.natural)
 
     def divides(self, axis: int, parts: int) -> bool:
-        """Whether every field can be cut into this many equal parts along an axis."""
-        return self.cut(axis, 0, self.axes[axis].size // parts, shapes_only=True) is not None
+        """Whether every field can be cut into equal parts along an axis.
 
-    def cut(self, axis: int, start: int, stop: int, shapes_only: bool = False) -> "View | None":
-        """`start:stop` of an axis, or `None` where a field cannot be cut there.
-
-        Where several axes of one role lie merged in a field, they are told apart.
+        Args:
+          axis: Position of the axis.
+          parts: How many.
         """
-        out = []
+        size = self.axes[axis].size // parts
+        return layout.field_cuts(self._runs(), self.axes, axis, 0, size) is not None
+
+    def cut(self, axis: int, start: int, stop: int) -> "View | None":
+        """The view of `start:stop` of an axis, or `None` if a field cannot be cut there.
+
+        Args:
+          axis: Position of the axis.
+          start, stop: Bounds of the slice.
+        """
+        cuts = layout.field_cuts(self._runs(), self.axes, axis, start, stop)
+        if cuts is None:
+            return None
         leaves, treedef = jax.tree.flatten(self.weight)
-        for leaf, runs in zip(leaves, self._runs(), strict=True):
-            at = next((p for p, (run, _) in enumerate(runs) if axis in run), None)
-            if at is None:
-                out.append(leaf)
-                continue
-            run, (entries, elements) = runs[at]
-            before = math.prod(self.axes[i].size for i in run[: run.index(axis)])
-            unit = math.prod(self.axes[i].size for i in run[run.index(axis) + 1 :])
-            if entries == 0 or start * unit % entries or stop * unit % entries:
-                return None
-            if before > 1 and self.axes[axis].size * unit % entries:
-                return None
-            if shapes_only:
-                continue
-            first, last = (n * unit // entries * elements for n in (start, stop))
-            if before == 1:
-                out.append(lax.slice_in_dim(leaf, first, last, axis=at))
-                continue
-            split = leaf.reshape(*leaf.shape[:at], before, -1, *leaf.shape[at + 1 :])
-            part = lax.slice_in_dim(split, first, last, axis=at + 1)
-            out.append(part.reshape(*leaf.shape[:at], -1, *leaf.shape[at + 1 :]))
-        if shapes_only:
-            return self
+        kept = [x if cut is None else cut.of(x) for x, cut in zip(leaves, cuts, strict=True)]
         size = stop - start
-        axes = tuple(
-            dataclasses.replace(a, size=size) if i == axis else a for i, a in enumerate(self.axes)
-        )
+        axes = tuple(Axis(size, a.role) if i == axis else a for i, a in enumerate(self.axes))
         dims = tuple(
             tuple(d._replace(size=size) if d.axis == axis else d for d in dim) for dim in self.dims
         )
-        weight = jax.tree.unflatten(treedef, out)
+        weight = jax.tree.unflatten(treedef, kept)
         return dataclasses.replace(self, weight=weight, axes=axes, dims=dims)
 
     def redim(self, dims: Sequence[Dim | None]) -> "View | None":
-        """The same weight with other dimensions, or `None` where one of them is unknown."""
+        """The same weight with other dimensions, or `None` if one of them is unknown.
+
+        Args:
+          dims: What each dimension is made of, as digits of `axes`.
+        """
         if any(dim is None for dim in dims):
             return None
         return dataclasses.replace(self, dims=tuple(dims))  # type: ignore[arg-type]
@@ -478,19 +467,19 @@ class View(NotAnArray):
 def _derived(view: View) -> dict[str, jax.Array]:
     roles = [axis.role for axis in view.axes] if view.natural else [IN, OUT]
     dtype = computing(view.dtype)
-    return bind(view.weight, CallSite(dtype), roles, dtype).derived()
+    return bind_weight(view.weight, CallSite(dtype), roles, dtype).derived()
 
 
 def is_view(x: Any) -> bool:
-    """Whether a node of a tree is a structured weight."""
+    """Whether a node of a tree is a view, that is, a structured weight."""
     return isinstance(x, View)
 
 
 def roles_of(*roles: str) -> Callable[[Sequence[int]], tuple[Axis, ...]]:
-    """Axes of a shape by role: `roles_of("in", "out")(w.shape)`."""
+    """The axes of a shape by role: `roles_of("in", "out")(w.shape)`."""
     return lambda shape: tuple(Axis(n, r) for n, r in zip(shape, roles, strict=True))
 
 
 def map_views(f: Callable[[View], Any], tree: Any) -> Any:
-    """The tree with `f(view)` at the place of each structured weight."""
+    """The tree with `f(view)` in the place of each view."""
     return jax.tree.map(lambda x: f(x) if is_view(x) else x, tree, is_leaf=is_view)

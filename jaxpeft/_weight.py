@@ -1,15 +1,15 @@
-"""Weight and View: what stands in the tree at the place of an array. Start reading here.
+"""Weight: what acts in the place of a matrix of parameters. Start reading here.
 
-A *weight* says what happens at the place of a matrix, in canonical form: inputs have shape
-(..., in), outputs (..., out), and the maths is one line, `x @ self.w + x @ self.a @ self.b`.
-It knows nothing of layouts, stacks of layers, experts, convolutions or devices.
+A *weight* says what happens where the model multiplies by a matrix, in canonical form: inputs
+have shape (..., in), outputs (..., out), and the maths is one line, `x @ self.w + x @ self.a @
+self.b`. It knows nothing of layouts, stacks of layers, experts, convolutions or devices.
 
-A *view* is what sits in the tree: a weight, the axes of the array it replaces with their
-roles, and where each dimension of the current value came from. The rules for transpose,
-reshape, slice and scan touch views only.
+A *view* (`_view`) is the node that stands in the tree: a weight, the axes of the array that it
+replaces with their roles, and where each dimension of the current value came from. The rules for
+transpose, reshape, slice and scan touch views only.
 
-Where a view meets a product, `lift` *binds* the weight: its fields become `Operand`s, and
-`x @ self.a` is then whatever that site makes of a product, dense, batched over experts,
+Where a view meets a product, `lift` *binds* the weight: its fields become operands (`_operand`),
+and `x @ self.a` is then whatever that call site makes of a product: dense, batched over experts,
 ragged, or a convolution.
 """
 
@@ -38,13 +38,14 @@ def base_weight() -> Any:
 
 
 def axes(*names: str, shared: bool = False, optional: bool = False) -> Any:
-    """Declares an array field and what its axes are.
+    """Declares a field that holds an array, and says what its axes are.
 
     Args:
-      names: "in" and "out" for the two sides of the matrix, any other name for axes of the
-        method's own ("rank"). Axes of the stack come before these and are not declared.
-      shared: One array for the whole stack, without stack axes.
-      optional: May be `None`.
+      names: "in" and "out" for the two sides of the matrix, any other name for an axis of the
+        method's own ("rank"). Where matrices are stacked, the axes of the stack come before
+        these and are not declared.
+      shared: The whole stack has one array, without stack axes.
+      optional: The field may be `None`, which is then its default.
     """
     metadata = {"axes": names, "shared": shared}
     if optional:
@@ -53,25 +54,26 @@ def axes(*names: str, shared: bool = False, optional: bool = False) -> Any:
 
 
 def arrays() -> Any:
-    """Declares a field that holds any tree of arrays, one for the whole stack."""
+    """Declares a field that holds any tree of arrays, one tree for the whole stack."""
     return dataclasses.field(metadata={"shared": True})
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:
-    """Declares a field that is part of the program, not of the data.
+    """Declares a field that is part of the program, such as a scale or a flag, not an array.
 
     Args:
-      default: Of the field; without one, the field has to be given.
+      default: Its value where none is given; without it, the field is required.
     """
     return dataclasses.field(default=default, metadata={"static": True})
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(base_weight, axes, arrays, static))
 def weight(cls: type[T]) -> type[T]:
-    """Registers a `Weight` class: a frozen dataclass that is a JAX pytree.
+    """Makes a subclass of `Weight` a frozen dataclass that is a JAX pytree.
 
     Args:
-      cls: A subclass of `Weight` whose fields are declared by the functions above.
+      cls: The class. Each of its fields is declared by `base_weight`, `axes`, `arrays` or
+        `static`.
     """
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -83,44 +85,76 @@ def weight(cls: type[T]) -> type[T]:
 
 
 class Weight:
-    """What happens at the place of a matrix `W` of shape (in, out).
+    """What acts in the place of a matrix `W` of shape (in, out). Methods subclass it.
 
-    The laws, for a weight that is a matrix:
+    A subclass says what the model's three uses of a matrix become. These laws hold for a
+    weight that is mergeable:
 
-        forward(x)     == x @ materialize()           x (..., in)
-        transposed(y)  == y @ materialize().T         y (..., out)
-        lookup(ids)    == materialize()[ids]          ids (...)
+        forward(x)     == x @ materialize()           x (..., in) to (..., out)
+        transposed(y)  == y @ materialize().T         y (..., out) to (..., in), a tied head
+        lookup(ids)    == materialize()[ids]          ids (...) to (..., out), an embedding
 
-    In these three, `self.w` and the other fields are bound to the site, so that `x @ self.w`,
-    `y @ self.w.T` and `self.w[ids]` work whether the base is an array or a weight; in
-    `materialize`, fields are plain arrays without stack axes, and `dense(self.w)` is the base.
+    In these three, fields are bound to the call site: `x @ self.w`, `y @ self.w.T` and
+    `self.w[ids]` work whether the base is an array or another weight, and `y * self.scale` and
+    `y + self.shift` do for a field of one axis. In `materialize`, fields are plain arrays
+    without stack axes, and `dense(self.w)` is the matrix of the base. A use that a subclass
+    does not define materializes the weight, with a warning, or is an error if it is not
+    mergeable.
 
     A class may hold anything in its fields, since JAX rebuilds trees with shapes, shardings
-    and masks in the place of arrays; checks belong in the functions that make weights.
+    and masks in the place of arrays. Checks belong in the functions that make weights.
+
+    Attributes:
+      is_mergeable: Whether the weight equals a dense matrix. If not, it has no `materialize`,
+        and `merge` refuses it.
+      local_in: Whether `forward` is right on a shard of the inputs whose partial results are
+        summed over devices afterwards, as that of every linear map is.
+      local_out: Whether `forward` is right on a shard of the outputs.
+      per_position: The field whose axes are (batch, time), those of the weight's input, if
+        there is one.
+      is_reparameterized: Whether what the weight derives (`derived`) may replace its trained
+        fields for good once training is over, as `adapters.drop_reparameterization` does.
+
+    Example:
+      A scale for each output. `jaxpeft.extend` shows the method that puts it into a tree.
+
+      >>> import jaxpeft as jp
+      >>> from typing import Any
+      >>> from jaxpeft.extend import axes, base_weight, dense, weight
+      >>> @weight
+      ... class Scaled(jp.Weight):
+      ...     w: Any = base_weight()
+      ...     scale: Any = axes("out")
+      ...     def forward(self, x):
+      ...         return (x @ self.w) * self.scale
+      ...     def materialize(self):
+      ...         return dense(self.w) * self.scale
+      >>> Scaled(jnp.ones((2, 3)), jnp.arange(3)).materialize().tolist()
+      [[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]
     """
 
-    #: Whether the weight is a matrix. If not, it cannot be materialized or merged.
     is_mergeable: ClassVar[bool] = True
-    #: Whether it is right on a shard of `in` whose partial results are summed afterwards.
     local_in: ClassVar[bool] = False
-    #: Whether it is right on a shard of `out`.
     local_out: ClassVar[bool] = False
-    #: The field whose axes are (batch, time), those of its input, if there is one.
     per_position: ClassVar[str | None] = None
-    #: Whether what it derives may stay in its place for good, as after training (`fold`).
     is_reparameterized: ClassVar[bool] = False
 
     def __repr__(self) -> str:
         """Arrays print as their dtype and shape: `LowRank(w=float32[128,64], a=..., b=...)`."""
         return fields_summary(self)
 
-    __array_ufunc__ = None  # numpy arrays leave `x @ weight` to us
+    __array_ufunc__ = None  # so that NumPy leaves `x @ weight` to `__rmatmul__`
 
     def granularity(self, field: str, axis: str) -> tuple[int, int]:
-        """(entries, elements): how an axis of a field may be cut, for fields coarser than it.
+        """(entries, elements): in which steps an axis of a field may be cut.
 
         Each run of `entries` along the matrix's `axis` lies in `elements` of the field, such
-        as a block of 64 codes in 32 bytes. (0, 0): the axis cannot be cut there.
+        as a block of 64 quantized values in 32 bytes. (0, 0) says that the axis cannot be cut
+        there.
+
+        Args:
+          field: Name of the field.
+          axis: "in" or "out", one of the axes that the field declares.
         """
         del field, axis
         return 1, 1
@@ -128,26 +162,31 @@ class Weight:
     def derived(self) -> dict[str, jax.Array] | None:
         """Arrays that follow from the fields alone, computed once before the program runs.
 
-        Fields are bound to an ordinary product, one slice of the stack at a time. `None` for a
-        weight that acts as it is.
+        An example is the norm of each column that DoRA divides by. Fields are bound to an
+        ordinary product, one slice of the stack at a time. `None` says that the weight acts as
+        it is.
         """
         return None
 
     def acting(self, **derived: jax.Array) -> "Weight":
-        """The weight that acts in this one's place; it has what `derived` gave, by stack."""
+        """The weight that acts in this one's place during a call.
+
+        Args:
+          derived: What `derived` returned, with the axes of the stack in front.
+        """
         raise NotImplementedError(f"{type(self).__name__} derives nothing")
 
     @property
     def extra_rows(self) -> int:
-        """Rows that `lookup` serves beyond those of the table."""
+        """Rows that `lookup` serves beyond those of the table, such as virtual tokens."""
         inner = base_of(self)
         return inner.extra_rows if isinstance(inner, Weight) else 0
 
     def with_delta(self, rows: jax.Array, ids: Any, delta: jax.Array, table_rows: int) -> jax.Array:
-        """rows + delta, for `lookup`; rows that the base serves beyond its table stay as they are.
+        """rows + delta, for `lookup`; rows beyond the table (`extra_rows`) stay as they are.
 
         Args:
-          rows: Those of the base at `ids`, (..., out).
+          rows: What the base gives at `ids`, (..., out).
           ids: (...).
           delta: (..., out).
           table_rows: The number of rows of the table, `site.rows` of any operand.
@@ -157,19 +196,40 @@ class Weight:
         return rows + delta
 
     def materialize(self) -> jax.Array:
-        """The matrix (in, out)."""
-        raise NotImplementedError(f"{type(self).__name__} is no matrix")
+        """The dense matrix (in, out) that the weight equals."""
+        raise NotImplementedError(f"{type(self).__name__} has no dense equivalent")
 
     def forward(self, x: Any) -> Any:
-        """x (..., in) to (..., out)."""
+        """The product with the matrix.
+
+        Args:
+          x: (..., in).
+
+        Returns:
+          (..., out).
+        """
         raise Unsupported("a product with its input")
 
     def transposed(self, y: Any) -> Any:
-        """y (..., out) to (..., in), the use of a tied head."""
+        """The product with the transposed matrix, as in a tied head.
+
+        Args:
+          y: (..., out).
+
+        Returns:
+          (..., in).
+        """
         raise Unsupported("a product with its output")
 
     def lookup(self, ids: Any) -> Any:
-        """ids (...) to rows (..., out), the use of an embedding."""
+        """Rows of the matrix, as in an embedding.
+
+        Args:
+          ids: (...) integers.
+
+        Returns:
+          (..., out).
+        """
         raise Unsupported("a lookup of rows")
 
     def __rmatmul__(self, x: Any) -> Any:
@@ -194,29 +254,32 @@ class _Transposed:
 
 
 class Unsupported(Exception):
-    """Raised by a weight or an operand where a site asks for what it cannot do."""
+    """Raised by a weight or an operand for a use that it does not define.
+
+    `lift` then materializes the weight, or raises `NotMergeableError`.
+    """
 
 
 class PositionsError(ValueError):
-    """Raised by a weight whose input does not have the axes (batch, time) that it is told of."""
+    """Raised by a weight whose input has other axes than (batch, time), as its field has them."""
 
 
 def dense(w: Any) -> jax.Array:
-    """The matrix of an array or a weight, for use in `Weight.materialize`.
+    """The matrix of the base, for use in `Weight.materialize`.
 
     Args:
-      w: An array, or a weight that is a matrix.
+      w: The field declared by `base_weight`: an array or another weight.
     """
     return w.materialize() if isinstance(w, Weight) else w
 
 
 def base_field(w: Weight) -> str | None:
-    """The name of the field that holds what the weight acts on, if it acts on something."""
+    """The name of the field that holds what the weight acts on; `None` if it acts on nothing."""
     return next((f.name for f in weight_fields(w) if f.metadata.get("base")), None)
 
 
 def base_of(w: Weight) -> Any:
-    """What the weight acts on, or `None` where it acts on nothing (codes of a quantized array)."""
+    """What the weight acts on; `None` if it acts on nothing, as quantized values do."""
     return getattr(w, name) if (name := base_field(w)) else None
 
 

@@ -1,8 +1,8 @@
-"""Flax modules as the plain functions that the rest of the library speaks of.
+"""Flax modules as plain functions of their parameters: `from_linen` and `from_nnx`.
 
-A module's variables come apart into `params`, what training is about, and `rest`, what a call
-may read and change: batch statistics, caches, random counters. Both are nested dicts of arrays,
-and `jaxpeft.lift(fn)` takes a tree of structured weights in the place of `params`.
+A module's variables are taken apart into `params`, the trainable parameters, and `rest`, which a
+call may read and update: batch statistics, caches, counters of random keys. Both are nested dicts
+of arrays. `jaxpeft.lift(fn)` takes a tree of structured weights in the place of `params`.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,9 +12,17 @@ import flax.core
 import flax.linen as nn
 from flax import nnx
 
+__all__ = ["NNX", "Linen", "from_linen", "from_nnx"]
+
 
 class Linen(NamedTuple):
-    """A linen module as a function: see `from_linen`."""
+    """A linen module as a function, from `from_linen`.
+
+    Attributes:
+      fn: `fn(params, rest, *args, **kwargs)`.
+      params: The collection "params".
+      rest: All other collections.
+    """
 
     fn: Callable[..., Any]
     params: dict[str, Any]
@@ -22,7 +30,14 @@ class Linen(NamedTuple):
 
 
 class NNX(NamedTuple):
-    """An nnx module as a function: see `from_nnx`."""
+    """An nnx module as a function, from `from_nnx`.
+
+    Attributes:
+      fn: `fn(params, rest, *args, **kwargs)`, which returns `(output, rest)`.
+      params: The `nnx.Param`s.
+      rest: All other variables and arrays.
+      to_module: `to_module(params, rest)` is a new module.
+    """
 
     fn: Callable[..., tuple[Any, Any]]
     params: dict[Any, Any]
@@ -31,21 +46,21 @@ class NNX(NamedTuple):
 
 
 def from_linen(module: nn.Module, variables: Mapping[str, Any]) -> Linen:
-    """`module.apply` with the collection "params" as an argument of its own.
+    """A linen module as a function of its params: `module.apply` with "params" on its own.
 
     Args:
       module: Any linen module. It is not changed.
-      variables: What `module.init` returned, or was loaded in its place.
+      variables: What `module.init` returned, or what was loaded in its place.
 
     Returns:
-      `(fn, params, rest)`, where rest holds the other collections ({} if there are none) and
-      `fn(params, rest, *args, rngs=None, mutable=False, **kwargs)` calls the module. What it
-      returns is the output or, for collections that are `mutable` (a name, several, or `True`
-      for all but the params), `(output, rest)` with the rest as the call left it. Keywords go
-      to `module.apply`: `method`, and those of the module.
+      `(fn, params, rest)`. `rest` holds the other collections, {} if there are none.
+      `fn(params, rest, *args, rngs=None, mutable=False, **kwargs)` calls the module and returns
+      its output. If collections are `mutable` (a name, several, or `True` for all but the
+      params), it returns `(output, rest)` with the updated rest. Other keywords go to
+      `module.apply`: `method`, and those of the module.
 
     Raises:
-      ValueError: `variables` has no collection "params"; or, when called, `mutable` names it.
+      ValueError: `variables` has no collection "params". In a call: `mutable` includes "params".
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxpeft as jp
@@ -59,13 +74,13 @@ def from_linen(module: nn.Module, variables: Mapping[str, Any]) -> Linen:
     if "params" not in variables:
         raise ValueError(
             "`from_linen(module, variables)` needs what `module.init` returns, a mapping with "
-            f"'params'; got one with {sorted(map(str, variables))}. For bare parameters: "
-            "from_linen(module, {'params': ...})."
+            f"'params'; got one with {sorted(map(str, variables))}. If these are the parameters "
+            "themselves, write `from_linen(module, {'params': ...})`."
         )
     rest = {name: _plain(tree) for name, tree in variables.items() if name != "params"}
 
     def fn(params: Any, rest: Any, *args: Any, rngs: Any = None, mutable: Any = False, **kw: Any):
-        # A filter of linen that lets a call change the params would return them too, dense.
+        # If the params were mutable, linen would return them as well, as dense arrays.
         mutable = flax.core.DenyList("params") if mutable is True else mutable
         if mutable is not False and flax.core.scope.in_filter(mutable, "params"):
             raise ValueError(
@@ -75,31 +90,31 @@ def from_linen(module: nn.Module, variables: Mapping[str, Any]) -> Linen:
         out = module.apply({"params": params, **rest}, *args, rngs=rngs, mutable=mutable, **kw)
         if mutable is False:
             return out
-        out, changed = out
-        return out, {**rest, **{name: _plain(tree) for name, tree in changed.items()}}
+        out, updated = out
+        return out, {**rest, **{name: _plain(tree) for name, tree in updated.items()}}
 
     return Linen(fn, _plain(variables["params"]), rest)
 
 
 def _plain(tree: Any) -> Any:
-    """Nested dicts in the place of flax's frozen ones."""
+    """The same tree with plain dicts in the place of flax's frozen ones."""
     return flax.core.unfreeze(tree) if isinstance(tree, dict | flax.core.FrozenDict) else tree
 
 
 def from_nnx(module: nnx.Module) -> NNX:
-    """An nnx module as a function that returns what it has changed.
+    """An nnx module as a function of its params, which returns what a call updates.
 
     Args:
       module: Any nnx module, in the mode (train or eval) in which it is to run. It is not
         changed, and its arrays are shared, not copied.
 
     Returns:
-      `(fn, params, rest, to_module)`. `params` are the `nnx.Param`s, `rest` all other
-      variables and arrays. `fn(params, rest, *args, method=None, **kwargs)` calls the module,
-      or the method of this name, or the function `method(module, *args, **kwargs)`, and
-      returns `(output, rest)` with the rest as the call left it, in the same structure:
-      variables that appear during the call (what it sows) are left out, take them from
-      within `method`. `to_module(params, rest)` is a new module of these arrays.
+      `(fn, params, rest, to_module)`. `params` are the `nnx.Param`s, `rest` all other variables
+      and arrays. `fn(params, rest, *args, method=None, **kwargs)` calls the module, its method
+      of this name, or the function `method(module, *args, **kwargs)`. It returns
+      `(output, rest)` with the updated rest in the same structure. Variables that a call adds,
+      such as those that it sows, are not in it; return them from `method` instead.
+      `to_module(params, rest)` is a new module with these arrays.
 
     Example:
       >>> import jax.numpy as jnp, jaxpeft as jp
@@ -111,8 +126,8 @@ def from_nnx(module: nnx.Module) -> NNX:
       >>> to_module(params, rest)(jnp.ones((2, 5))).shape
       (2, 3)
     """
-    # Through a copy of the references, so that dropping what earlier calls have sown (it would
-    # grow with every call) leaves the caller's module alone.
+    # Variables that earlier calls have sown would grow with every call, so they are removed: from
+    # a copy of the module that shares its arrays, since the caller's module must not change.
     copy = nnx.merge(*nnx.split(module))
     nnx.pop(copy, nnx.Intermediate)
     parts: Any = nnx.split(copy, nnx.Param, ...)
@@ -132,7 +147,7 @@ def from_nnx(module: nnx.Module) -> NNX:
 
 
 def _like(old: Any, new: Any) -> Any:
-    """The values of `new` at the places that `old` has."""
+    """The values of `new` in the structure of `old`."""
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return new
     return {name: _like(value, new.get(name, value)) for name, value in old.items()}

@@ -37,7 +37,7 @@ def llama():
     return params, jp.sites(decoder.pure(config), params, tokens)
 
 
-def test_rank_8_on_q_and_v_of_a_7b_llama_trains_4194304_numbers():
+def test_rank_8_on_q_and_v_of_a_7b_llama_has_4194304_trainable_parameters():
     params, sites = llama()
     assert sum(x.size for x in jax.tree.leaves(params)) == 6_738_415_616
     counts = jp.count_params(*split_shapes(jp.lora(8, sites.match("*/q/*", "*/v/*")), params))
@@ -128,7 +128,7 @@ def bert_sites():
     return jp.sites(bert, bert_shapes(), ids, ids)
 
 
-def test_bitfit_trains_102912_of_the_109482240_numbers_of_bert_base():
+def test_bitfit_trains_102912_of_the_109482240_parameters_of_bert_base():
     frozen, adapter = split_shapes(jp.bitfit(bert_sites()), bert_shapes())
     counts = jp.count_params(frozen, adapter)
     assert (counts.trainable, counts.total) == (102_912, 109_482_240)
@@ -146,7 +146,7 @@ def test_the_small_variant_of_bitfit_trains_46080():
 
 
 @pytest.mark.parametrize(
-    "name, numbers",
+    "name, expected",
     [
         ("query", LAYERS * D),
         ("key", LAYERS * D),
@@ -157,9 +157,9 @@ def test_the_small_variant_of_bitfit_trains_46080():
         ("output_layernorm", LAYERS * D),
     ],
 )
-def test_each_subset_of_bitfit_is_one_vector_per_layer(name, numbers):
+def test_each_subset_of_bitfit_is_one_vector_per_layer(name, expected):
     counts = jp.count_params(*split_shapes(jp.bitfit(bert_sites(), subset=(name,)), bert_shapes()))
-    assert counts.trainable == numbers
+    assert counts.trainable == expected
 
 
 def test_lora_on_the_linears_of_bert_base_trains_r_times_in_plus_out():
@@ -173,7 +173,7 @@ def test_lora_on_the_linears_of_bert_base_trains_r_times_in_plus_out():
 
 # Prompts on the embedding of BLOOMZ 560M ----------------------------------------------------------
 
-BLOOMZ = 559_214_592  # numbers of the whole model
+BLOOMZ = 559_214_592  # parameters of the whole model
 
 
 def prompts_on_bloomz(method):
@@ -186,18 +186,18 @@ def prompts_on_bloomz(method):
     return counts.trainable, total, 100 * counts.trainable / total
 
 
-def test_8_virtual_tokens_on_bloomz_560m_train_8192_numbers():
+def test_8_virtual_tokens_on_bloomz_560m_have_8192_trainable_parameters():
     found = prompts_on_bloomz(lambda table: jp.prompt_tuning(8, table))
     assert found == (8_192, 559_222_784, 0.0014648902430985358)
 
 
-def test_p_tuning_with_20_tokens_and_an_lstm_of_128_units_trains_1926400_numbers():
+def test_p_tuning_with_20_tokens_and_an_lstm_of_128_units_has_1926400_trainable_parameters():
     method = functools.partial(jp.p_tuning, 20, encoder="lstm", hidden=128, layers=2)
     assert prompts_on_bloomz(method) == (1_926_400, 561_140_992, 0.343300530074267)
 
 
 @pytest.mark.parametrize(
-    "options, numbers",
+    "options, expected",
     [
         # 20 * 1024; 1024 -> 1024 -> 1024 -> 1024 with biases.
         (dict(encoder="mlp"), 20_480 + 3 * 1024 * 1025),
@@ -209,9 +209,9 @@ def test_p_tuning_with_20_tokens_and_an_lstm_of_128_units_trains_1926400_numbers
         ),
     ],
 )
-def test_other_widths_of_the_prompt_encoder(options, numbers):
+def test_other_widths_of_the_prompt_encoder(options, expected):
     found = prompts_on_bloomz(lambda table: jp.p_tuning(20, table, **options))
-    assert found[0] == numbers
+    assert found[0] == expected
 
 
 # Quantized bases ----------------------------------------------------------------------------------

@@ -9,12 +9,22 @@ import re
 import pytest
 
 import jaxpeft
+from jaxpeft._method import FACTORIES
 
 MODULES = [
     name
     for _, name, _ in pkgutil.walk_packages(jaxpeft.__path__, "jaxpeft.")
     if not name.endswith("__main__")
 ]
+
+
+@pytest.fixture(autouse=True)
+def registry():
+    """An example may register a method of its own, which other tests must not see."""
+    before = dict(FACTORIES)
+    yield
+    FACTORIES.clear()
+    FACTORIES.update(before)
 
 
 def is_public(name):

@@ -28,10 +28,10 @@ def report(fn, rank=2):
     method = jp.lora(rank, sites.linear)
     frozen, adapter = jp.split(jax.eval_shape(method, jax.random.key(0), p))
 
-    def loss(frozen, adapter, x):
+    def loss_fn(frozen, adapter, x):
         return jnp.sum(jp.lift(fn)(jp.combine(frozen, adapter), x))
 
-    return jp.estimate_memory(loss, frozen, adapter, x, tx=optax.adam(1e-3)), adapter
+    return jp.estimate_memory(loss_fn, frozen, adapter, x, tx=optax.adam(1e-3)), adapter
 
 
 def test_weights_gradients_and_optimizer_are_the_bytes_of_their_arrays():

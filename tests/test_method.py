@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft._method import Method, from_json, to_json
+from jaxpeft._method import Method
+from jaxpeft._method_json import from_json, to_json
 from tests.conformance.methods import METHODS
 from tests.methods.test_saved import at, others
 
@@ -172,9 +173,9 @@ def test_numbers_become_those_of_python(value, plain):
         (
             lambda: jp.chain(jp.quantize("int8", M), jp.corda(2, M, moments())),
             "`corda(moments=...)` holds an array, float64 of shape (12, 12), and the description "
-            "of a method has no place for arrays. What starts from data (`corda`, `lora_ga`) is "
-            "stored as plain LoRA over the same params: save the method and the adapter that "
-            "`to_lora` returns.",
+            "of a method cannot hold arrays. A method that starts from data (`corda`, `lora_ga`) "
+            "is stored as plain LoRA over the same params: save the method and the adapter that "
+            "`adapters.to_lora` returns.",
         ),
         (
             lambda: jp.lora(2, M, alpha=np.ones(1)),

@@ -31,10 +31,10 @@ def says(error, *parts):
     return pytest.raises(error, match="(?s)" + ".*".join(map(re.escape, parts)))
 
 
-# What is no array is used as one ---------------------------------------------------------------
+# Structured weights used as arrays ---------------------------------------------------------------
 
 UNLIFTED = "parameter 'w', where a `LowRank` stands", "`jaxpeft.lift(fn)(tree, ...)`"
-UNCOMBINED = "on 'w/a', a place of the frozen tree that nothing fills", "combine(frozen, adapter)"
+UNCOMBINED = "on 'w/a', a placeholder that nothing has filled yet", "combine(frozen, adapter)"
 UNSPLIT = "array that `lora` trains at 'w'", "`frozen, adapter = jaxpeft.split(tree)`"
 
 #: Each with a weight in the place of w.
@@ -106,9 +106,9 @@ def test_the_last_layers_of_a_stack_are_no_array_either():
 
 
 def test_a_value_of_the_call_is_named_as_one():
-    hole = FROZEN["w"].weight.key
+    place = FROZEN["w"].weight.key
     with says(AttributeError, "`.shape` on 'dropout'", "combine(frozen, adapter, dropout=...)"):
-        hole.shape  # noqa: B018
+        place.shape  # noqa: B018
 
 
 # The steps are taken in another order ------------------------------------------------------------
@@ -116,10 +116,10 @@ def test_a_value_of_the_call_is_named_as_one():
 
 @pytest.mark.parametrize("call", [lambda f: f(FROZEN, X), lambda f: jax.jit(f)(FROZEN, X)])
 def test_a_frozen_tree_is_not_lifted(call):
-    with says(ValueError, "`lift` on 'b', a place of the frozen tree", "combine(frozen, adapter)"):
+    with says(ValueError, "`lift` on 'b', a placeholder", "combine(frozen, adapter)"):
         call(jp.lift(model))
     # Nor is one whose weight the function does not use.
-    with says(ValueError, "`lift` on 'b', a place of the frozen tree"):
+    with says(ValueError, "`lift` on 'b', a placeholder"):
         call(jp.lift(lambda p, x: x))
 
 
@@ -135,7 +135,7 @@ def test_nor_is_either_given_by_keyword():
 
 @pytest.mark.parametrize("f", [jp.merge, jp.base_params])
 def test_a_frozen_tree_has_no_dense_form(f):
-    with says(ValueError, f"`{f.__name__}` on 'b', a place of the frozen tree", "combine"):
+    with says(ValueError, f"`{f.__name__}` on 'b', a placeholder", "combine"):
         f(jp.split(jp.bitfit(S)(KEY, P))[0])
 
 
@@ -147,19 +147,23 @@ def test_marks_are_not_merged():
 
 
 def test_a_tree_is_taken_apart_once():
-    with says(ValueError, "taken apart already", "places for ['b', 'v/a', 'v/b', 'w/a', 'w/b']"):
+    with says(
+        ValueError, "taken apart already", "placeholders for ['b', 'v/a', 'v/b', 'w/a', 'w/b']"
+    ):
         jp.split(FROZEN)
     with says(ValueError, "`combine` on an array that `bitfit` trains at 'b'", "split"):
         jp.combine(MARKED, ADAPTER)
 
 
 def test_params_have_no_place_for_an_adapter():
-    with says(KeyError, "['b', 'v/a', 'v/b', 'w/a', 'w/b'], and this tree has no place at all"):
+    with says(
+        KeyError, "['b', 'v/a', 'v/b', 'w/a', 'w/b'], and the tree has no placeholder at all"
+    ):
         jp.combine(P, ADAPTER)
 
 
 def test_arguments_of_combine_are_not_swapped():
-    with says(KeyError, "['b', 'v', 'w'], is a tree with structured weights", "It comes first"):
+    with says(KeyError, "['b', 'v', 'w'], is a tree with structured weights", "That comes first"):
         jp.combine(ADAPTER, FROZEN)
     with says(TypeError, "the adapter is a tuple"):
         jp.combine(FROZEN, (FROZEN, ADAPTER))
@@ -298,7 +302,7 @@ class Strict:
 
 @jax.tree_util.register_pytree_node_class
 class Counted:
-    """Fails with whatever Python raises on what is no array."""
+    """Fails with whatever Python raises on something that is not an array."""
 
     def __init__(self, kernel):
         self.kernel, self.bytes = kernel, 2 * np.dtype(kernel.dtype).itemsize + kernel.T.ndim
@@ -318,6 +322,9 @@ def test_a_node_that_takes_arrays_only_is_named(node):
 
     p = {"block": [node(jnp.ones((6, 4)))], "other": jnp.ones(2)}
     sites = jp.sites(f, p, X)
-    for method, what in ((jp.lora(2, sites.linear), "View"), (jp.full_finetuning(sites), "Train")):
+    for method, what in (
+        (jp.lora(2, sites.linear), "View"),
+        (jp.full_finetuning(sites), "Trainable"),
+    ):
         with says(TypeError, f"a node of class `{node.__name__}` that does not take a `{what}`"):
             method(KEY, p)

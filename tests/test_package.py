@@ -1,6 +1,9 @@
-"""The package as a whole: what it imports, in which direction, and what its wheel holds."""
+"""The package as a whole: its public names, which room imports which, and what the wheel holds."""
 
 import ast
+import collections
+import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -10,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
+import jaxpeft
+from jaxpeft._method import FACTORIES
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxpeft"
 
-# Rooms, and the rooms that each may import. `front` is jaxpeft/__init__.py, which exports the core and
-# the methods: nothing imports it, or every import would be a circle. `core` is every module at the
-# top level whose name starts with an underscore, together with `_rules` and `_tracing`.
+# Rooms, and the rooms that each may import. `front` is jaxpeft/__init__.py, which exports the core
+# and the methods: nothing imports it, or every import would be a circle. `core` is every module at
+# the top level whose name starts with an underscore, together with `_rules` and `_tracing`.
 CORE = {"core"}
 METHODS = CORE | {"extend", "calibration", "sparsity", "_methods"}
 ARROWS = {
@@ -39,8 +45,26 @@ ARROWS = {
 }
 FOLDERS = set(ARROWS) - {"core", "bridge", "front"}
 
+# The functions at the top level that do not return a `Method`. Helpers go into a namespace.
+VERBS = {
+    "base_params",
+    "combine",
+    "count_params",
+    "estimate_memory",
+    "lift",
+    "merge",
+    "param_labels",
+    "sites",
+    "split",
+    "trainable_mask",
+    "trainable_only",
+}
+# Each is a family of models: a module that users import, with a `Config`, a `load` and so on.
+MODELS = {f"jaxpeft.models.{name}" for name in ("decoder", "encoder", "encoder_decoder", "heads")}
+PUBLIC = {f"jaxpeft.{name}" for name in jaxpeft._NAMESPACES} | MODELS | {"jaxpeft"}
+
 # Loaded by those who ask for them, never by `import jaxpeft`.
-HEAVY = ("grain", "orbax", "tokenizers", "rich", "matplotlib", "jinja2")
+HEAVY = ("flax", "orbax", "grain", "tokenizers", "rich", "matplotlib", "jinja2")
 # Oracles of the tests; and JAX's internals, which change without notice.
 FORBIDDEN = ("torch", "transformers", "peft", "bitsandbytes", "jax._src", "jaxlib")
 
@@ -147,13 +171,111 @@ def test_flax_stays_out_of_the_core():
             assert not [n for n in imports(tree) if n.split(".")[0] == "flax"], module
 
 
-def test_importing_the_package_loads_nothing_heavy():
-    code = "import json, sys, jaxpeft; print(json.dumps(sorted(sys.modules)))"
+def loaded_by(code):
+    """Names of the modules at the top level that a fresh process has after this code."""
+    code = f"{code}\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
+    return {name.split(".")[0] for name in json.loads(done.stdout)}
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    loaded = loaded_by("import jaxpeft")
     assert "jax" in loaded
     assert not loaded & {*HEAVY, "torch", "transformers", "peft"}
+
+
+def test_the_optimizers_do_without_what_checkpoints_need():
+    assert not loaded_by("import jaxpeft.optim") & {*HEAVY, "torch", "transformers", "peft"}
+
+
+# Public names -------------------------------------------------------------------------------------
+
+
+def load(name):
+    """A module, or a skip where an extra is missing that it needs."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        assert not error.name.startswith("jaxpeft"), error
+        pytest.skip(f"needs {error.name}")
+
+
+def own_methods():
+    """The names of the library's registered methods, without those of other tests."""
+    return {name for name, f in FACTORIES.items() if f.__module__.startswith("jaxpeft.")}
+
+
+def functions(module):
+    """{name: function} of what a module exports."""
+    return {n: x for n in module.__all__ if inspect.isfunction(x := getattr(module, n))}
+
+
+def test_the_top_level_has_the_verbs_and_every_method_and_no_helper():
+    assert set(functions(jaxpeft)) == VERBS | own_methods()
+
+
+def test_each_method_at_the_top_level_is_the_registered_one():
+    for name in own_methods():
+        assert getattr(jaxpeft, name) is FACTORIES[name], name
+
+
+def test_what_is_no_function_at_the_top_level_is_a_type():
+    for name in set(jaxpeft.__all__) - set(functions(jaxpeft)):
+        assert inspect.isclass(getattr(jaxpeft, name)), name
+
+
+def test_every_namespace_loads_after_a_bare_import():
+    for name in ("tokenizers", "grain", "rich", "jinja2"):
+        pytest.importorskip(name, reason="the namespaces of training need their extras")
+    names = jaxpeft._NAMESPACES
+    loaded_by(f"import jaxpeft\nfor name in {names}: assert getattr(jaxpeft, name).__all__, name")
+    assert set(names) <= set(dir(jaxpeft))
+    with pytest.raises(AttributeError, match="module 'jaxpeft' has no attribute 'sparsty'"):
+        jaxpeft.sparsty  # noqa: B018
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_a_public_module_lists_its_names_and_documents_them(name):
+    module = load(name)
+    assert module.__doc__ and len(set(module.__all__)) == len(module.__all__)
+    for one in module.__all__:
+        value = getattr(module, one)
+        assert not one.startswith("_"), one
+        if inspect.isclass(value):
+            # A dataclass or named tuple without a docstring has one made of its fields.
+            assert not (value.__doc__ or f"{one}(").startswith(f"{one}("), f"{name}.{one}"
+        elif inspect.isfunction(value) or inspect.ismodule(value):
+            assert value.__doc__, f"{name}.{one}"
+
+
+def test_no_other_module_has_a_public_name():
+    private = {m for m in MODULES if any(part.startswith("_") for part in m.split("."))}
+    assert set(MODULES) - private == PUBLIC
+
+
+def test_every_public_function_and_class_has_one_home():
+    homes = collections.defaultdict(list)
+    for name in sorted(PUBLIC):
+        module = load(name)
+        for one in module.__all__:
+            value = getattr(module, one)
+            if inspect.isfunction(value) or inspect.isclass(value):
+                homes[value].append(f"{name}.{one}")
+    assert not [names for names in homes.values() if len(names) > 1]
+
+
+def test_every_class_has_a_name_of_its_own():
+    """Messages and exported files name classes. Families of models are told apart by module."""
+    found = collections.defaultdict(list)
+    for module, tree in MODULES.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not module.startswith("jaxpeft.models."):
+                found[node.name].append(module)
+    assert not {name: where for name, where in found.items() if len(where) > 1}
+
+
+# The wheel ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

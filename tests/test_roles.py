@@ -159,7 +159,7 @@ def test_the_power_iteration_of_a_spectral_norm_does_not_turn_its_kernel():
     sites = jp.sites(fn, params, rest, x, update_stats=True, mutable=["batch_stats"])
     (kernel,) = sites.linear.values()
     assert [axis.role for axis in kernel.axes] == ["in", "out"]
-    assert kernel.bias == "layer_instance/bias" and not kernel.unlike
+    assert kernel.bias == "layer_instance/bias" and not kernel.bias_mismatch
 
 
 def test_a_weight_divided_by_its_own_largest_stretch_keeps_its_sides():
@@ -217,7 +217,7 @@ def test_a_method_that_reads_the_bias_refuses_one_that_is_not_added_as_it_is(fn,
 )
 def test_what_is_added_after_something_else_happened_is_no_bias_of_the_product(fn):
     site = jp.sites(fn, arrays(w=(D, D), b=(D,)), jnp.ones((2, D)))["w"]
-    assert site.bias is None and not site.unlike
+    assert site.bias is None and not site.bias_mismatch
 
 
 def test_a_bias_is_added_as_it_is_under_casts_jit_and_a_stream():
@@ -225,7 +225,7 @@ def test_a_bias_is_added_as_it_is_under_casts_jit_and_a_stream():
         return x + jax.jit(lambda x: x @ p["w"] + p["b"].astype(x.dtype))(x)
 
     site = jp.sites(fn, arrays(w=(D, D), b=(D,)), jnp.ones((2, D)))["w"]
-    assert site.bias == "b" and not site.unlike
+    assert site.bias == "b" and not site.bias_mismatch
 
 
 def test_a_parallel_adapter_whose_input_runs_twice_is_refused_with_the_line():

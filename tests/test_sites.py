@@ -72,7 +72,7 @@ def test_refusals_list_what_there_is_nearest_first(sites, call, message):
         call(sites)
 
 
-def test_a_part_counted_in_numpy_is_one_in_a_file_too(sites):
+def test_a_slice_given_in_numpy_integers_is_stored_as_any_other(sites):
     part = sites.match("*/q/kernel").output_slice(np.int64(1), np.int32(2))
     assert json.dumps(part.to_json()) == json.dumps(
         sites.match("*/q/kernel").output_slice(1, 2).to_json()
@@ -84,8 +84,8 @@ def test_what_no_program_reveals_can_be_overridden():
     p, x = {"w": jnp.ones((5, 4, 3))}, jnp.ones((2, 4))
     sites = jp.sites(lambda p, x: jax.vmap(lambda w: x @ w)(p["w"]), p, x)
     assert [a.role for a in sites["w"].axes] == ["out", "in", "out"]
-    told = sites.override("w", "stack", "in", "out")
-    tree = jp.lora(2, told.linear)(jax.random.key(0), p)
+    corrected = sites.override("w", "stack", "in", "out")
+    tree = jp.lora(2, corrected.linear)(jax.random.key(0), p)
     assert tree["w"].weight.a.shape == (5, 4, 2)
 
 

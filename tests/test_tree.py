@@ -57,7 +57,7 @@ def test_the_base_is_still_there():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda a: a | {"u/a": 1}, r"has \['u/a'\], for which the tree has no place"),
+        (lambda a: a | {"u/a": 1}, r"has \['u/a'\], for which the tree has no placeholder"),
         (lambda a: {k: v for k, v in a.items() if k != "w/a"}, r"Nothing is given for 'w/a'"),
     ],
 )
@@ -153,7 +153,9 @@ def test_a_complex_array_that_is_trained_stays_complex():
     p = {"w": jnp.ones((6, 3), jnp.complex64)}
     frozen, adapter = jp.split(jp.full_finetuning(jp.sites(f, p, jnp.ones((2, 6))))(KEY, p))
     assert jp.combine(frozen, {"w": adapter["w"].astype(jnp.complex128)})["w"].dtype == "complex128"
-    with refused("'w' is float32 of shape (6, 3), where `full` trains complex64 of shape (6, 3)"):
+    with refused(
+        "'w' is float32 of shape (6, 3), where `full_finetuning` trains complex64 of shape (6, 3)"
+    ):
         jp.combine(frozen, {"w": adapter["w"].real})
 
 
@@ -235,7 +237,7 @@ def test_every_way_to_train_an_array_knows_its_shape():
         "moelora": (jp.moelora(2, sites.linear, experts=2, tasks=3, width=4), "v/gate", (4, 2)),
         "bitfit": (jp.bitfit(sites), "b", (8,)),
         "dora": (jp.dora(2, sites.match("w")), "w/magnitude", (8,)),
-        "sparse": (jp.sparse_delta(0.5, sites.match("w")), "w/values", (24,)),
+        "sparse_delta": (jp.sparse_delta(0.5, sites.match("w")), "w/values", (24,)),
     }
     for name, (method, path, shape) in methods.items():
         frozen, adapter = jp.split(method(KEY, p))
@@ -246,7 +248,7 @@ def test_every_way_to_train_an_array_knows_its_shape():
             jp.combine(frozen, {**adapter, path: jnp.ones((9, 9))}, **call)
 
 
-def test_what_is_folded_and_what_a_bank_gives_is_compared_too():
+def test_shapes_are_compared_after_a_conversion_too():
     def table(p, ids):
         return p["table"][ids]
 
@@ -254,7 +256,8 @@ def test_what_is_folded_and_what_a_bank_gives_is_compared_too():
     sites = jp.sites(table, p, jnp.zeros((2, 3), int))
     tuned = jp.p_tuning(2, sites.embedding, encoder="mlp")
     frozen, adapter = jp.adapters.drop_reparameterization(*jp.split(tuned(KEY, p)))
-    with refused("'table/rows' has shape (3, 4), where `fold` trains an array of shape (2, 4)"):
+    trained = "`drop_reparameterization` trains an array of shape (2, 4)"
+    with refused(f"'table/rows' has shape (3, 4), where {trained}"):
         jp.combine(frozen, {"table/rows": jnp.ones((3, 4))})
     sites = jp.sites(model, params(), jnp.ones((2, 6))).match("w")
     method = jp.lora(2, sites)
@@ -265,7 +268,7 @@ def test_what_is_folded_and_what_a_bank_gives_is_compared_too():
         jp.combine(frozen, {**wrong, **adapter})
 
 
-def test_what_is_made_smaller_has_a_tree_of_its_own():
+def test_an_adapter_of_pruned_ranks_has_a_tree_of_its_own():
     p = params()
     method = jp.adalora(3, jp.sites(model, p, jnp.ones((2, 6))).match("w"))
     frozen, adapter = jp.split(method(KEY, p))
@@ -311,7 +314,7 @@ def test_structures_that_are_no_longer_used_are_forgotten():
 
 
 def test_a_tree_without_marks_is_refused():
-    with pytest.raises(ValueError, match="Nothing in this tree is trained"):
+    with pytest.raises(ValueError, match="nothing in this tree is trainable"):
         jp.split(params())
 
 
@@ -379,5 +382,5 @@ def test_a_trained_array_that_stands_twice_cannot_be_masked():
     p = params()
     sites = jp.sites(model, p, jnp.ones((2, 6)))
     method = jp.chain(jp.bitfit(sites), jp.bottleneck_adapter(2, sites.match("w")))
-    with pytest.raises(ValueError, match=r"\['b'\] are trained and stand at several places"):
+    with pytest.raises(ValueError, match=r"\['b'\] are trained and have several places"):
         jp.param_labels(method(KEY, p))

@@ -45,7 +45,6 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxpeft as jp
-from jaxpeft._view import is_view
 from jaxpeft.data import Batches, Examples, TextTokenizer, read_examples
 from jaxpeft.io import save_adapter
 from jaxpeft.models import decoder
@@ -318,7 +317,8 @@ def in_few_bits(console: Console, model: Model, held_out: Examples, options) -> 
     table = sum(math.prod(site.shape) for site in model.sites.embedding.values())
     others = sum(x.size for x in jax.tree.leaves(model.params)) - table
     chosen = sum(math.prod(site.shape) for site in model.sites.hidden.values())
-    views = [x for x in jax.tree.leaves(tree, is_leaf=is_view) if is_view(x)]
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, jp.View))
+    views = [x for x in leaves if isinstance(x, jp.View)]
     bits = 8 * sum(x.nbytes for x in jax.tree.leaves(views)) / chosen
     console.print(
         f"in {options.quantize}: {chosen:,} of {others:,} parameters that are no embedding "

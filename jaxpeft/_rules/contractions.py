@@ -9,7 +9,16 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from jaxpeft import _compat as compat
-from jaxpeft._operand import CallSite, Operand, as_program, bind, computing, holds, permute, refold
+from jaxpeft._operand import (
+    CallSite,
+    Operand,
+    as_program,
+    bind_weight,
+    computing,
+    holds,
+    permute,
+    refold,
+)
 from jaxpeft._rules.registry import rule
 from jaxpeft._rules.sharding import refuse_parts
 from jaxpeft._view import View, is_view
@@ -54,7 +63,7 @@ def promoted(view: Any, x: Any, eqn: Any) -> tuple[View, jax.Array] | None:
 def bound(view: View, w: Any, site: CallSite) -> Any:
     """The weight of one slice of the stack, bound to a site in the program's dtype."""
     roles = [a.role for a in view.axes if a.role != STACK] if view.natural else [IN, OUT]
-    return bind(w, site, roles, view.dtype)
+    return bind_weight(w, site, roles, view.dtype)
 
 
 def _orientation(view: View, contracted: list[int], batch: list[int]) -> tuple[str, str] | None:
@@ -242,7 +251,7 @@ def ragged_dot(run: Any, eqn: Any, x: Any, view: Any, groups: Any) -> list | Non
     view = view.in_canonical_layout()
     site = site_of(run, view, eqn, RaggedCallSite, groups=groups, tokens=x.shape[0])
     site.taps = run.taps  # tokens stay together, unlike under vmap over a stack
-    y = x @ bind(view.weight, site, (STACK, IN, OUT), view.dtype)
+    y = x @ bind_weight(view.weight, site, (STACK, IN, OUT), view.dtype)
     return [as_program(y, eqn.outvars[0].aval.dtype, view.path)]
 
 

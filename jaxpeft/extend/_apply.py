@@ -1,4 +1,4 @@
-"""How a method puts its weights into a tree: the one loop that all methods share."""
+"""How a method puts its weights into a tree: the loop and the checks that all methods share."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,19 +25,21 @@ def apply_to_sites(
     vectors: bool = False,
     parts: bool = False,
 ) -> Any:
-    """The tree with `make(key, site, view)` at the place of every selected matrix.
+    """The tree with `make(key, site, view)` in the place of every selected parameter.
 
     Args:
-      key: Folded by path, so that selecting more weights changes no other one.
-      tree: Parameters, in part structured weights already.
+      key: The method's PRNG key. `make` gets it with the path folded in, so that selecting more
+        weights changes no other weight's initial values.
+      tree: Parameters, or what another method returned.
       sites: The selected parameters.
-      make: The new view from the old one, which may hold another method's weight.
-      caller: The call as the user wrote it, for messages.
-      vectors: Whether biases and scales may be among them.
-      parts: Whether `make` minds `site.part`; if not, a part of the outputs is refused.
+      make: Returns the new view. The old one holds the array, or another method's weight.
+      caller: Name of the method as the user calls it, for messages.
+      vectors: Whether biases and scales may be selected too.
+      parts: Whether `make` respects `site.part`. If not, a selected slice of the outputs is
+        refused.
 
     Raises:
-      ValueError: Nothing is selected, a selected parameter is no matrix, or the tree has no
+      ValueError: Nothing is selected, a selected parameter is not a matrix, or the tree has no
         such path or another shape there.
     """
     check_any(caller, sites)
@@ -64,7 +66,10 @@ def apply_to_sites(
                 "`sites.matrices`."
             )
         if isinstance(flat[path], Concatenated):
-            raise ValueError(f"`{caller}`: '{path}' is trained in part by another method already.")
+            raise ValueError(
+                f"`{caller}`: another method trains a part of '{path}' already. Leave it out of "
+                "the sites of one of the two."
+            )
         flat[path] = signed(
             make(key_for_path(key, path), site, site.view(flat[path])), caller, path
         )
@@ -72,7 +77,7 @@ def apply_to_sites(
 
 
 def signed(node: Any, caller: str, path: str) -> Any:
-    """The node with the name of the method in the marks that it has made, for messages."""
+    """The node with the method's name and the path in the marks that it made, for messages."""
 
     def one(x: Any) -> Any:
         if not isinstance(x, Trainable) or x.method is not None:
@@ -83,38 +88,39 @@ def signed(node: Any, caller: str, path: str) -> Any:
 
 
 def check_any(caller: str, sites: Sites) -> None:
-    """Raises ValueError where nothing is selected; lists what there is to choose from.
+    """Raises ValueError if nothing is selected; lists the parameters to choose from.
 
     Args:
-      caller: Name of the method, for messages.
-      sites: As the method was given them.
+      caller: Name of the method as the user calls it.
+      sites: The selection.
     """
     if not sites:
-        raise ValueError(f"`{caller}` selects no parameter. {sites.what_there_is()}")
+        raise ValueError(f"`{caller}` selects no parameter. {sites.choices()}")
 
 
 def check_whole(caller: str, sites: Sites) -> None:
-    """Raises ValueError where a part of the outputs is selected; names the weight.
+    """Raises ValueError if a slice of the outputs is selected (`Sites.output_slice`).
 
     Args:
-      caller: Name of the method, for messages.
-      sites: As the method was given them.
+      caller: Name of the method as the user calls it.
+      sites: The selection.
     """
     for site in sites.values():
         if site.part is not None:
             raise ValueError(
-                f"`{caller}`: a part of the columns of '{site.path}' is selected ({site.part}), but "
-                "the method acts on all of them. Select the weight, or use `lora` or `ia3`."
+                f"`{caller}`: a part of the columns of '{site.path}' is selected ({site.part}), "
+                "but the method acts on all of them. Select the whole weight, or use `lora` or "
+                "`ia3`."
             )
 
 
 def check_rank(caller: str, rank: int, site: Site) -> None:
-    """Raises ValueError where a rank is no whole number in [1, min(in, out)]; names the weight.
+    """Raises ValueError unless a rank is an integer in [1, min(in, out)].
 
     Args:
-      caller: Name of the method, for messages.
-      rank: As the method was given it.
-      site: The weight.
+      caller: Name of the method as the user calls it.
+      rank: The rank.
+      site: The matrix, which the message names.
     """
     n, m = site.size(IN), site.size(OUT)
     m = site.part.size(m) if site.part else m
@@ -127,39 +133,42 @@ def check_rank(caller: str, rank: int, site: Site) -> None:
 
 
 def check_entries(caller: str, site: Site, view: View) -> None:
-    """Raises ValueError where another method's weight is no matrix; names both.
+    """Raises ValueError if another method's weight has no dense equivalent.
+
+    For methods that act on the entries of the matrix.
 
     Args:
-      caller: Name of the method, for messages.
-      site: The weight.
-      view: What stands in its place.
+      caller: Name of the method as the user calls it.
+      site: The matrix, which the message names.
+      view: What the tree has there.
     """
     if not view.is_mergeable:
         raise ValueError(
-            f"`{caller}`: '{site.path}' holds {type(view.weight).__name__}, which is no matrix and "
-            f"has no entries to change. Put that method behind `{caller}` in the `chain`, or leave "
-            "the weight out."
+            f"`{caller}`: '{site.path}' holds {type(view.weight).__name__}, which has no dense "
+            f"equivalent, and so no entries for `{caller}` to act on. Put that method behind "
+            f"`{caller}` in the `chain`, or leave the weight out of the sites."
         )
 
 
 def check_floating(caller: str, path: str, dtype: Any, *, instead: str = "use `lora`") -> None:
-    """Raises ValueError where a weight is of complex numbers or integers; names it.
+    """Raises ValueError if a weight is complex or of integers.
 
     Args:
-      caller: The call as the user wrote it.
-      path: Of the weight.
-      dtype: Of the weight.
-      instead: What to do other than to leave it out.
+      caller: Name of the method as the user calls it.
+      path: Path of the weight, which the message names.
+      dtype: Dtype of the weight.
+      instead: What the message advises other than to leave the weight out.
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"`{caller}`: '{path}' is {dtype}, but the method computes with floating-point numbers "
-            f"and would drop a part of it. Leave the weight out of the sites, or {instead}."
+            f"`{caller}`: '{path}' is {dtype}, but the method computes with real floating-point "
+            "numbers and would lose the imaginary parts of others, or round integers. Leave the "
+            f"weight out of the sites, or {instead}."
         )
 
 
 def at_its_start(view: View) -> View:
-    """The view with trained arrays where they start, and nothing of what a call gives."""
+    """The view with the initial values of trained arrays, and without values of the call."""
 
     def value(x: Any) -> Any:
         return x.value if isinstance(x, Trainable) else None if isinstance(x, Placeholder) else x
@@ -172,17 +181,20 @@ def bias_of(site: Site, sites: Sites) -> Placeholder | None:
 
     Args:
       site: The weight.
-      sites: Sites of the same program; the bias is looked up among all of them.
+      sites: Any selection of the sites that it comes from.
+
+    Returns:
+      What to put into the field; `None` if the model adds no bias.
 
     Raises:
-      ValueError: The bias has not one number for each output, belongs to another stack, or is
-        not added as it is, once to each product.
+      ValueError: The bias does not have one entry for each output, belongs to another stack, or
+        is not added unscaled, once to each product.
     """
-    if site.unlike:
+    if site.bias_mismatch:
         raise ValueError(
             f"The method needs to know what the model adds to the product of '{site.path}': one "
-            f"bias, as it is, each time. But the model {site.unlike}. Leave '{site.path}' out of "
-            "the targets, or fold the sign or the factor into the bias."
+            f"bias, as it is, each time. But the model {site.bias_mismatch}. Leave '{site.path}' "
+            "out of the targets, or fold the sign or the factor into the bias."
         )
     if site.bias is None:
         return None
@@ -190,22 +202,22 @@ def bias_of(site: Site, sites: Sites) -> Placeholder | None:
     if bias.size(OUT) != site.size(OUT) or bias.stack not in ((), site.stack):
         raise ValueError(
             f"The model adds '{bias.path}' of shape {bias.shape} to the product of "
-            f"'{site.path}' of shape {site.shape}, and the method needs to know which number "
-            f"belongs to which output: {bias.size(OUT)} numbers for {site.size(OUT)} outputs, "
+            f"'{site.path}' of shape {site.shape}, and the method needs to know which entry "
+            f"belongs to which output: {bias.size(OUT)} entries for {site.size(OUT)} outputs, "
             f"in stacks {bias.stack} and {site.stack}. Leave '{site.path}' out of the targets."
         )
     return Placeholder(bias.path, stack=site.stack, axes=bias.axes)
 
 
 def vector_of(vector: Site, site: Site) -> Placeholder:
-    """A scale or a bias of the model for a field with axes ("out",) of a weight at `site`.
+    """A scale or bias of the model, for a field with axes ("out",) of a weight at `site`.
 
     Raises:
-      ValueError: It has not one number for each output, or belongs to another stack.
+      ValueError: It does not have one entry for each output, or belongs to another stack.
     """
     if vector.size(OUT) != site.size(OUT) or vector.stack not in ((), site.stack):
         raise ValueError(
-            f"'{vector.path}' of shape {vector.shape} does not have one number for each of the "
+            f"'{vector.path}' of shape {vector.shape} does not have one entry for each of the "
             f"{site.size(OUT)} outputs of '{site.path}', in its stack {site.stack}. Choose the "
             "norm that follows this weight."
         )

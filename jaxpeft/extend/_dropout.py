@@ -1,4 +1,4 @@
-"""Dropout inside an adapter: every weight, layer and place of use draws its own mask."""
+"""Dropout inside an adapter: every weight, layer and use of it draws its own mask."""
 
 import zlib
 from typing import Any
@@ -12,11 +12,12 @@ from jaxpeft._view import View
 
 
 def dropped(x: jax.Array, key: Any, rate: float) -> jax.Array:
-    """x with entries dropped and the rest scaled up, where this call has a key.
+    """x with dropout, if this call has a key: entries are 0, or divided by 1 - rate.
 
     Args:
       x: Activations.
-      key: The operand of a field that `dropout_key` has filled, or `None`.
+      key: The field of the weight that `dropout_key` filled, as its `forward` sees it; `None`
+        in a call without dropout.
       rate: Probability with which an entry is dropped.
     """
     if key is None or not rate:
@@ -27,12 +28,14 @@ def dropped(x: jax.Array, key: Any, rate: float) -> jax.Array:
 
 
 def dropout_key(site: Site, view: View, rate: float) -> Placeholder | None:
-    """What fills the key of a weight in `combine(frozen, adapter, dropout=key)`.
+    """What a method puts into the key field of its weight, declared `axes(optional=True)`.
+
+    `combine(frozen, adapter, dropout=key)` fills it.
 
     Args:
-      site: The weight.
-      view: What stands in its place.
-      rate: Share of inputs that is dropped.
+      site: The weight, by whose path the key is folded.
+      view: What the tree has there; each slice of its stack gets its own key.
+      rate: Probability with which an entry is dropped; 0 needs no key.
     """
     if not rate:
         return None
@@ -41,11 +44,14 @@ def dropout_key(site: Site, view: View, rate: float) -> Placeholder | None:
 
 
 def check_rate(caller: str, rate: float) -> None:
-    """Raises ValueError where the rate is no probability below one.
+    """Raises ValueError unless a dropout rate is in [0, 1).
 
     Args:
-      caller: Name of the method, for messages.
-      rate: Share of inputs that is dropped.
+      caller: Name of the method as the user calls it.
+      rate: The rate.
     """
     if not 0 <= rate < 1:
-        raise ValueError(f"`{caller}(dropout={rate})`: a probability in [0, 1) is needed.")
+        raise ValueError(
+            f"`{caller}(dropout={rate})`: the rate is a probability in [0, 1), with which an entry "
+            "is dropped."
+        )

@@ -22,7 +22,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
-from jaxpeft._method import FACTORIES, Method, chain, from_json, to_json
+from jaxpeft._method import FACTORIES, Method, chain
+from jaxpeft._method_json import from_json, to_json
 from jaxpeft._tree import split
 from jaxpeft._version import __version__
 from jaxpeft.io import _replacing as replacing

@@ -46,7 +46,7 @@ STATE = "quant_state.bitsandbytes__"
 LAST_BITS = 3e-7
 
 
-class State(NamedTuple):
+class QuantState(NamedTuple):
     """What a stack of layers must agree in."""
 
     book: Book
@@ -57,7 +57,7 @@ class State(NamedTuple):
 class Entry(NamedTuple):
     """One weight of a file: its state, and what is its own."""
 
-    state: State
+    state: QuantState
     dtype: np.dtype
     offset: float
 
@@ -183,7 +183,7 @@ def _stack(
     return Coded(view, layer)
 
 
-def _described(state: State) -> str:
+def _described(state: QuantState) -> str:
     nested = " with nested scales" if state.nested else ""
     return f"{state.book.name} in blocks of {state.block}{nested}"
 
@@ -194,7 +194,7 @@ def _counts(size: int, block: int) -> tuple[int, int, int]:
     return math.ceil(size / 2), blocks, math.ceil(blocks / GROUP)
 
 
-def _shapes(state: State, shape: tuple[int, int]) -> Flat:
+def _shapes(state: QuantState, shape: tuple[int, int]) -> Flat:
     codes, blocks, groups = _counts(math.prod(shape), state.block)
     scale = np.uint8 if state.nested else np.float32
     return Flat(
@@ -284,7 +284,7 @@ def _entry(
     for part, values, what in maps:
         if not _same(parts[part], values):
             faults.append(f"{part} is not {what}, so its codes mean something else")
-    return None if faults else Entry(State(BOOKS[kind], block, nested), dtype, offset), faults
+    return None if faults else Entry(QuantState(BOOKS[kind], block, nested), dtype, offset), faults
 
 
 def _same(tensor: Tensor, values: np.ndarray) -> bool:

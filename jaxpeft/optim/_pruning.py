@@ -301,7 +301,7 @@ def fixed_mask(
 
 def _check_sites(caller: str, sites: Sites) -> None:
     if not sites:
-        raise ValueError(f"`{caller}` selects no weight. {sites.what_there_is()}")
+        raise ValueError(f"`{caller}` selects no weight. {sites.choices()}")
     check_whole(caller, sites)
 
 

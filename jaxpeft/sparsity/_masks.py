@@ -62,7 +62,7 @@ def topk_mask(
     if scope not in ("all", "matrix"):
         raise ValueError(f"`topk_mask(scope='{scope}')`: choose 'all' or 'matrix'.")
     if not sites:
-        raise ValueError(f"`keep` selects no parameter. {sites.what_there_is()}")
+        raise ValueError(f"`keep` selects no parameter. {sites.choices()}")
     grouped = {
         path: np.asarray(group_means(_checked(scores, site), site, structure), np.float64)
         for path, site in sites.items()

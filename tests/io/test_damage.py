@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from jaxpeft._method import to_json
+from jaxpeft._method_json import to_json
 from jaxpeft.io import load_adapter, save_adapter
 from jaxpeft.io._description import written
 from tests.io.saved import BASES, CASES, FOLDERS, KEY, made, mlp

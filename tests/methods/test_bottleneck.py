@@ -485,7 +485,7 @@ REFUSED = {
         lambda s: jp.bottleneck_adapter(
             M, s.match("first/up/kernel"), reads="sum", norms=s.match("first/norm/*")
         ),
-        r"'first/norm/scale' of shape \(8,\) does not have one number for each of the 12 outputs "
+        r"'first/norm/scale' of shape \(8,\) does not have one entry for each of the 12 outputs "
         r"of 'first/up/kernel', in its stack \(\)",
     ),
     "nothing": (

@@ -91,7 +91,8 @@ def test_a_column_of_zeros_stays_one():
 
 def test_a_part_of_the_columns_is_refused():
     sites = jp.sites(model, params(), X)
-    with pytest.raises(ValueError, match=r"columns of 'up' is selected \(Part\(index=1, of=2"):
+    part = r"OutputSlice\(index=1, of=2"
+    with pytest.raises(ValueError, match=rf"columns of 'up' is selected \({part}"):
         jp.dora(2, sites.match("up").output_slice(1, 2))
 
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft as jp
-from jaxpeft._method import from_json, to_json
+from jaxpeft._method_json import from_json, to_json
 from jaxpeft._methods.gates import Gated, gates
 from jaxpeft.sparsity import expected_density, gate_masks
 from jaxpeft.sparsity._gates import gate_values
@@ -443,7 +443,7 @@ def test_a_method_survives_its_description(structure, start):
             lambda: jp.chain(
                 jp.moelora(2, SITES.match("*q"), experts=1, tasks=2), gates(SITES.match("*q"))
             )(KEY, PARAMS),
-            r"structure='entry'\)`: 'layers/q' holds Mixture, which is no matrix",
+            r"structure='entry'\)`: 'layers/q' holds Mixture, which has no dense equivalent",
         ),
         (
             lambda: gate_masks(jp.prune({}, SITES - SITES), {}),

@@ -129,9 +129,9 @@ def moments():
 #: Each method on a part, and the tree that it stands on.
 ON_A_PART = {
     "adalora": lambda: jp.adalora(1, MIDDLE),
-    "bank": lambda: jp.mixtures.stack_adapters([(jp.lora(1, MIDDLE), {})] * 2),
+    "stack_adapters": lambda: jp.mixtures.stack_adapters([(jp.lora(1, MIDDLE), {})] * 2),
     "boft": lambda: jp.boft(2, MIDDLE),
-    "bottleneck": lambda: jp.bottleneck_adapter(2, MIDDLE),
+    "bottleneck_adapter": lambda: jp.bottleneck_adapter(2, MIDDLE),
     "corda": lambda: jp.corda(1, MIDDLE, moments()),
     "dora": lambda: jp.dora(1, MIDDLE),
     "eva": lambda: jp.eva(1, MIDDLE, moments()),
@@ -153,15 +153,15 @@ ON_A_PART = {
     "olora": lambda: jp.olora(1, MIDDLE),
     "oft": lambda: jp.oft(2, MIDDLE),
     "p_tuning": lambda: jp.p_tuning(2, TABLE_PART),
-    "parallel": lambda: jp.parallel_adapter(2, MIDDLE, OUT),
+    "parallel_adapter": lambda: jp.parallel_adapter(2, MIDDLE, OUT),
     "pissa": lambda: jp.pissa(1, MIDDLE),
     "poly": lambda: jp.poly(1, MIDDLE, skills=1, tasks=1),
-    "prefix": lambda: jp.prefix_tuning(2, MIDDLE, OUT - OUT),
-    "prompt": lambda: jp.prompt_tuning(2, TABLE_PART),
+    "prefix_tuning": lambda: jp.prefix_tuning(2, MIDDLE, OUT - OUT),
+    "prompt_tuning": lambda: jp.prompt_tuning(2, TABLE_PART),
     "prune": lambda: jp.prune(MASKS, MIDDLE),
     "quantize": lambda: jp.quantize("int8", MIDDLE),
     "road": lambda: jp.road(MIDDLE),
-    "sparse": lambda: jp.sparse_delta(0.5, MIDDLE),
+    "sparse_delta": lambda: jp.sparse_delta(0.5, MIDDLE),
     "trainable_tokens": lambda: jp.trainable_tokens([1], TABLE_PART),
     "unfreeze": lambda: jp.unfreeze(MIDDLE),
     "unipelt": lambda: jp.unipelt(MIDDLE, W, OUT, OUT, rank=1, length=2, width=2),
@@ -170,14 +170,17 @@ ON_A_PART = {
 }
 HONOURED = {"lora", "lora_fa", "eva", "ia3"}
 #: These take all parameters of the program, and choose among them themselves.
-CHOOSING = {"bitfit", "full", "last_layers", "linear_probe", "norm_tuning"}
+CHOOSING = {"bitfit", "full_finetuning", "last_layers", "linear_probe", "norm_tuning"}
 
 
 @pytest.mark.parametrize("name", ON_A_PART)
 def test_a_method_acts_on_the_part_alone_or_refuses_it(name):
     if name not in HONOURED:
-        with pytest.raises(ValueError, match=r"a part of the columns of '[wt]' is selected \(Part"):
-            ON_A_PART[name]()(KEY, TABLE if name in ("prompt", "p_tuning") else {**PARAMS, **TABLE})
+        refused = r"a part of the columns of '[wt]' is selected \(OutputSlice"
+        with pytest.raises(ValueError, match=refused):
+            ON_A_PART[name]()(
+                KEY, TABLE if name in ("prompt_tuning", "p_tuning") else {**PARAMS, **TABLE}
+            )
         return
     merged = jp.merge(jp.combine(*trained(ON_A_PART[name]())))
     moved = np.abs(merged["w"] - PARAMS["w"]).max(0) > 0
@@ -193,7 +196,7 @@ def test_no_method_is_missing_here():
         and f.__annotations__.get("return") in (jp.Method, "Method")
     }
     assert made <= set(ON_A_PART) | CHOOSING
-    assert set(ON_A_PART) - {"ia3 of inputs"} <= made | {"bank"}
+    assert set(ON_A_PART) - {"ia3 of inputs"} <= made | {"stack_adapters"}
 
 
 # Selections ---------------------------------------------------------------------------------------
@@ -204,14 +207,14 @@ def test_no_method_is_missing_here():
     [
         (
             lambda: MIDDLE | W.output_slice(2, 3),
-            "`|` of two selections with different columns of 'w': Part(index=1, of=3, groups=1) "
-            "and Part(index=2, of=3, groups=1)",
+            "`|` of two selections with different columns of 'w': "
+            "OutputSlice(index=1, of=3, groups=1) and OutputSlice(index=2, of=3, groups=1)",
         ),
         (lambda: SITES.linear & MIDDLE, "`&` of two selections with different columns of 'w': all"),
         (lambda: SITES.linear - MIDDLE, "`-` of two selections with different columns of 'w': all"),
         (
             lambda: MIDDLE.output_slice(1, 2),
-            "Of 'w', Part(index=1, of=3, groups=1) is selected already",
+            "Of 'w', OutputSlice(index=1, of=3, groups=1) is selected already",
         ),
         (
             lambda: jp.prefix_tuning(2, MIDDLE, W.output_slice(2, 3)),

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxpeft as jp
-from jaxpeft._method import FACTORIES, from_json, to_json
+from jaxpeft._method import FACTORIES
+from jaxpeft._method_json import from_json, to_json
 from jaxpeft._methods.xlora import xlora
 from jaxpeft.mixtures import merge_weighted, stack_adapters
 

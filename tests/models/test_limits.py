@@ -36,30 +36,30 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_weights_are_loaded_in_no_dtype_that_cannot_hold_them(folders, model, dtype, quantize):
     """In integers every one of them would be 0."""
-    with pytest.raises(ValueError, match=rf"`dtype={jnp.dtype(dtype)}` holds no weights"):
+    with pytest.raises(ValueError, match=rf"`dtype={jnp.dtype(dtype)}` cannot hold weights"):
         model.load(folders[model], dtype, quantize=quantize)
 
 
 @MODELS
 def test_weights_are_made_and_used_in_no_such_dtype_either(model):
     config = CONFIGS[model]
-    with pytest.raises(ValueError, match="`param_dtype=int32` holds no weights"):
+    with pytest.raises(ValueError, match="`param_dtype=int32` cannot hold weights"):
         model.init(config, jax.random.key(0), jnp.int32)
-    with pytest.raises(ValueError, match="`param_dtype=int32` holds no weights"):
+    with pytest.raises(ValueError, match="`param_dtype=int32` cannot hold weights"):
         model.shapes(config, jnp.int32)
-    with pytest.raises(ValueError, match="`dtype=int32` holds no weights"):
+    with pytest.raises(ValueError, match="`dtype=int32` cannot hold weights"):
         model.pure(config, dtype=jnp.int32)
     if model is not encoder:
-        with pytest.raises(ValueError, match="`logits_dtype=int32` holds no weights"):
+        with pytest.raises(ValueError, match="`logits_dtype=int32` cannot hold weights"):
             model.pure(config, logits_dtype=jnp.int32)
-        with pytest.raises(ValueError, match="`dtype=int32` holds no weights"):
+        with pytest.raises(ValueError, match="`dtype=int32` cannot hold weights"):
             model.init_cache(config, 1, 4, jnp.int32)
 
 
 def test_a_head_is_made_in_no_such_dtype_and_what_is_no_dtype_is_named(folders):
-    with pytest.raises(ValueError, match="`dtype=int32` holds no weights"):
+    with pytest.raises(ValueError, match="`dtype=int32` cannot hold weights"):
         heads.sequence_classification(8, classes=2).init(jax.random.key(0), jnp.int32)
-    with pytest.raises(ValueError, match="`dtype='nf4'` is no dtype"):
+    with pytest.raises(ValueError, match="`dtype='nf4'` is not a dtype"):
         decoder.load(folders[decoder], "nf4")
 
 

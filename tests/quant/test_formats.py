@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft._method import to_json
+from jaxpeft._method_json import to_json
 from jaxpeft._view import View, roles_of
 from jaxpeft.quant import FORMATS
 from jaxpeft.quant._quantize import quantizer
