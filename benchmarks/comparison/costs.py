@@ -20,7 +20,7 @@ from comparison.cell import Cell, Run, Trained
 from comparison.rows import PROBE
 from comparison.tasks import LENGTHS, Split, Task, base, padded
 from jaxpeft.models import decoder
-from jaxpeft.serve.generate import generator
+from jaxpeft.serve import generator
 
 SHAPES = {"1x16": (1, 16), "32x128": (32, 128)}  # rows and tokens of a call
 STORIES = 64
@@ -119,10 +119,10 @@ def served(cell: Cell, trained: Trained) -> Served | None:
     if not (cell.row.length and cell.row.virtual == "slots"):
         try:
             return Served(Trained(jp.merge(jp.combine(*trained)), {}), True)
-        except jp.NotAMatrixError:
+        except jp.NotMergeableError:
             pass
     try:
-        return Served(Trained(*jp.fold(*trained)), False)
+        return Served(Trained(*jp.adapters.drop_reparameterization(*trained)), False)
     except ValueError:
         return None
 
@@ -195,11 +195,11 @@ def stories() -> Split:
     model = base("stories260k")
     bos = model.tokenizer.encode("").ids[0]
     write = generator(
-        decoder.pure(model.config),
+        decoder.apply_fn(model.config),
         functools.partial(decoder.init_cache, model.config),
         max_new=LENGTHS["stories260k"][-1] - 1,
         temperature=1.0,
-        eos=model.config.eos,
+        eos=model.config.eos_token_ids,
     )
     start = jnp.full((STORIES, 1), bos, jnp.int32)
     said = write(model.params, start, key=jax.random.key(0))

@@ -16,8 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from comparison import files
-from jaxpeft.models import decoder, encoder
-from jaxpeft.train import heads
+from jaxpeft.models import decoder, encoder, heads
 
 #: The last is the longest sequence; a batch of shorter ones is cut to one of the others. Questions
 #: and commands have 12 tokens on average.
@@ -123,12 +122,12 @@ def base(name: str) -> Base:
         config, params = encoder.load(folder, jnp.float32)
         params.pop("pooler", None)  # untrained, and read by nothing here
         config = dataclasses.replace(config, pooler=False)
-        trunks = (encoder.pure(config), encoder.pure(config, unroll=config.layers))
+        trunks = (encoder.apply_fn(config), encoder.apply_fn(config, unroll=config.num_layers))
     else:
         config, params = decoder.load(folder, jnp.float32)
         # Also to train with: the arrays that a loop saves for its backward pass are a quarter of
         # the step of so small a model.
-        trunks = (decoder.pure(config, "hidden", unroll=config.layers),) * 2
+        trunks = (decoder.apply_fn(config, "hidden", unroll=config.num_layers),) * 2
     return Base(name, config, params, tokenizer, *trunks)
 
 
@@ -167,7 +166,7 @@ def _classes(name: str, parts: files.Parts) -> Task:
         return np.stack([right, np.ones_like(right)], axis=-1).astype(np.int32)
 
     test = split(parts.test)
-    head = heads.sequence(minilm.config.width, len(classes), pool=POOL)
+    head = heads.sequence_classification(minilm.config.hidden_size, len(classes), pool=POOL)
     return Task(
         name=name,
         base=minilm,
@@ -221,7 +220,7 @@ def snips() -> Task:
             rows.append(span_counts(said + ["O"] * (len(true) - len(said)), true))
         return np.asarray(rows, np.int32)
 
-    head = heads.tokens(minilm.config.width, len(tags))
+    head = heads.token_classification(minilm.config.hidden_size, len(tags))
     return Task(
         name="snips",
         base=minilm,
@@ -267,7 +266,7 @@ class Meanings(NamedTuple):
 def e2e() -> Task:
     """'<s>meaning\\n sentence</s>': the loss is on all of it, BLEU on what follows the meaning."""
     stories, parts = base("stories260k"), files.e2e()
-    eos = stories.config.eos[0]
+    eos = stories.config.eos_token_ids[0]
 
     def questions(examples: Sequence) -> Questions:
         texts = [[*stories.tokenizer.encode(f"{x.meaning}\n {x.text}").ids, eos] for x in examples]
@@ -288,7 +287,7 @@ def e2e() -> Task:
         pairs = zip(written, meanings.references, strict=True)
         return np.asarray([ngram_counts(text, references) for text, references in pairs], np.int32)
 
-    head = heads.causal_lm(stories.config.width, stories.config.vocab)
+    head = heads.causal_lm(stories.config.hidden_size, stories.config.vocab_size)
     table = stories.params["embed"]["embedding"]
     return Task(
         name="e2e",

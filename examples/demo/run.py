@@ -45,24 +45,21 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxpeft as jp
-from jaxpeft.io.adapter import save_adapter
+from jaxpeft._view import is_view
+from jaxpeft.data import Batches, Examples, TextTokenizer, read_examples
+from jaxpeft.io import save_adapter
 from jaxpeft.models import decoder
 from jaxpeft.quant import FORMATS
-from jaxpeft.serve.generate import generator
+from jaxpeft.serve import generator
 from jaxpeft.train import (
-    Batches,
     Evaluation,
-    Examples,
-    TextTokenizer,
     UserError,
     cross_entropy,
     evaluate,
     fit,
     one_line_errors,
-    read_examples,
     read_metrics,
 )
-from jaxpeft.weight import is_view
 
 HERE = Path(__file__).parent
 METHODS = ("lora", "full", "probe")
@@ -96,18 +93,20 @@ class Tuned(NamedTuple):
 
 
 def model_of(config: decoder.Config, params: dict[str, Any]) -> Model:
-    few = config.layers <= 8  # a scan of a few layers is slower than the layers one by one
-    forward = decoder.pure(config, attention_fn=blocked, unroll=config.layers if few else 1)
+    few = config.num_layers <= 8  # a scan of a few layers is slower than the layers one by one
+    forward = decoder.apply_fn(config, attention_fn=blocked, unroll=config.num_layers if few else 1)
     sites = jp.sites(forward, params, jax.ShapeDtypeStruct((2, 8), jnp.int32))
     return Model(config, params, forward, sites)
 
 
 def untied(model: Model) -> Model:
     """The same model with a head of its own, which starts as a copy of the embedding."""
-    if not model.config.tied:
+    if not model.config.tie_word_embeddings:
         return model
     head = {"kernel": model.params["embed"]["embedding"].T}
-    return model_of(dataclasses.replace(model.config, tied=False), {**model.params, "head": head})
+    return model_of(
+        dataclasses.replace(model.config, tie_word_embeddings=False), {**model.params, "head": head}
+    )
 
 
 def method_for(name: str, model: Model, rank: int, format: str | None) -> tuple[Model, Any]:
@@ -117,7 +116,7 @@ def method_for(name: str, model: Model, rank: int, format: str | None) -> tuple[
         quantized = name == "qlora"
         return model, jp.chain(quantizer(model, format), lora) if quantized else lora
     if name == "full":
-        return model, jp.full(model.sites)
+        return model, jp.full_finetuning(model.sites)
     model = untied(model)
     return model, jp.linear_probe(model.sites, "norm/scale", "head/kernel")
 
@@ -223,10 +222,10 @@ def writer(tokenizer: TextTokenizer, model: Model, prompt: np.ndarray) -> Callab
     write = generator(
         jp.lift(model.forward),
         functools.partial(decoder.init_cache, model.config),
-        max_new=min(WRITTEN, model.config.longest + 1 - len(prompt)),
+        max_new=min(WRITTEN, model.config.max_length + 1 - len(prompt)),
         temperature=0.6,
         top_p=0.9,
-        eos=sorted({*model.config.eos, *tokenizer.stop_ids}),
+        eos=sorted({*model.config.eos_token_ids, *tokenizer.stop_ids}),
     )
 
     def text(tree: Any) -> str:
@@ -380,7 +379,7 @@ def main(argv=None) -> dict[str, Any]:
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from error
     tokenizer = TextTokenizer(options.model)
-    context = min(options.context, model.config.context)
+    context = min(options.context, model.config.max_position_embeddings)
     train, held_out = read(options, tokenizer, context)
     options.steps = options.steps or len(Batches(train, batch_size=ROWS, epochs=1))
     console.print(
@@ -391,12 +390,12 @@ def main(argv=None) -> dict[str, Any]:
     if options.folder is not None:
         claim(options.folder, options)
     if options.prompt is None:
-        prompt = sample_prompt(held_out, model.config.longest + 1 - WRITTEN)
+        prompt = sample_prompt(held_out, model.config.max_length + 1 - WRITTEN)
     else:
         prompt = np.asarray(tokenizer.tokenizer.encode(options.prompt).ids, np.int32)
-    if len(prompt) > model.config.longest:
+    if len(prompt) > model.config.max_length:
         raise UserError(
-            f"--prompt has {len(prompt)} tokens, the model's context {model.config.longest}."
+            f"--prompt has {len(prompt)} tokens, the model's context {model.config.max_length}."
         )
 
     base = measure(model, {}, model.params, held_out)

@@ -15,10 +15,11 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxpeft.io import safetensors
-from jaxpeft.io.formats import Formats
-from jaxpeft.io.stacked import Stack
-from jaxpeft.models import _config, folders
+from jaxpeft.io import _safetensors as safetensors
+from jaxpeft.io._formats import Formats
+from jaxpeft.io._stacked import Stack
+from jaxpeft.models import _config
+from jaxpeft.models import _hf_folder as folders
 
 __all__ = ["Architecture"]
 

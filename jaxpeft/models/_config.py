@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from jaxpeft.models import folders
+from jaxpeft.models import _hf_folder as folders
 
 __all__ = ["Constant", "Family", "Group", "Kind", "Option", "Reading", "check", "field"]
 __all__ += ["find", "read", "refusal", "write"]
@@ -51,7 +51,9 @@ class Kind(NamedTuple):
 
 def _is_integer(value: Any, least: float = -math.inf) -> bool:
     # In Python, True is an integer.
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+    return (
+        isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+    )
 
 
 def _is_number(value: Any) -> bool:

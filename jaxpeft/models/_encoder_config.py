@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxpeft.models import _config, folders
+from jaxpeft.models import _config
+from jaxpeft.models import _hf_folder as folders
 from jaxpeft.models._config import Constant, Family, Option, field
 
 __all__ = ["ACTIVATIONS", "FAMILIES", "Config"]

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxpeft.models import _config, folders
+from jaxpeft.models import _config
+from jaxpeft.models import _hf_folder as folders
 from jaxpeft.models._config import Constant, Family, Group, Option, Reading, field
 
 __all__ = ["FAMILIES", "REPEATED_TABLES", "Config"]

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from jaxpeft.models._encoder_decoder_config import Config
-from jaxpeft.models.layers import (
+from jaxpeft.models._layers import (
     Embed,
     Linear,
     RMSNorm,

@@ -31,14 +31,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxpeft.io import safetensors
+from jaxpeft._schema import check_dtype_option
+from jaxpeft.io import _safetensors as safetensors
 from jaxpeft.models._architecture import Architecture
 from jaxpeft.models._decoder_config import FAMILIES, Config, Rope
-from jaxpeft.models.layers import (
+from jaxpeft.models._layers import (
     Embed,
     Linear,
     RMSNorm,
-    check_floating,
     check_free_slots,
     check_options,
     checkpointed,
@@ -391,7 +391,7 @@ def init_cache(
     Raises:
       ValueError: More slots than that, or a dtype that is not of floating-point numbers.
     """
-    check_floating("dtype", dtype)
+    check_dtype_option("dtype", dtype)
     if length > config.max_length and not beyond_context:
         raise ValueError(
             f"A cache of {length} tokens is longer than the {config.max_length} positions that "

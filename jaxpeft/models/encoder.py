@@ -30,10 +30,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxpeft.io import safetensors
+from jaxpeft.io import _safetensors as safetensors
 from jaxpeft.models._architecture import Architecture
 from jaxpeft.models._encoder_config import ACTIVATIONS, FAMILIES, Config
-from jaxpeft.models.layers import (
+from jaxpeft.models._layers import (
     Embed,
     LayerNorm,
     Linear,

@@ -36,14 +36,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxpeft.io import safetensors
+from jaxpeft._schema import check_dtype_option
+from jaxpeft.io import _safetensors as safetensors
 from jaxpeft.models._architecture import Architecture
 from jaxpeft.models._encoder_decoder_config import FAMILIES, REPEATED_TABLES, Config
 from jaxpeft.models._encoder_decoder_layers import Cache, LayerStack, attention, causal_positions
-from jaxpeft.models.layers import (
+from jaxpeft.models._layers import (
     Embed,
     Linear,
-    check_floating,
     check_free_slots,
     check_options,
     vocab_logits,
@@ -232,7 +232,7 @@ def init_cache(config: Config, batch_size: int, length: int, dtype: Any = jnp.fl
     Raises:
       ValueError: A dtype that is not of floating-point numbers.
     """
-    check_floating("dtype", dtype)
+    check_dtype_option("dtype", dtype)
     kv = (config.num_decoder_layers, batch_size, length, config.num_heads, config.head_dim)
     slots = (batch_size, length)
     return Cache(

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.io.adapter import load_adapter, save_adapter
+from jaxpeft.io import load_adapter, save_adapter
 from jaxpeft.models import decoder, encoder, encoder_decoder
-from jaxpeft.serve.generate import generator
+from jaxpeft.models._encoder_decoder_layers import buckets
+from jaxpeft.serve import generator
 
 from . import toy
 
@@ -36,18 +37,18 @@ def close(a, b, by=1e-10):
 # A decoder with rotary positions, biases and windows ----------------------------------------------
 
 CONFIG = decoder.Config(
-    vocab=31,
-    width=12,
-    mlp_width=16,
-    layers=2,
-    heads=2,
-    kv_heads=1,
+    vocab_size=31,
+    hidden_size=12,
+    intermediate_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
     head_dim=6,
-    family="qwen2",
+    model_type="qwen2",
     qkv_bias=True,
-    window=7,
+    sliding_window=7,
 )
-FORWARD = decoder.pure(CONFIG)
+FORWARD = decoder.apply_fn(CONFIG)
 ROPE = CONFIG.rope.frequencies(CONFIG.head_dim)
 LENGTHS = (1, 3, 2)
 
@@ -58,7 +59,7 @@ def params():
 
 
 def ids():
-    return jax.random.randint(jax.random.key(9), (B, T), 1, CONFIG.vocab)
+    return jax.random.randint(jax.random.key(9), (B, T), 1, CONFIG.vocab_size)
 
 
 @functools.cache
@@ -77,7 +78,7 @@ def split(method, p=None):
 def prefixed(length, **options):
     """A prefix with rows so large that it is felt."""
     options = dict(rope=ROPE, dtype=F8) | options
-    frozen, adapter = split(jp.prefix(length, *projections(), **options))
+    frozen, adapter = split(jp.prefix_tuning(length, *projections(), **options))
     return frozen, toy.perturbed(adapter, 1.0)
 
 
@@ -100,7 +101,7 @@ TASKS = np.array([2, 0, 1])
 @functools.cache
 def mixed():
     """(frozen, adapter, tokens, slots, mask) of three tasks, the last padded at the left."""
-    tokens, slots, mask = jp.with_prefixes(ids(), LENGTHS, TASKS)
+    tokens, slots, mask = jp.prompts.prepend_prefixes(ids(), LENGTHS, TASKS)
     real = jnp.arange(T) >= jnp.array([[0], [0], [2]])
     mask = mask & jnp.concatenate([jnp.ones((B, 3), bool), real], axis=1)
     return *prefixed(LENGTHS), tokens, slots, mask
@@ -111,11 +112,11 @@ def alone(adapter, example):
     task = int(TASKS[example])
     frozen, _ = prefixed(LENGTHS[task])
     own = ids()[example : example + 1, 2 if example == 2 else 0 :]
-    return frozen, rows_of(adapter, task), *jp.with_virtual(own, LENGTHS[task])
+    return frozen, rows_of(adapter, task), *jp.prompts.prepend_virtual_tokens(own, LENGTHS[task])
 
 
 def test_slots_of_tasks_stand_one_behind_the_other_and_next_to_the_input():
-    tokens, slots, mask = jp.with_prefixes(jnp.full((3, 2), 5), LENGTHS, TASKS, fill=9)
+    tokens, slots, mask = jp.prompts.prepend_prefixes(jnp.full((3, 2), 5), LENGTHS, TASKS, fill=9)
     assert tokens.tolist() == [[9, 9, 9, 5, 5]] * 3
     assert slots.tolist() == [[-1, 4, 5, -1, -1], [-1, -1, 0, -1, -1], [1, 2, 3, -1, -1]]
     assert mask.tolist() == [[False, *[True] * 4], [False, False, *[True] * 3], [True] * 5]
@@ -127,7 +128,9 @@ def test_each_example_of_several_tasks_is_the_one_behind_its_own_prefix():
     out = lifted(frozen, adapter, slots, tokens, mask)
     for i in range(B):
         base, own, one, at = alone(adapter, i)
-        want = jp.without_virtual(lifted(base, own, at, one, None), LENGTHS[TASKS[i]])
+        want = jp.prompts.drop_virtual_positions(
+            lifted(base, own, at, one, None), LENGTHS[TASKS[i]]
+        )
         close(out[i, -want.shape[1] :], want[0])
         plain = FORWARD(params(), one[:, LENGTHS[TASKS[i]] :])[0]
         assert np.abs(plain - want[0])[-1].max() > 0.1
@@ -180,8 +183,8 @@ def test_prefixes_of_several_tasks_are_trained_together_and_then_one_by_one():
     base, fresh = prefixed(LENGTHS[1])
     start = rows_of(adapter, 1)
     assert {k: v.shape for k, v in start.items()} == {k: v.shape for k, v in fresh.items()}
-    one, at = jp.with_virtual(ids()[:1], LENGTHS[1])
-    both, where, seen = jp.with_prefixes(ids()[:1], LENGTHS, np.array([1]))
+    one, at = jp.prompts.prepend_virtual_tokens(ids()[:1], LENGTHS[1])
+    both, where, seen = jp.prompts.prepend_prefixes(ids()[:1], LENGTHS, np.array([1]))
     close(lifted(base, start, at, one, None), lifted(frozen, adapter, where, both, seen))
 
 
@@ -190,7 +193,7 @@ def test_an_encoded_prefix_folds_into_plain_rows():
     frozen, adapter = prefixed(LENGTHS, hidden=5, embed=4)
     keys = {f"layers/attn/k/kernel/{n}" for n in ("table", "down", "down_bias", "up", "up_bias")}
     assert adapter.keys() == keys | {f"layers/attn/v/kernel/{n}" for n in ("up", "up_bias")}
-    plain, rows = jp.fold(frozen, adapter)
+    plain, rows = jp.adapters.drop_reparameterization(frozen, adapter)
     again, start = prefixed(LENGTHS)
     assert {k: v.shape for k, v in rows.items()} == {k: v.shape for k, v in start.items()}
     _, _, tokens, slots, mask = mixed()
@@ -204,7 +207,7 @@ def test_an_encoded_prefix_folds_into_plain_rows():
 @pytest.mark.parametrize("hidden", [None, 5], ids=["rows", "encoded"])
 def test_keys_and_values_come_back_from_a_file(tmp_path, hidden):
     """A selection in a file knows only its own parameters, and their biases."""
-    method = jp.prefix(LENGTHS, *projections(), hidden=hidden, rope=ROPE, dtype=F8)
+    method = jp.prefix_tuning(LENGTHS, *projections(), hidden=hidden, rope=ROPE, dtype=F8)
     frozen, adapter = split(method)
     adapter = toy.perturbed(adapter, 1.0)
     save_adapter(tmp_path, adapter, method, params(), key=KEY)
@@ -219,7 +222,7 @@ def test_keys_and_values_come_back_from_a_file(tmp_path, hidden):
 def test_a_prefix_over_codes_is_one_over_what_they_say(format):
     """The biases behind keys and values stay as they are, and are not added to the rows."""
     quantize = jp.quantize(format, sites().linear, **({"block": 4} if format == "nf4" else {}))
-    prefix = jp.prefix(LENGTHS, *projections(), rope=ROPE, dtype=F8)
+    prefix = jp.prefix_tuning(LENGTHS, *projections(), rope=ROPE, dtype=F8)
     _, adapter, tokens, slots, mask = mixed()
     coded, _ = split(jp.chain(quantize, prefix))
     decoded, _ = split(prefix, jp.merge(quantize(KEY, params())))
@@ -230,7 +233,7 @@ def test_a_prefix_over_codes_is_one_over_what_they_say(format):
 
 def test_a_slot_without_a_row_is_nan():
     frozen, adapter = prefixed(2)
-    tokens, slots = jp.with_virtual(ids(), 3)
+    tokens, slots = jp.prompts.prepend_virtual_tokens(ids(), 3)
     out = lifted(frozen, adapter, slots.at[1, 2].set(1).at[2, 2].set(-1), tokens, None)
     assert jnp.isnan(out[0, 3:]).all() and jnp.isfinite(out[1:]).all()
 
@@ -251,15 +254,21 @@ def in_front(rows, k, v):
 
 def test_a_prefix_of_an_encoder_takes_no_place_where_positions_are_given():
     config = encoder.Config(
-        vocab=23, width=12, mlp_width=16, layers=1, heads=3, family="bert", context=T + 1
+        vocab_size=23,
+        hidden_size=12,
+        intermediate_size=16,
+        num_layers=1,
+        num_heads=3,
+        model_type="bert",
+        max_position_embeddings=T + 1,
     )
     p, tokens, n = random_(encoder.shapes(config)), ids() % 23, 4
-    forward = encoder.pure(config)
+    forward = encoder.apply_fn(config)
     found = jp.sites(forward, p, tokens)
     keys, values = (found.match(f"layers/attn/{name}/kernel") for name in "kv")
-    frozen, adapter = split(jp.prefix(n, keys, values, dtype=F8), p)
+    frozen, adapter = split(jp.prefix_tuning(n, keys, values, dtype=F8), p)
     adapter = toy.perturbed(adapter, 1.0)
-    longer, slots = jp.with_virtual(tokens, n)
+    longer, slots = jp.prompts.prepend_virtual_tokens(tokens, n)
     tree = jp.combine(frozen, adapter, virtual=slots)
     real = jnp.arange(T) < jnp.array([[T], [4], [5]])
     mask = jnp.concatenate([jnp.ones((B, n), bool), real], axis=1)
@@ -271,8 +280,8 @@ def test_a_prefix_of_an_encoder_takes_no_place_where_positions_are_given():
         whole = jnp.concatenate([jnp.ones((B, n), bool), mask], axis=1)
         return encoder.attention(q, *in_front(rows, k, v), mask=whole)
 
-    want = encoder.pure(config, attention_fn=attend)(p, tokens, mask=real)
-    close(jp.without_virtual(out, n)[real], want[real])
+    want = encoder.apply_fn(config, attention_fn=attend)(p, tokens, mask=real)
+    close(jp.prompts.drop_virtual_positions(out, n)[real], want[real])
     assert np.abs(want - forward(p, tokens, mask=real))[real].max() > 0.1
     # Left to itself, the model has no room for more virtual tokens than it has positions.
     with pytest.raises(ValueError, match=f"{n + T} tokens do not fit in the {T + 1} positions"):
@@ -280,16 +289,16 @@ def test_a_prefix_of_an_encoder_takes_no_place_where_positions_are_given():
 
 
 T5 = encoder_decoder.Config(
-    vocab=23,
-    width=12,
-    mlp_width=16,
-    layers=1,
-    decoder_layers=1,
-    heads=2,
+    vocab_size=23,
+    hidden_size=12,
+    intermediate_size=16,
+    num_layers=1,
+    num_decoder_layers=1,
+    num_heads=2,
     head_dim=6,
-    buckets=6,
-    reach=9,
-    mlp="gated-gelu",
+    num_buckets=6,
+    max_distance=9,
+    feed_forward_proj="gated-gelu",
 )
 
 
@@ -297,50 +306,53 @@ def test_an_encoder_decoder_has_a_prefix_before_inputs_and_one_before_targets():
     """[PREFIX; x; PREFIX; y]; the first stands in the decoder's attention to the encoder, too."""
     n, m = 3, 2
     p, inputs, targets = random_(encoder_decoder.shapes(T5)), ids() % 23, (ids() + 3)[:, :5] % 23
-    forward = encoder_decoder.pure(T5)
+    forward = encoder_decoder.apply_fn(T5)
     found = jp.sites(forward, p, inputs, targets)
     where = ("encoder/layers/attn", "decoder/layers/attn", "decoder/layers/cross")
     pairs = [[found.match(f"{at}/{name}/kernel") for name in "kv"] for at in where]
     method = jp.chain(
-        jp.prefix(n, *pairs[0], dtype=F8),
-        jp.prefix(m, *pairs[1], slots="virtual_targets", dtype=F8),
-        jp.prefix(n, *pairs[2], dtype=F8),
+        jp.prefix_tuning(n, *pairs[0], dtype=F8),
+        jp.prefix_tuning(m, *pairs[1], slots="virtual_targets", dtype=F8),
+        jp.prefix_tuning(n, *pairs[2], dtype=F8),
     )
     frozen, adapter = split(method, p)
     adapter = toy.perturbed(adapter, 1.0)
-    xs, slots = jp.with_virtual(inputs, n)
-    ys, target_slots = jp.with_virtual(targets, m)
+    xs, slots = jp.prompts.prepend_virtual_tokens(inputs, n)
+    ys, target_slots = jp.prompts.prepend_virtual_tokens(targets, m)
     tree = jp.combine(frozen, adapter, virtual=slots, virtual_targets=target_slots)
     real = jnp.arange(T) < jnp.array([[T], [4], [5]])
     mask = jnp.concatenate([jnp.ones((B, n), bool), real], axis=1)
-    out = jp.without_virtual(jp.lift(forward)(tree, xs, ys, mask=mask), m)
+    out = jp.prompts.drop_virtual_positions(jp.lift(forward)(tree, xs, ys, mask=mask), m)
 
     calls = iter(where)
 
-    def attend(q, k, v, *, seen, bias):
+    def attend(q, k, v, *, mask, bias):
         """Each attention of the one layer in its turn: rows in front, with their distances."""
         at = next(calls)
         rows = [adapter[f"{at}/{name}/kernel/rows"][0] for name in "kv"]
         before, tower = len(rows[0]), at.split("/")[0]
-        free = jnp.ones((*seen.shape[:2], before), bool)
-        seen = jnp.concatenate([free, seen], axis=2)
+        free = jnp.ones((*mask.shape[:2], before), bool)
+        mask = jnp.concatenate([free, mask], axis=2)
         if bias is not None:
             query, key = before + np.arange(q.shape[1]), np.arange(before)
-            kinds = encoder_decoder._buckets(
-                jnp.asarray(query[:, None] - key), T5.buckets, T5.reach, tower == "encoder"
+            kinds = buckets(
+                jnp.asarray(query[:, None] - key),
+                T5.num_buckets,
+                T5.max_distance,
+                tower == "encoder",
             )
             far = jnp.moveaxis(p[tower]["bias"]["embedding"][kinds], -1, 0)[None]
             far = jnp.broadcast_to(far, (bias.shape[0], *far.shape[1:]))
             bias = jnp.concatenate([far, bias], axis=3)
-        return encoder_decoder.attention(q, *in_front(rows, k, v), seen=seen, bias=bias)
+        return encoder_decoder.attention(q, *in_front(rows, k, v), mask=mask, bias=bias)
 
-    want = encoder_decoder.pure(T5, attention_fn=attend)(p, inputs, targets, mask=real)
+    want = encoder_decoder.apply_fn(T5, attention_fn=attend)(p, inputs, targets, mask=real)
     assert not list(calls)
     close(out, want)
     for at in where:  # Each of the three is felt.
         silent = {k: -x if k.startswith(at) else x for k, x in adapter.items()}
         tree = jp.combine(frozen, silent, virtual=slots, virtual_targets=target_slots)
-        other = jp.without_virtual(jp.lift(forward)(tree, xs, ys, mask=mask), m)
+        other = jp.prompts.drop_virtual_positions(jp.lift(forward)(tree, xs, ys, mask=mask), m)
         assert np.abs(other - want)[:, -1].max() > 1e-2
     with pytest.raises(KeyError, match="Nothing is given for 'virtual_targets'"):
         jp.combine(frozen, adapter, virtual=slots)
@@ -356,36 +368,56 @@ def on_toy():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda k, v: jp.prefix(0, k, v), "`prefix(length=0)`: at least one virtual position"),
-        (lambda k, v: jp.prefix([2, 0], k, v), "`prefix(length=[2, 0])`: at least one"),
-        (lambda k, v: jp.prefix([], k, v), "`prefix(length=[])`: at least one"),
-        (lambda k, v: jp.prefix(2, k, v, hidden=0), "`prefix(hidden=0, embed=None)`: widths are"),
-        (lambda k, v: jp.prefix(2, k, v, hidden=4, embed=0), "`prefix(hidden=4, embed=0)`"),
-        (lambda k, v: jp.prefix(2, k, v, embed=4), "`prefix(hidden=None, embed=4)`: widths are"),
-        (lambda k, v: jp.prefix(2, k, k | v), "['layers/k/kernel'] are among the keys and among"),
         (
-            lambda k, v: jp.prefix(2, k, v, rope=[0.1] * 3),
-            "`prefix(rope=...)` has 3 frequencies, one per pair, so heads of size 6, but "
+            lambda k, v: jp.prefix_tuning(0, k, v),
+            "`prefix_tuning(length=0)`: at least one virtual position",
+        ),
+        (
+            lambda k, v: jp.prefix_tuning([2, 0], k, v),
+            "`prefix_tuning(length=[2, 0])`: at least one",
+        ),
+        (lambda k, v: jp.prefix_tuning([], k, v), "`prefix_tuning(length=[])`: at least one"),
+        (
+            lambda k, v: jp.prefix_tuning(2, k, v, hidden=0),
+            "`prefix_tuning(hidden=0, embed=None)`: widths are",
+        ),
+        (
+            lambda k, v: jp.prefix_tuning(2, k, v, hidden=4, embed=0),
+            "`prefix_tuning(hidden=4, embed=0)`",
+        ),
+        (
+            lambda k, v: jp.prefix_tuning(2, k, v, embed=4),
+            "`prefix_tuning(hidden=None, embed=4)`: widths are",
+        ),
+        (
+            lambda k, v: jp.prefix_tuning(2, k, k | v),
+            "['layers/k/kernel'] are among the keys and among",
+        ),
+        (
+            lambda k, v: jp.prefix_tuning(2, k, v, rope=[0.1] * 3),
+            "`prefix_tuning(rope=...)` has 3 frequencies, one per pair, so heads of size 6, but "
             "'layers/k/kernel' has 16 outputs",
         ),
         (
-            lambda k, v: jp.prefix(2, k.columns(0, 2), v),
+            lambda k, v: jp.prefix_tuning(2, k.output_slice(0, 2), v),
             "`prefix`: a part of the columns of 'layers/k/kernel' is selected",
         ),
         (
-            lambda k, v: jp.chain(jp.prefix(2, k, v), jp.lora(2, v), jp.prefix(3, v, v - v)),
+            lambda k, v: jp.chain(
+                jp.prefix_tuning(2, k, v), jp.lora(2, v), jp.prefix_tuning(3, v, v - v)
+            ),
             "`prefix`: 'layers/v/kernel' has a prefix at the positions 'virtual' already",
         ),
         (
-            lambda k, v: jp.prefix(2, on_toy().match("embed"), v),
+            lambda k, v: jp.prefix_tuning(2, on_toy().match("embed"), v),
             "`prefix`: 'embed' is no projection but ['embedding', 'head', 'linear']",
         ),
         (
-            lambda k, v: jp.prefix(2, on_toy().match("positions"), v),
+            lambda k, v: jp.prefix_tuning(2, on_toy().match("positions"), v),
             "`prefix`: 'positions' is no projection but ['embedding']",
         ),
         (
-            lambda k, v: jp.prefix(2, on_toy().match("*/q/bias"), v),
+            lambda k, v: jp.prefix_tuning(2, on_toy().match("*/q/bias"), v),
             "'layers/q/bias' of shape (3, 16)",
         ),
     ],
@@ -406,11 +438,13 @@ def test_prefixes_say_what_is_wrong(make, message):
 )
 def test_tasks_without_a_prefix_are_named(tasks, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        jp.with_prefixes(ids(), LENGTHS, np.array(tasks))
+        jp.prompts.prepend_prefixes(ids(), LENGTHS, np.array(tasks))
 
 
 def test_tasks_may_be_traced():
-    got = jax.jit(lambda tasks: jp.with_prefixes(ids(), LENGTHS, tasks))(TASKS)
-    jax.tree.map(np.testing.assert_array_equal, got, jp.with_prefixes(ids(), LENGTHS, TASKS))
+    got = jax.jit(lambda tasks: jp.prompts.prepend_prefixes(ids(), LENGTHS, tasks))(TASKS)
+    jax.tree.map(
+        np.testing.assert_array_equal, got, jp.prompts.prepend_prefixes(ids(), LENGTHS, TASKS)
+    )
     with pytest.raises(ValueError, match=r"tasks \(2,\) of 3 examples"):
-        jax.jit(lambda tasks: jp.with_prefixes(ids(), LENGTHS, tasks))(TASKS[:2])
+        jax.jit(lambda tasks: jp.prompts.prepend_prefixes(ids(), LENGTHS, tasks))(TASKS[:2])

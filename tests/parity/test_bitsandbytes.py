@@ -24,14 +24,14 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.io import safetensors
+from jaxpeft._tree import flatten
+from jaxpeft.io import _safetensors as safetensors
 from jaxpeft.models import decoder
 from jaxpeft.quant import fp4, nf4
-from jaxpeft.quant.blocks import unpack
-from jaxpeft.quant.book import TINY
-from jaxpeft.quant.fp4 import FP4
-from jaxpeft.quant.nf4 import NF4
-from jaxpeft.tree import flatten
+from jaxpeft.quant._blocks import unpack
+from jaxpeft.quant._book import TINY
+from jaxpeft.quant._fp4 import FP4
+from jaxpeft.quant._nf4 import NF4
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch: make parity installs it")
 transformers = pytest.importorskip("transformers", reason="make parity installs the oracle")
@@ -124,7 +124,7 @@ def test_with_the_same_mean_scales_in_eight_bits_are_equal_too(shape, weights, n
     w = weights(shape)
     codes, state, values = theirs(w, name, True)
     mean = np.float32(state.offset.item())
-    monkeypatch.setattr("jaxpeft.quant.flat.mean", lambda x: jnp.asarray(mean))
+    monkeypatch.setattr("jaxpeft.quant._flat.mean", lambda x: jnp.asarray(mean))
     got = ours(w, name, double=True)
     equal(got.offset, mean)
     equal(got.codes, codes)
@@ -194,7 +194,13 @@ def test_blocks_without_a_normal_number_are_zero_here_and_tiny_there(name):
 
 # What the products of bitsandbytes on CPU can do: whole blocks in a row, multiples of 32 outputs.
 CONFIG = decoder.Config(
-    vocab=96, width=64, mlp_width=192, layers=3, heads=4, kv_heads=2, head_dim=16
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=192,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
 )
 # Their products may run in bfloat16 on CPU, whatever dtype the model has.
 BFLOAT16 = 0.06
@@ -214,11 +220,11 @@ def dense_folder(folder):
 @functools.cache
 def found():
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    return jp.sites(decoder.pure(CONFIG), decoder.shapes(CONFIG), tokens)
+    return jp.sites(decoder.apply_fn(CONFIG), decoder.shapes(CONFIG), tokens)
 
 
 def ids():
-    return np.random.default_rng(1).integers(3, CONFIG.vocab, (2, 12))
+    return np.random.default_rng(1).integers(3, CONFIG.vocab_size, (2, 12))
 
 
 def logits(model):
@@ -277,7 +283,7 @@ def test_a_folder_of_transformers_loads_with_the_numbers_it_has(quantized):
             values = bnb.dequantize_4bit(torch.tensor(codes)[:, None], state)
             equal(flat.decode().T, values.numpy())
     assert {name for name, kind in kinds.items() if kind == "Flat"} == set(stored)
-    assert len(stored) >= 3 * CONFIG.layers
+    assert len(stored) >= 3 * CONFIG.num_layers
 
 
 def test_its_logits_are_those_of_the_dense_model_that_it_stands_for(quantized, tmp_path):
@@ -285,7 +291,7 @@ def test_its_logits_are_those_of_the_dense_model_that_it_stands_for(quantized, t
     _, params = decoder.load(folder)
     decoder.save(tmp_path, CONFIG, jp.merge(params))
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    got = jax.jit(jp.lift(decoder.pure(CONFIG)))(params, jnp.asarray(ids()))
+    got = jax.jit(jp.lift(decoder.apply_fn(CONFIG)))(params, jnp.asarray(ids()))
     dense = logits(plain)
     np.testing.assert_allclose(got, dense, rtol=0, atol=1e-4 * dense.std())
     np.testing.assert_allclose(got, logits(model), rtol=0, atol=BFLOAT16 * dense.std())
@@ -313,7 +319,7 @@ def test_a_folder_written_here_loads_in_transformers_with_the_same_numbers(
             codes, state = stored[name]
             values = bnb.dequantize_4bit(torch.tensor(codes)[:, None], state).numpy()
             equal(matrices[path][i].T if plan[path].stacked else matrices[path].T, values)
-    want = np.asarray(decoder.pure(CONFIG)(merged, jnp.asarray(ids())))
+    want = np.asarray(decoder.apply_fn(CONFIG)(merged, jnp.asarray(ids())))
     np.testing.assert_allclose(logits(model), want, rtol=0, atol=BFLOAT16 * want.std())
 
 

@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 
 from jaxpeft.models import decoder
-from jaxpeft.serve import generate
+from jaxpeft.serve import _generate as generate
 
 CONFIG = decoder.Config(
-    vocab=23, width=16, mlp_width=24, layers=2, heads=4, kv_heads=2, head_dim=6, window=5
+    vocab_size=23,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    sliding_window=5,
 )
 NEW = 6
 
@@ -25,7 +32,9 @@ def params():
 
 def generator(forward=None, **options):
     cache = functools.partial(decoder.init_cache, CONFIG, dtype=jnp.float64)
-    return generate.generator(forward or decoder.pure(CONFIG), cache, **{"max_new": NEW} | options)
+    return generate.generator(
+        forward or decoder.apply_fn(CONFIG), cache, **{"max_new": NEW} | options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +44,12 @@ def greedy(params):
 
 
 def prompts(rows=3, length=7):
-    return jax.random.randint(jax.random.key(1), (rows, length), 0, CONFIG.vocab)
+    return jax.random.randint(jax.random.key(1), (rows, length), 0, CONFIG.vocab_size)
 
 
 @functools.cache
 def full_forward():
-    return jax.jit(decoder.pure(CONFIG))
+    return jax.jit(decoder.apply_fn(CONFIG))
 
 
 def greedy_without_cache(params, tokens):
@@ -90,7 +99,7 @@ def test_the_loop_stops_when_all_rows_have_ended(params, greedy):
 
     def forward(params, tokens, *, cache, mask=None):
         jax.debug.callback(lambda: steps.append(1))
-        return decoder.pure(CONFIG)(params, tokens, mask=mask, cache=cache)
+        return decoder.apply_fn(CONFIG)(params, tokens, mask=mask, cache=cache)
 
     generator(forward, eos=greedy[:, 0].tolist())(params, prompts()).tokens.block_until_ready()
     jax.effects_barrier()
@@ -99,7 +108,7 @@ def test_the_loop_stops_when_all_rows_have_ended(params, greedy):
 
 def test_any_function_of_the_signature_is_taken(params, greedy):
     def forward(halves, tokens, **where):
-        return decoder.pure(CONFIG)(jax.tree.map(lambda h: h + h, halves), tokens, **where)
+        return decoder.apply_fn(CONFIG)(jax.tree.map(lambda h: h + h, halves), tokens, **where)
 
     halves = jax.tree.map(lambda w: w / 2, params)
     got = generator(forward)(halves, prompts())
@@ -121,7 +130,7 @@ def test_every_step_and_row_draws_anew():
 def test_a_second_call_is_not_traced_again(params):
     chex.clear_trace_counter()
     # Once for the prompt, once for a step.
-    forward = chex.assert_max_traces(decoder.pure(CONFIG), n=2)
+    forward = chex.assert_max_traces(decoder.apply_fn(CONFIG), n=2)
     write = generator(forward, temperature=1.0)
     first = write(params, prompts(), key=jax.random.key(0)).tokens
     second = write(params, prompts(), key=jax.random.key(1)).tokens
