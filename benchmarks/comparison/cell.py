@@ -224,7 +224,10 @@ class Cell:
             return decoder.init_cache(self.task.base.config, rows, length + self.row.length)
 
         return generator(
-            forward, init_cache, max_new=MAX_NEW, eos=self.task.base.config.eos_token_ids
+            forward,
+            init_cache,
+            max_new_tokens=MAX_NEW,
+            eos_token_ids=self.task.base.config.eos_token_ids,
         )
 
 
@@ -281,5 +284,5 @@ def _filled(split: Split, rows: int) -> Split:
         np.pad(split.tokens, ((0, empty), (0, 0))),
         # One token is seen, so that means are over something.
         np.concatenate([split.mask, np.arange(split.mask.shape[1]) < np.ones((empty, 1))]),
-        np.pad(split.labels, labels, constant_values=heads.IGNORED),
+        np.pad(split.labels, labels, constant_values=heads.IGNORE_INDEX),
     )

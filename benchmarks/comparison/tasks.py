@@ -193,7 +193,7 @@ class Gold(NamedTuple):
 
 
 def snips() -> Task:
-    """Slots: a tag at the first token of each word, IGNORED elsewhere; spans are compared."""
+    """Slots: a tag at the first token of each word, IGNORE_INDEX elsewhere; spans are compared."""
     minilm, parts = base("minilm"), files.snips()
     tags = sorted({tag for example in parts.train for tag in example.tags})
     number = {tag: i for i, tag in enumerate(tags)}
@@ -201,12 +201,14 @@ def snips() -> Task:
     def questions(examples: Sequence) -> Questions:
         encoded = [minilm.tokenizer.encode(list(x.words), is_pretokenized=True) for x in examples]
         tokens, mask = padded([x.ids for x in encoded], LENGTHS["minilm"][-1])
-        labels = np.full(tokens.shape, heads.IGNORED, np.int32)
+        labels = np.full(tokens.shape, heads.IGNORE_INDEX, np.int32)
         starts = []
         for row, (example, x) in enumerate(zip(examples, encoded, strict=True)):
             at = [t for t in first_tokens(x.word_ids) if t < tokens.shape[1]]
             # A tag that no training sentence has is never predicted: a miss.
-            labels[row, at] = [number.get(tag, heads.IGNORED) for tag in example.tags[: len(at)]]
+            labels[row, at] = [
+                number.get(tag, heads.IGNORE_INDEX) for tag in example.tags[: len(at)]
+            ]
             starts.append(at)
         split = Split(tokens, mask, labels)
         return Questions(split, Gold(split, [x.tags for x in examples], starts))
@@ -271,7 +273,7 @@ def e2e() -> Task:
     def questions(examples: Sequence) -> Questions:
         texts = [[*stories.tokenizer.encode(f"{x.meaning}\n {x.text}").ids, eos] for x in examples]
         tokens, mask = padded(texts, LENGTHS["stories260k"][-1])
-        split = Split(tokens, mask, np.where(mask, tokens, heads.IGNORED).astype(np.int32))
+        split = Split(tokens, mask, np.where(mask, tokens, heads.IGNORE_INDEX).astype(np.int32))
         said: dict[str, list[str]] = {}
         for example in examples:
             said.setdefault(example.meaning, []).append(example.text)

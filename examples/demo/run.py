@@ -222,10 +222,10 @@ def writer(tokenizer: TextTokenizer, model: Model, prompt: np.ndarray) -> Callab
     write = generator(
         jp.lift(model.forward),
         functools.partial(decoder.init_cache, model.config),
-        max_new=min(WRITTEN, model.config.max_length + 1 - len(prompt)),
+        max_new_tokens=min(WRITTEN, model.config.max_length + 1 - len(prompt)),
         temperature=0.6,
         top_p=0.9,
-        eos=sorted({*model.config.eos_token_ids, *tokenizer.stop_ids}),
+        eos_token_ids=sorted({*model.config.eos_token_ids, *tokenizer.stop_ids}),
     )
 
     def text(tree: Any) -> str:

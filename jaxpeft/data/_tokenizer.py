@@ -139,7 +139,7 @@ class TextTokenizer:
             self._tell(
                 f"assistant turns end with {decode([end])!r} (id {end}), which is none of the end "
                 f"tokens {sorted(self._ends)} of {self.folder}. Let generation stop there, too: "
-                f"generator(..., eos=tokenizer.stop_ids)."
+                f"generator(..., eos_token_ids=tokenizer.stop_ids)."
             )
 
     def _tell(self, message):

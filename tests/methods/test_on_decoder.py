@@ -145,8 +145,8 @@ def test_generation_runs_on_the_lifted_model_through_the_cache(sites, params, id
     tree = jp.combine(frozen, toy.perturbed(adapter, 0.2))
     forward = decoder.apply_fn(CONFIG)
     cache = functools.partial(decoder.init_cache, CONFIG, dtype=jnp.float64)
-    lifted = generator(jp.lift(forward, materialize="error"), cache, max_new=5)
-    merged = generator(forward, cache, max_new=5)
+    lifted = generator(jp.lift(forward, materialize="error"), cache, max_new_tokens=5)
+    merged = generator(forward, cache, max_new_tokens=5)
     np.testing.assert_array_equal(
         jax.tree.leaves(lifted(tree, ids))[0], jax.tree.leaves(merged(jp.merge(tree), ids))[0]
     )

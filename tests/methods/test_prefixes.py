@@ -145,7 +145,7 @@ def test_generation_reads_the_prefixes_out_of_the_cache():
         return jp.lift(FORWARD)(jp.combine(frozen, adapter, virtual=here), tokens, **where)
 
     cache = functools.partial(decoder.init_cache, CONFIG, dtype=F8)
-    write = generator(forward, cache, max_new=4)
+    write = generator(forward, cache, max_new_tokens=4)
     frozen, adapter, tokens, slots, mask = mixed()
     got = np.asarray(write((frozen, adapter, slots), tokens, mask).tokens)
     # The whole sequence again without a cache: what was written is what is likeliest there.
@@ -159,7 +159,7 @@ def test_generation_reads_the_prefixes_out_of_the_cache():
         jnp.concatenate([mask, more < 0], axis=1),
     )
     np.testing.assert_array_equal(got, jnp.argmax(out[:, tokens.shape[1] - 1 : -1], -1))
-    base = generator(FORWARD, cache, max_new=4)(params(), ids()).tokens
+    base = generator(FORWARD, cache, max_new_tokens=4)(params(), ids()).tokens
     assert (got[:2] != base[:2]).any(1).all() and len(np.unique(got)) > 3
 
 

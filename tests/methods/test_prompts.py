@@ -318,8 +318,8 @@ def test_generation_is_that_of_a_model_with_the_rows_in_its_table():
     padded = jnp.stack([jnp.pad(jnp.asarray(x), (11 - len(x), 0)) for x in full])
     mask = jnp.arange(11) >= jnp.array([[0], [4]])
     cache = functools.partial(decoder.init_cache, CONFIG, dtype=F8)
-    ours = generator(jp.lift(forward), cache, max_new=6)
-    theirs = generator(forward, cache, max_new=6)
+    ours = generator(jp.lift(forward), cache, max_new_tokens=6)
+    theirs = generator(forward, cache, max_new_tokens=6)
     got = np.asarray(ours(tree, padded, mask).tokens)
     np.testing.assert_array_equal(got, theirs(longer, padded, mask).tokens)
     # The second row alone, without padding, and the model without its virtual tokens.

@@ -58,7 +58,7 @@ def test_weights_are_made_and_used_in_no_such_dtype_either(model):
 
 def test_a_head_is_made_in_no_such_dtype_and_what_is_no_dtype_is_named(folders):
     with pytest.raises(ValueError, match="`dtype=int32` holds no weights"):
-        heads.sequence_classification(8, classes=2).init(jax.random.key(0), jnp.int32)
+        heads.sequence_classification(8, num_classes=2).init(jax.random.key(0), jnp.int32)
     with pytest.raises(ValueError, match="`dtype='nf4'` is no dtype"):
         decoder.load(folders[decoder], "nf4")
 
@@ -122,7 +122,9 @@ def test_a_prompt_too_long_for_the_context_is_refused_unless_asked_for():
     beyond = functools.partial(cache, beyond_context=True)
 
     def written(cache, length):
-        return abstract(generator(decoder.apply_fn(DECODER), cache, max_new=3), length).tokens.shape
+        return abstract(
+            generator(decoder.apply_fn(DECODER), cache, max_new_tokens=3), length
+        ).tokens.shape
 
     assert written(cache, 4) == (2, 3)  # the last token that is written takes no slot
     with pytest.raises(ValueError, match="cache of 7 tokens is longer than the 6 positions"):

@@ -175,7 +175,7 @@ def test_greedy_generation_from_left_padded_prompts_agrees(pair):
     tokens = ids(3, 20)
     mask = np.arange(20) >= np.array([[0], [5], [19]])
     write = generate.generator(
-        decoder.apply_fn(config), functools.partial(decoder.init_cache, config), max_new=12
+        decoder.apply_fn(config), functools.partial(decoder.init_cache, config), max_new_tokens=12
     )
     got = np.asarray(write(params, tokens, mask).tokens)
     want = model.generate(

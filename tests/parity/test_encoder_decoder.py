@@ -163,7 +163,7 @@ def test_greedy_generation_agrees(pair, side):
     inputs, mask = ids(4, 20), padding(20, (0, 5, 12, 17), side)
     halves = [encoder_decoder.apply_fn(config, call) for call in ("encode", "decode")]
     cache = functools.partial(encoder_decoder.init_cache, config)
-    options = {"max_new": 12, "start": config.decoder_start_token_id}
+    options = {"max_new_tokens": 12, "decoder_start_token_id": config.decoder_start_token_id}
     free = np.asarray(
         generate.seq2seq_generator(*halves, cache, **options)(params, inputs, mask).tokens
     )
@@ -172,7 +172,7 @@ def test_greedy_generation_agrees(pair, side):
     for eos in (None, int(free[0, 4])):
         ends = () if eos is None else (eos,)
         write = generate.seq2seq_generator(
-            *halves, cache, **options, eos=ends, pad=config.pad_token_id
+            *halves, cache, **options, eos_token_ids=ends, pad_token_id=config.pad_token_id
         )
         want = model.generate(
             input_ids=torch.as_tensor(inputs),

@@ -183,7 +183,7 @@ def behind(pair, tokens, length=N):
 
 def generator(pair, forward, **options):
     cache = functools.partial(decoder.init_cache, pair.config)
-    return generate.generator(forward, cache, max_new=NEW, **options)
+    return generate.generator(forward, cache, max_new_tokens=NEW, **options)
 
 
 def written(theirs, tokens):

@@ -45,7 +45,10 @@ def halves():
 def translator(encode=None, decode=None, **options):
     cache = functools.partial(encoder_decoder.init_cache, CONFIG, dtype=jnp.float64)
     ours = halves()
-    options = {"max_new": NEW, "start": CONFIG.decoder_start_token_id} | options
+    options = {
+        "max_new_tokens": NEW,
+        "decoder_start_token_id": CONFIG.decoder_start_token_id,
+    } | options
     return generate.seq2seq_generator(encode or ours[0], decode or ours[1], cache, **options)
 
 
@@ -85,7 +88,7 @@ def test_padded_rows_get_what_they_get_alone(params, side):
 
 def test_a_row_ends_with_its_end_token_and_the_others_go_on(params, greedy):
     eos = (int(greedy[0, 2]), int(greedy[1, 0]))
-    got = translator(eos=eos, pad=-1)(params, inputs())
+    got = translator(eos_token_ids=eos, pad_token_id=-1)(params, inputs())
     for row in range(3):
         ends = np.flatnonzero(np.isin(greedy[row], eos))
         length = int(ends[0]) + 1 if len(ends) else NEW
@@ -143,9 +146,9 @@ def test_virtual_tokens_pass_through_the_encoder(params):
 
 
 def test_options_out_of_range_are_refused(params):
-    with pytest.raises(ValueError, match="max_new=0, temperature=1"):
-        translator(max_new=0, temperature=1)
-    with pytest.raises(ValueError, match="top_k=5, top_p=None do nothing at temperature=0"):
+    with pytest.raises(ValueError, match="max_new_tokens=0, temperature=1"):
+        translator(max_new_tokens=0, temperature=1)
+    with pytest.raises(ValueError, match="top_k=5, top_p=None have no effect at temperature=0"):
         translator(top_k=5)
-    with pytest.raises(ValueError, match=r"temperature=0\.7 draws tokens and needs a `key`"):
+    with pytest.raises(ValueError, match=r"temperature=0\.7 samples tokens, which needs a `key`"):
         translator(temperature=0.7)(params, inputs())
