@@ -1,5 +1,6 @@
 """Virtual tokens where rows are packed, a window slides, or a model reads what it should not."""
 
+import dataclasses
 import functools
 import re
 
@@ -28,13 +29,13 @@ CONFIG = decoder.Config(
     head_dim=6,
     qkv_bias=True,
 )
-WINDOWED = decoder.dataclasses.replace(CONFIG, window=4, family="mistral")
+WINDOWED = dataclasses.replace(CONFIG, sliding_window=4, model_type="mistral")
 ROPE = CONFIG.rope.frequencies(CONFIG.head_dim)
 
 
 @functools.cache
 def params(layers=2):
-    shapes = decoder.shapes(decoder.dataclasses.replace(CONFIG, layers=layers))
+    shapes = decoder.shapes(dataclasses.replace(CONFIG, num_layers=layers))
     leaves, treedef = jax.tree.flatten(shapes)
     around = [1.0 if "norm" in jax.tree_util.keystr(k) else 0.0 for k, _ in paths(shapes)]
     values = [
@@ -58,7 +59,7 @@ def one(example):
 def tuned(name, layers=2):
     """(frozen, adapter, the ids or the placeholder in front) of a prefix or a prompt."""
     p = params(layers)
-    forward = decoder.apply_fn(decoder.dataclasses.replace(CONFIG, layers=layers))
+    forward = decoder.apply_fn(dataclasses.replace(CONFIG, num_layers=layers))
     found = jp.sites(forward, p, one(EXAMPLES[0]))
     if "prefix" in name:
         rope = None if name == "unturned prefix" else ROPE
@@ -166,7 +167,7 @@ def test_a_window_leaves_the_prefix_in_sight_as_in_a_model_written_by_hand():
     angles = jnp.arange(N, dtype=jnp.float32)[None, :, None, None] * ROPE
     ids = jnp.stack([jnp.arange(1, 10), jnp.arange(11, 20)])
     longer, slots, shown = jp.prompts.prepend_virtual_tokens(ids, N, segment_ids=jnp.ones_like(ids))
-    config = decoder.dataclasses.replace(WINDOWED, layers=1)
+    config = dataclasses.replace(WINDOWED, num_layers=1)
     tree = tree_of("unturned prefix", slots, 1)
     out = lifted(config, tree, longer, shown, None)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxpeft.models import encoder_decoder
+from jaxpeft.models._encoder_decoder_layers import buckets
 from jaxpeft.serve import _generate as generate
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch: make parity installs it")
@@ -195,6 +196,6 @@ def test_every_distance_is_in_the_bucket_of_transformers(count, reach, both_ways
     want = attention._relative_position_bucket(
         torch.as_tensor(-distance), both_ways, count, reach
     ).numpy()
-    got = encoder_decoder._buckets(jnp.asarray(distance), count, reach, both_ways)
+    got = buckets(jnp.asarray(distance), count, reach, both_ways)
     np.testing.assert_array_equal(got, want)
     assert set(want) == set(range(count)) - ({count // 2} if both_ways else set())
