@@ -1,7 +1,22 @@
 """Between the `config.json` of a Hugging Face folder and the `Config` of a reference model.
 
-A model family is a table: one row for each option that its `config.json` holds. The rows read the
-options into the fields of `Config`, check them, and write them back in the same order.
+A model family is a table, an entry of the model's `FAMILIES`: one row for each option that its
+`config.json` holds, and one for each kind of tensor. The rows read the options into the fields of
+`Config`, check them, and write them back in the same order. A family that stores a decoder under
+other names is added so:
+
+    FAMILIES["other"] = Family(
+        options={
+            "model_type": Option("model_type"),
+            "n_embd": Option("hidden_size"),
+            "n_positions": Option("max_position_embeddings", default=1024),
+            "hidden_act": Constant(("silu", "swish"), written="silu"),
+            ...
+        },
+        tensors=((r"embed/embedding", r"transformer.wte.weight", False), ...),
+        fields={"qk_norm": True},
+        absent=("mlp_bias",),
+    )
 """
 
 from __future__ import annotations
@@ -37,8 +52,8 @@ class Kind(NamedTuple):
       words: What the value must be, as errors say it: "a positive integer".
       accepts: Whether a value is one.
       is_choice: Whether other values make sense too, but are not computed here.
-      from_json: The value of the field for that in `config.json`; it leaves alone what it does
-        not understand, for `accepts` to refuse.
+      from_json: The value of the field for that in `config.json`; other values are returned
+        as they are, for `accepts` to refuse.
       to_json: The inverse.
     """
 
@@ -236,7 +251,7 @@ class Reading(NamedTuple):
           name: Of the option.
           kind: That it should be of.
           value: In the form of the field.
-          given: As it stands in `config.json`, if that is another form.
+          given: The value in `config.json`, if that has another form.
         """
         if kind.accepts(value):
             return

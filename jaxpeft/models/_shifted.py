@@ -40,7 +40,9 @@ def shifted_sparse(group: int) -> Callable[..., Array]:
       section 3.2. https://arxiv.org/abs/2309.12307
     """
     if group < 2 or group % 2:
-        raise ValueError(f"`shifted_sparse({group})`: an even number of tokens is needed.")
+        raise ValueError(
+            f"`shifted_sparse({group})`: `group` must be an even number of tokens, at least 2."
+        )
 
     def attention_fn(
         q: Array,
@@ -54,16 +56,18 @@ def shifted_sparse(group: int) -> Callable[..., Array]:
         length, heads = q.shape[1:3]
         if k.shape[1] != length:
             raise ValueError(
-                f"`shifted_sparse` is for training: {length} queries meet {k.shape[1]} keys. "
-                "Generate with the decoder's own attention."
+                f"`shifted_sparse` is for training, where queries and keys are of the same tokens, "
+                f"but got {length} queries and {k.shape[1]} keys. Generate with the decoder's own "
+                "attention."
             )
         if length <= group:
             where = {"query_positions": query_positions, "key_positions": key_positions}
             return attention(q, k, v, **where, window=window)
         if length % group or heads % 2:
             raise ValueError(
-                f"`shifted_sparse({group})`: {length} tokens must be a multiple of the group, and "
-                f"{heads} heads of 2. Pad the texts, or choose another group."
+                f"`shifted_sparse({group})`: the number of tokens must be a multiple of {group} and "
+                f"the number of heads even, got {length} tokens and {heads} heads. Pad the texts, "
+                "or choose another group."
             )
         if k.shape[2] % 2:  # the halves of the heads share keys
             k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
