@@ -65,8 +65,8 @@ def shifted_sparse(group: int) -> Callable[..., Array]:
             return attention(q, k, v, **where, window=window)
         if length % group or heads % 2:
             raise ValueError(
-                f"`shifted_sparse({group})`: the number of tokens must be a multiple of {group} and "
-                f"the number of heads even, got {length} tokens and {heads} heads. Pad the texts, "
+                f"`shifted_sparse({group})`: the number of tokens must be a multiple of {group}, "
+                f"and the number of heads even, got {length} tokens and {heads} heads. Pad the texts, "
                 "or choose another group."
             )
         if k.shape[2] % 2:  # the halves of the heads share keys

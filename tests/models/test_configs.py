@@ -175,7 +175,7 @@ MESSAGES = [
     (
         encoder_decoder,
         {"feed_forward_proj": ["relu"]},
-        r"feed_forward_proj=\['relu'\], which this encoder-decoder does not compute; it must be 're",
+        r"feed_forward_proj=\['relu'\], which this encoder-decoder does not compute; it must be",
     ),
     (
         encoder_decoder,
@@ -258,7 +258,7 @@ def test_a_fault_in_a_folder_is_one_of_load(tmp_path):
             model.load(tmp_path)
 
 
-# A further family ----------------------------------------------------------------------------------
+# A further family --------------------------------------------------------------------------------
 
 
 def gpt_names():
@@ -343,7 +343,7 @@ def test_a_family_without_a_table_is_refused_by_name(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# One form ------------------------------------------------------------------------------------------
+# One form ----------------------------------------------------------------------------------------
 
 
 SHARED = ("apply_fn", "init", "load", "plan", "save", "shapes")
