@@ -66,8 +66,8 @@ def shifted_sparse(group: int) -> Callable[..., Array]:
         if length % group or heads % 2:
             raise ValueError(
                 f"`shifted_sparse({group})`: the number of tokens must be a multiple of {group}, "
-                f"and the number of heads even, got {length} tokens and {heads} heads. Pad the texts, "
-                "or choose another group."
+                f"and the number of heads even, got {length} tokens and {heads} heads. Pad the "
+                "texts, or choose another group."
             )
         if k.shape[2] % 2:  # the halves of the heads share keys
             k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
