@@ -120,7 +120,7 @@ def test_the_scores_of_all_pairs_are_never_formed():
     "call, message",
     [
         (lambda: shifted_sparse(5), r"shifted_sparse\(5\)`: `group` must be an even number"),
-        (lambda: run(group=10), "must be a multiple of 10 .* got 32 tokens and 4 heads"),
+        (lambda: run(group=10), "must be a multiple of 10, .* got 32 tokens and 4 heads"),
         (
             lambda: decoder.apply_fn(CONFIG, attention_fn=shifted_sparse(G))(
                 params(), ids()[:, :1], cache=decoder.init_cache(CONFIG, 2, 9, jnp.float64)
