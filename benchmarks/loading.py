@@ -28,10 +28,22 @@ from jaxpeft.models import decoder
 
 CONFIGS = {
     "1.1B": decoder.Config(
-        vocab=32000, width=2048, mlp_width=5632, layers=22, heads=32, kv_heads=4, head_dim=64
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_layers=22,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=64,
     ),
     "tiny": decoder.Config(
-        vocab=512, width=64, mlp_width=172, layers=5, heads=8, kv_heads=4, head_dim=8
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=172,
+        num_layers=5,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=8,
     ),
 }
 FILES = 4

@@ -184,7 +184,11 @@ class Base(NamedTuple):
         if multiple == 1:
             return self.config
         rope = dataclasses.replace(self.config.rope, kind="linear", factor=float(multiple))
-        return dataclasses.replace(self.config, rope=rope, context=multiple * self.config.context)
+        return dataclasses.replace(
+            self.config,
+            rope=rope,
+            max_position_embeddings=multiple * self.config.max_position_embeddings,
+        )
 
 
 class Cell:
@@ -193,8 +197,8 @@ class Cell:
     def __init__(self, base: Base, multiple: int, arm: Arm, plan: Plan):
         self.base, self.arm, self.plan = base, arm, plan
         self.config = base.at(multiple)
-        self.length = self.config.context
-        sites = jp.sites(decoder.pure(self.config), base.params, np.zeros((1, 8), np.int32))
+        self.length = self.config.max_position_embeddings
+        sites = jp.sites(decoder.apply_fn(self.config), base.params, np.zeros((1, 8), np.int32))
         attention = sites.match("layers/attn/*/kernel")
         if arm.longlora:
             self.method = jp.longlora(RANK, attention, sites.embedding, sites.norm, alpha=ALPHA)
@@ -208,7 +212,7 @@ class Cell:
             "blocked": blocked,
             "shifted": shifted_sparse(self.length // 4),
         }
-        forward = decoder.pure(self.config, attention_fn=kinds[attention], **options)
+        forward = decoder.apply_fn(self.config, attention_fn=kinds[attention], **options)
         forward = jp.lift(forward, materialize="error")
 
         def loss(frozen, adapter, batch, key):
@@ -227,13 +231,13 @@ class Cell:
     @functools.cached_property
     def step(self):
         """The step that is measured."""
-        return self.program(self.arm.attention, unroll=self.config.layers)
+        return self.program(self.arm.attention, unroll=self.config.num_layers)
 
     @functools.cached_property
     def tuner(self):
         """The step that runs take."""
         if self.arm.attention == "full":
-            return self.program("blocked", unroll=self.config.layers)
+            return self.program("blocked", unroll=self.config.num_layers)
         return self.step
 
     def start(self, seed):
@@ -271,7 +275,7 @@ class Reader:
 
     def __init__(self, config: decoder.Config, tokens: int):
         self.tokens = tokens
-        forward = jp.lift(decoder.pure(config, unroll=config.layers, attention_fn=blocked))
+        forward = jp.lift(decoder.apply_fn(config, unroll=config.num_layers, attention_fn=blocked))
 
         def total(params, batch):
             return cross_entropy(forward(params, batch[:, :-1]), batch[:, 1:])[0]
@@ -353,23 +357,25 @@ def spread(values: list[float]) -> dict[str, Any]:
 def at(multiple: int, base: Base, texts: Texts, plan: Plan) -> dict[str, Any]:
     """All figures of one length."""
     cells = cells_at(base, plan, multiple)
-    config, short = cells[REFERENCE].config, base.config.context
+    config, short = cells[REFERENCE].config, base.config.max_position_embeddings
     longest = max(plan.multiples) * short
-    long_, cut = (windows(texts.held_out, t, longest) for t in (config.context, short))
+    long_, cut = (
+        windows(texts.held_out, t, longest) for t in (config.max_position_embeddings, short)
+    )
     read, plain = Reader(config, plan.tokens), Reader(base.config, plan.tokens)
     found = {
-        "length": config.context,
-        "rows": plan.tokens // config.context,
+        "length": config.max_position_embeddings,
+        "rows": plan.tokens // config.max_position_embeddings,
         "base": {
             "not interpolated": plain(base.params, long_),
             "interpolated": read(base.params, long_),
         },
         "arms": costs(cells, texts.train),
     }
-    say(f"T = {config.context}: base {found['base']}")
+    say(f"T = {config.max_position_embeddings}: base {found['base']}")
     for name, row in found["arms"].items():
         said = [f"{cost} {row[f'{cost}_vs_full']:.3f}" for cost in COSTS]
-        say(f"T = {config.context}: {name}, of full's {', '.join(said)}")
+        say(f"T = {config.max_position_embeddings}: {name}, of full's {', '.join(said)}")
     for name, cell in cells.items():
         if not cell.arm.tuned:
             continue
@@ -378,8 +384,9 @@ def at(multiple: int, base: Base, texts: Texts, plan: Plan) -> dict[str, Any]:
         row["perplexity"] = spread([read(tree, long_) for tree in tuned])
         row["perplexity_short"] = spread([read(tree, cut) for tree in tuned])
         say(
-            f"T = {config.context}: {name}, perplexity {row['perplexity']['runs']}, in windows of "
-            f"{short} {row['perplexity_short']['runs']}"
+            f"T = {config.max_position_embeddings}: {name}, "
+            f"perplexity {row['perplexity']['runs']}, "
+            f"in windows of {short} {row['perplexity_short']['runs']}"
         )
     full = found["arms"][REFERENCE]["perplexity"]["runs"]
     for row in found["arms"].values():
@@ -396,7 +403,7 @@ def measure(base: Base, texts: Texts, plan: Plan) -> Iterator[dict[str, Any]]:
         lengths.append(at(multiple, base, texts, plan))
         yield {
             "jax": jax.__version__,
-            "context": base.config.context,
+            "context": base.config.max_position_embeddings,
             "plan": dataclasses.asdict(plan),
             "tokens": {name: len(stream) for name, stream in texts._asdict().items()},
             "rates": {kind: best(kind) for kind in SWEPT},

@@ -36,7 +36,9 @@ from jaxpeft.train import cross_entropy, init, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quantization.json"
-SMOLLM = decoder.Config(49152, 576, 1536, 30, 9, 3, 64, tied=True, context=256)
+SMOLLM = decoder.Config(
+    49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True, max_position_embeddings=256
+)
 BATCH, LENGTH, RANK = 4, 256, 8
 BITSANDBYTES = {"nf4": ("nf4", False), "nf4+dq": ("nf4", True),
                 "fp4": ("fp4", False), "fp4+dq": ("fp4", True)}  # fmt: skip
@@ -46,7 +48,7 @@ def matrices(config):
     """Shapes of the parameters, and the sites of those that are quantized."""
     params = jax.eval_shape(lambda key: decoder.init(config, key, jnp.float32), jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return params, jp.sites(decoder.pure(config), params, tokens).hidden
+    return params, jp.sites(decoder.apply_fn(config), params, tokens).hidden
 
 
 def bits_per_param():
@@ -105,8 +107,10 @@ def theirs(format, weights):
 
 def step_of(format, params, tokens, remat):
     """A compiled step and its arguments."""
-    forward = jp.lift(decoder.pure(SMOLLM, remat="full" if remat else None), materialize="error")
-    sites = jp.sites(decoder.pure(SMOLLM), params, tokens)
+    forward = jp.lift(
+        decoder.apply_fn(SMOLLM, remat="full" if remat else None), materialize="error"
+    )
+    sites = jp.sites(decoder.apply_fn(SMOLLM), params, tokens)
     method = jp.lora(RANK, sites.hidden)
     if format is not None:
         method = jp.chain(jp.quantize(format, sites.hidden), method)
@@ -124,7 +128,7 @@ def step_of(format, params, tokens, remat):
 
 def step_time_vs_lora(rounds):
     params = decoder.init(SMOLLM, jax.random.key(0), jnp.float32)
-    tokens = jax.random.randint(jax.random.key(1), (BATCH, LENGTH), 0, SMOLLM.vocab)
+    tokens = jax.random.randint(jax.random.key(1), (BATCH, LENGTH), 0, SMOLLM.vocab_size)
     ratios = {}
     for remat in (False, True):
         steps = [step_of(format, params, tokens, remat) for format in (None, "nf4+dq")]

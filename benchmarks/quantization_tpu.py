@@ -110,7 +110,7 @@ PRODUCTS = [  # tokens, in, out, dtype; the second and third need tiles beyond t
 
 def qlora(config):
     """The shapes of (frozen, adapter), and the loss of a batch."""
-    forward = decoder.pure(config, remat="full")
+    forward = decoder.apply_fn(config, remat="full")
     shapes = decoder.shapes(config, jnp.bfloat16)
     sites = jp.sites(forward, shapes, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     method = jp.chain(

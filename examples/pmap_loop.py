@@ -19,15 +19,22 @@ from jaxpeft.models import decoder
 from jaxpeft.train import cross_entropy, init, train_step
 
 CONFIG = decoder.Config(
-    vocab=64, width=64, mlp_width=128, layers=2, heads=4, kv_heads=2, head_dim=16, tied=True
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    tie_word_embeddings=True,
 )
 
 
 def batch(rng, devices, rows=8, length=32):
     """(devices, rows, length): each token is three times the last one plus one, modulo 64."""
-    tokens = [rng.integers(0, CONFIG.vocab, (devices, rows))]
+    tokens = [rng.integers(0, CONFIG.vocab_size, (devices, rows))]
     for _ in range(length):
-        tokens.append((3 * tokens[-1] + 1) % CONFIG.vocab)
+        tokens.append((3 * tokens[-1] + 1) % CONFIG.vocab_size)
     tokens = np.stack(tokens, axis=-1).astype(np.int32)
     weights = rng.integers(0, 2, tokens[..., 1:].shape).astype(np.float32)
     return {"tokens": tokens[..., :-1], "targets": tokens[..., 1:], "weights": weights}
@@ -39,7 +46,7 @@ def main(steps=60, devices=None):
 
     # The base: decoder.load("FOLDER") in earnest.
     params = decoder.init(CONFIG, key)
-    forward = decoder.pure(CONFIG)
+    forward = decoder.apply_fn(CONFIG)
 
     # The adapter.
     sites = jp.sites(forward, params, jax.ShapeDtypeStruct((1, 8), jnp.int32))

@@ -40,10 +40,17 @@ from jaxpeft.models import decoder
 from jaxpeft.train import cross_entropy, init, train_step
 
 LLAMA3 = decoder.Rope(theta=500000.0)
-LLAMA32 = decoder.Rope(theta=500000.0, kind="llama3", factor=32.0, low=1.0, high=4.0, context=8192)
+LLAMA32 = decoder.Rope(
+    theta=500000.0,
+    rope_type="llama3",
+    factor=32.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
 SHAPES = {  # vocabulary, width, width of the MLP, layers, heads, key-value heads, size of a head
-    "tiny": decoder.Config(256, 64, 128, 2, 4, 2, 16, tied=True),
-    "1b": decoder.Config(128256, 2048, 8192, 16, 32, 8, 64, rope=LLAMA32, tied=True),
+    "tiny": decoder.Config(256, 64, 128, 2, 4, 2, 16, tie_word_embeddings=True),
+    "1b": decoder.Config(128256, 2048, 8192, 16, 32, 8, 64, rope=LLAMA32, tie_word_embeddings=True),
     "8b": decoder.Config(128256, 4096, 14336, 32, 32, 8, 128, rope=LLAMA3),
     "70b": decoder.Config(128256, 8192, 28672, 80, 64, 8, 128, rope=LLAMA3),
 }
@@ -107,7 +114,7 @@ def by_rows(sites, mesh):
 
 def recipe(config, mesh, rank, rate):
     """The method, the optimizer and the train step, from shapes alone."""
-    forward = decoder.pure(config, remat="full")
+    forward = decoder.apply_fn(config, remat="full")
     shapes = decoder.shapes(config, jnp.bfloat16)
     sites = jp.sites(forward, shapes, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     method = jp.chain(by_rows(sites.linear, mesh), jp.lora(rank, sites.linear, alpha=2 * rank))
@@ -126,8 +133,8 @@ def recipe(config, mesh, rank, rate):
 
 def random_batch(config, rows, length, index):
     """Tokens of which each follows from the one before, so that there is something to learn."""
-    first = np.random.default_rng(index).integers(0, config.vocab, (rows, 1))
-    tokens = (first + 7 * np.arange(length + 1)) % config.vocab
+    first = np.random.default_rng(index).integers(0, config.vocab_size, (rows, 1))
+    tokens = (first + 7 * np.arange(length + 1)) % config.vocab_size
     ones, tokens = np.ones((rows, length), np.int32), tokens.astype(np.int32)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": ones.astype(np.float32)}

@@ -30,11 +30,17 @@ def split_shapes(method, params):
 @functools.cache
 def llama():
     config = decoder.Config(
-        vocab=32000, width=4096, mlp_width=11008, layers=32, heads=32, kv_heads=32, head_dim=128
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
     )
     params = decoder.shapes(config)
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    return params, jp.sites(decoder.pure(config), params, tokens)
+    return params, jp.sites(decoder.apply_fn(config), params, tokens)
 
 
 def test_rank_8_on_q_and_v_of_a_7b_llama_has_4194304_trainable_parameters():

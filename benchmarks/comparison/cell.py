@@ -223,7 +223,12 @@ class Cell:
         def init_cache(rows: int, length: int) -> Any:
             return decoder.init_cache(self.task.base.config, rows, length + self.row.length)
 
-        return generator(forward, init_cache, max_new=MAX_NEW, eos=self.task.base.config.eos)
+        return generator(
+            forward,
+            init_cache,
+            max_new_tokens=MAX_NEW,
+            eos_token_ids=self.task.base.config.eos_token_ids,
+        )
 
 
 class Run:
@@ -258,7 +263,7 @@ class Run:
         for row, ids in enumerate(prompts):
             tokens[row, longest - len(ids) :], mask[row, longest - len(ids) :] = ids, True
         said = self.cell.writer(self.trained, tokens, mask)
-        ends = self.cell.task.base.config.eos
+        ends = self.cell.task.base.config.eos_token_ids
         rows = zip(np.asarray(said.tokens).tolist(), np.asarray(said.lengths), strict=True)
         return [[token for token in ids[:length] if token not in ends] for ids, length in rows]
 
@@ -279,5 +284,5 @@ def _filled(split: Split, rows: int) -> Split:
         np.pad(split.tokens, ((0, empty), (0, 0))),
         # One token is seen, so that means are over something.
         np.concatenate([split.mask, np.arange(split.mask.shape[1]) < np.ones((empty, 1))]),
-        np.pad(split.labels, labels, constant_values=heads.IGNORED),
+        np.pad(split.labels, labels, constant_values=heads.IGNORE_INDEX),
     )

@@ -195,11 +195,11 @@ def stories() -> Split:
     model = base("stories260k")
     bos = model.tokenizer.encode("").ids[0]
     write = generator(
-        decoder.pure(model.config),
+        decoder.apply_fn(model.config),
         functools.partial(decoder.init_cache, model.config),
-        max_new=LENGTHS["stories260k"][-1] - 1,
+        max_new_tokens=LENGTHS["stories260k"][-1] - 1,
         temperature=1.0,
-        eos=model.config.eos,
+        eos_token_ids=model.config.eos_token_ids,
     )
     start = jnp.full((STORIES, 1), bos, jnp.int32)
     said = write(model.params, start, key=jax.random.key(0))

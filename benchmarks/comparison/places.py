@@ -38,7 +38,7 @@ def places(sites: jp.Sites, base: Any) -> Places:
         norms=sites.match(f"{layer}/*_norm/*"),
         summed=sites.match(f"{layer}/mlp_norm/*") if behind else None,
         table=sites.match("trunk/embed/embedding"),
-        width=max(base.config.width // 8, 1),
-        eps=base.config.eps,
+        width=max(base.config.hidden_size // 8, 1),
+        eps=base.config.norm_eps,
         tokenizer=base.tokenizer,
     )

@@ -122,12 +122,12 @@ def base(name: str) -> Base:
         config, params = encoder.load(folder, jnp.float32)
         params.pop("pooler", None)  # untrained, and read by nothing here
         config = dataclasses.replace(config, pooler=False)
-        trunks = (encoder.pure(config), encoder.pure(config, unroll=config.layers))
+        trunks = (encoder.apply_fn(config), encoder.apply_fn(config, unroll=config.num_layers))
     else:
         config, params = decoder.load(folder, jnp.float32)
         # Also to train with: the arrays that a loop saves for its backward pass are a quarter of
         # the step of so small a model.
-        trunks = (decoder.pure(config, "hidden", unroll=config.layers),) * 2
+        trunks = (decoder.apply_fn(config, "hidden", unroll=config.num_layers),) * 2
     return Base(name, config, params, tokenizer, *trunks)
 
 
@@ -166,7 +166,7 @@ def _classes(name: str, parts: files.Parts) -> Task:
         return np.stack([right, np.ones_like(right)], axis=-1).astype(np.int32)
 
     test = split(parts.test)
-    head = heads.sequence_classification(minilm.config.width, len(classes), pool=POOL)
+    head = heads.sequence_classification(minilm.config.hidden_size, len(classes), pool=POOL)
     return Task(
         name=name,
         base=minilm,
@@ -193,7 +193,7 @@ class Gold(NamedTuple):
 
 
 def snips() -> Task:
-    """Slots: a tag at the first token of each word, IGNORED elsewhere; spans are compared."""
+    """Slots: a tag at the first token of each word, IGNORE_INDEX elsewhere; spans are compared."""
     minilm, parts = base("minilm"), files.snips()
     tags = sorted({tag for example in parts.train for tag in example.tags})
     number = {tag: i for i, tag in enumerate(tags)}
@@ -201,12 +201,14 @@ def snips() -> Task:
     def questions(examples: Sequence) -> Questions:
         encoded = [minilm.tokenizer.encode(list(x.words), is_pretokenized=True) for x in examples]
         tokens, mask = padded([x.ids for x in encoded], LENGTHS["minilm"][-1])
-        labels = np.full(tokens.shape, heads.IGNORED, np.int32)
+        labels = np.full(tokens.shape, heads.IGNORE_INDEX, np.int32)
         starts = []
         for row, (example, x) in enumerate(zip(examples, encoded, strict=True)):
             at = [t for t in first_tokens(x.word_ids) if t < tokens.shape[1]]
             # A tag that no training sentence has is never predicted: a miss.
-            labels[row, at] = [number.get(tag, heads.IGNORED) for tag in example.tags[: len(at)]]
+            labels[row, at] = [
+                number.get(tag, heads.IGNORE_INDEX) for tag in example.tags[: len(at)]
+            ]
             starts.append(at)
         split = Split(tokens, mask, labels)
         return Questions(split, Gold(split, [x.tags for x in examples], starts))
@@ -220,7 +222,7 @@ def snips() -> Task:
             rows.append(span_counts(said + ["O"] * (len(true) - len(said)), true))
         return np.asarray(rows, np.int32)
 
-    head = heads.token_classification(minilm.config.width, len(tags))
+    head = heads.token_classification(minilm.config.hidden_size, len(tags))
     return Task(
         name="snips",
         base=minilm,
@@ -266,12 +268,12 @@ class Meanings(NamedTuple):
 def e2e() -> Task:
     """'<s>meaning\\n sentence</s>': the loss is on all of it, BLEU on what follows the meaning."""
     stories, parts = base("stories260k"), files.e2e()
-    eos = stories.config.eos[0]
+    eos = stories.config.eos_token_ids[0]
 
     def questions(examples: Sequence) -> Questions:
         texts = [[*stories.tokenizer.encode(f"{x.meaning}\n {x.text}").ids, eos] for x in examples]
         tokens, mask = padded(texts, LENGTHS["stories260k"][-1])
-        split = Split(tokens, mask, np.where(mask, tokens, heads.IGNORED).astype(np.int32))
+        split = Split(tokens, mask, np.where(mask, tokens, heads.IGNORE_INDEX).astype(np.int32))
         said: dict[str, list[str]] = {}
         for example in examples:
             said.setdefault(example.meaning, []).append(example.text)
@@ -287,7 +289,7 @@ def e2e() -> Task:
         pairs = zip(written, meanings.references, strict=True)
         return np.asarray([ngram_counts(text, references) for text, references in pairs], np.int32)
 
-    head = heads.causal_lm(stories.config.width, stories.config.vocab)
+    head = heads.causal_lm(stories.config.hidden_size, stories.config.vocab_size)
     table = stories.params["embed"]["embedding"]
     return Task(
         name="e2e",

@@ -12,22 +12,34 @@ from jaxpeft.models import decoder
 BLOCK = 128
 
 
-def blocked(q, k, v, *, queries: decoder.Place, keys: decoder.Place, window):
+def blocked(q, k, v, *, query_positions, key_positions, window):
     """As `decoder.attention`; in cached decoding, with other keys than queries, it is that."""
     length = q.shape[1]
-    if length != k.shape[1]:
-        return decoder.attention(q, k, v, queries=queries, keys=keys, window=window)
 
     @jax.checkpoint
     def block(q, k, v, queries, keys):
-        return decoder.attention(q, k, v, queries=queries, keys=keys, window=window)
+        return decoder.attention(
+            q, k, v, query_positions=queries, key_positions=keys, window=window
+        )
 
-    def cut(place, start, end):
-        return jax.tree.map(lambda x: x[:, start:end], place)
+    if length != k.shape[1]:
+        return decoder.attention(
+            q, k, v, query_positions=query_positions, key_positions=key_positions, window=window
+        )
 
-    ends = [min(start + BLOCK, length) for start in range(0, length, BLOCK)]
+    def cut(positions, start, end):
+        return jax.tree.map(lambda x: x[:, start:end], positions)
+
+    starts = range(0, length, BLOCK)
+    ends = [min(start + BLOCK, length) for start in starts]
     blocks = [
-        block(q[:, start:end], k[:, :end], v[:, :end], cut(queries, start, end), cut(keys, 0, end))
-        for start, end in zip(range(0, length, BLOCK), ends, strict=True)
+        block(
+            q[:, start:end],
+            k[:, :end],
+            v[:, :end],
+            cut(query_positions, start, end),
+            cut(key_positions, 0, end),
+        )
+        for start, end in zip(starts, ends, strict=True)
     ]
     return jax.numpy.concatenate(blocks, axis=1)

@@ -35,16 +35,16 @@ END = "<|endoftext|>"  # between documents; the end of a text in the demo, too
 
 CONTEXT = 256
 CONFIG = decoder.Config(
-    vocab=2048,
-    width=128,
-    mlp_width=384,
-    layers=4,
-    heads=4,
-    kv_heads=2,
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=384,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
     head_dim=32,
-    tied=True,  # a head of its own would be a quarter more parameters
-    context=CONTEXT,
-    eos=(0,),
+    tie_word_embeddings=True,  # a head of its own would be a quarter more parameters
+    max_position_embeddings=CONTEXT,
+    eos_token_ids=(0,),
 )
 # Of CONTEXT tokens each, per step. With so few tokens in all, many small steps learn more: after
 # 0.3 million tokens the held-out loss of a twice as large model was 5.18 with 4 rows, 5.68 with 8.
@@ -63,7 +63,7 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG.vocab,
+        vocab_size=CONFIG.vocab_size,
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -129,7 +129,7 @@ def mean_loss(forward, params, documents: list[list[int]]) -> float:
 
 def pretrain(documents: list[list[int]], steps: int, rate: float, seed: int) -> tuple[dict, list]:
     """The parameters after `steps` steps of AdamW, and what was seen on the way."""
-    forward = decoder.pure(CONFIG, unroll=CONFIG.layers, attention_fn=blocked)
+    forward = decoder.apply_fn(CONFIG, unroll=CONFIG.num_layers, attention_fn=blocked)
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps, rate / 20)
     # Kernels decay, norms and the table do not: a token that is not in the batch gets no gradient.
     params = decoder.init(CONFIG, jax.random.key(seed))
@@ -184,7 +184,7 @@ def main() -> None:
 
     # What ships is rounded to bfloat16, so that is what is measured, in the demo's float32.
     config, params = decoder.load(options.out, dtype=jnp.float32)
-    forward = decoder.pure(config, unroll=config.layers, attention_fn=blocked)
+    forward = decoder.apply_fn(config, unroll=config.num_layers, attention_fn=blocked)
     texts = {
         "documentation": corpus.held_out_documentation(),
         "code": [record["text"] for record in corpus.code(corpus.HELD_OUT)],

@@ -17,8 +17,8 @@ from jaxpeft.models import decoder
 
 def logits(config: decoder.Config, tree) -> np.ndarray:
     """Of two rows of random tokens, the same in every process."""
-    tokens = np.random.default_rng(0).integers(0, config.vocab, (2, 64), np.int32)
-    return np.asarray(jax.jit(jp.lift(decoder.pure(config)))(tree, jnp.asarray(tokens)))
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 64), np.int32)
+    return np.asarray(jax.jit(jp.lift(decoder.apply_fn(config)))(tree, jnp.asarray(tokens)))
 
 
 if __name__ == "__main__":

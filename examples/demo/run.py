@@ -92,18 +92,20 @@ class Tuned(NamedTuple):
 
 
 def model_of(config: decoder.Config, params: dict[str, Any]) -> Model:
-    few = config.layers <= 8  # a scan of a few layers is slower than the layers one by one
-    forward = decoder.pure(config, attention_fn=blocked, unroll=config.layers if few else 1)
+    few = config.num_layers <= 8  # a scan of a few layers is slower than the layers one by one
+    forward = decoder.apply_fn(config, attention_fn=blocked, unroll=config.num_layers if few else 1)
     sites = jp.sites(forward, params, jax.ShapeDtypeStruct((2, 8), jnp.int32))
     return Model(config, params, forward, sites)
 
 
 def untied(model: Model) -> Model:
     """The same model with a head of its own, which starts as a copy of the embedding."""
-    if not model.config.tied:
+    if not model.config.tie_word_embeddings:
         return model
     head = {"kernel": model.params["embed"]["embedding"].T}
-    return model_of(dataclasses.replace(model.config, tied=False), {**model.params, "head": head})
+    return model_of(
+        dataclasses.replace(model.config, tie_word_embeddings=False), {**model.params, "head": head}
+    )
 
 
 def method_for(name: str, model: Model, rank: int, format: str | None) -> tuple[Model, Any]:
@@ -219,10 +221,10 @@ def writer(tokenizer: TextTokenizer, model: Model, prompt: np.ndarray) -> Callab
     write = generator(
         jp.lift(model.forward),
         functools.partial(decoder.init_cache, model.config),
-        max_new=min(WRITTEN, model.config.longest + 1 - len(prompt)),
+        max_new_tokens=min(WRITTEN, model.config.max_length + 1 - len(prompt)),
         temperature=0.6,
         top_p=0.9,
-        eos=sorted({*model.config.eos, *tokenizer.stop_ids}),
+        eos_token_ids=sorted({*model.config.eos_token_ids, *tokenizer.stop_ids}),
     )
 
     def text(tree: Any) -> str:
@@ -377,7 +379,7 @@ def main(argv=None) -> dict[str, Any]:
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from error
     tokenizer = TextTokenizer(options.model)
-    context = min(options.context, model.config.context)
+    context = min(options.context, model.config.max_position_embeddings)
     train, held_out = read(options, tokenizer, context)
     options.steps = options.steps or len(Batches(train, batch_size=ROWS, num_epochs=1))
     console.print(
@@ -388,12 +390,12 @@ def main(argv=None) -> dict[str, Any]:
     if options.folder is not None:
         claim(options.folder, options)
     if options.prompt is None:
-        prompt = sample_prompt(held_out, model.config.longest + 1 - WRITTEN)
+        prompt = sample_prompt(held_out, model.config.max_length + 1 - WRITTEN)
     else:
         prompt = np.asarray(tokenizer.tokenizer.encode(options.prompt).ids, np.int32)
-    if len(prompt) > model.config.longest:
+    if len(prompt) > model.config.max_length:
         raise UserError(
-            f"--prompt has {len(prompt)} tokens, the model's context {model.config.longest}."
+            f"--prompt has {len(prompt)} tokens, the model's context {model.config.max_length}."
         )
 
     base = measure(model, model.params, {}, held_out)

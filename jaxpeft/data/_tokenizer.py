@@ -148,7 +148,7 @@ class TextTokenizer:
             self._log_once(
                 f"assistant turns end with {decode([end])!r} (id {end}), which is not one of the "
                 f"end tokens {sorted(self._ends)} of {self.folder}. Let generation stop there, "
-                f"too: generator(..., eos=tokenizer.stop_ids)."
+                f"too: generator(..., eos_token_ids=tokenizer.stop_ids)."
             )
 
     def _log_once(self, message):

@@ -1,6 +1,6 @@
-"""Layers that the reference models share: products, tables and norms, and how they are cast.
+"""Layers that the reference models share: linear maps, tables, norms, and pieces of attention.
 
-Kernels are (in, out); `None` for a `dtype` computes in that of the weights.
+Kernels are (in, out). `dtype=None` computes in the dtype of the weights.
 """
 
 from __future__ import annotations
@@ -15,12 +15,19 @@ from jax import Array
 
 from jaxpeft._schema import check_dtype_option
 
-__all__ = ["Embed", "LayerNorm", "Linear", "RMSNorm", "cast"]
-__all__ += ["check_remat", "checkpointed", "normal"]
+__all__ = [
+    "Embed",
+    "LayerNorm",
+    "Linear",
+    "RMSNorm",
+    "cast",
+]
+__all__ += ["check_free_slots", "check_options", "checkpointed", "masked_softmax", "normal"]
+__all__ += ["stacked", "vocab_logits", "write_to_cache"]
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias, kernel (in, out), computed in `dtype` (`None`: as it comes)."""
+    """x @ kernel + bias, with a kernel (in, out), computed in `dtype`."""
 
     def __init__(self, n: int, m: int, bias: bool, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         self.dtype = dtype
@@ -61,7 +68,7 @@ class LayerNorm(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """Rows of a table by id; an id beyond the table gives NaN, not another token's row."""
+    """The rows of a table by id. An id beyond the table gives NaN, not another token's row."""
 
     def __init__(self, vocab: int, width: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         self.dtype = dtype
@@ -82,15 +89,112 @@ def cast(weight: Any, dtype: Any) -> Array:
     return weight[...] if dtype is None else weight[...].astype(dtype)
 
 
-def check_remat(how: Any) -> None:
-    """Raises ValueError where `how` is none of what `checkpointed` takes."""
-    if not (how in (None, "full") or callable(how)):
-        raise ValueError(f"`remat` must be None, 'full' or a checkpoint policy, got {how!r}.")
+def check_options(*, remat: Any, **dtypes: Any) -> None:
+    """Checks the options that the modules of all models take.
+
+    Args:
+      remat: As `checkpointed` takes it.
+      **dtypes: By name, each a floating-point dtype or `None`.
+    Raises:
+      ValueError: One of them is something else.
+    """
+    if not (remat in (None, "full") or callable(remat)):
+        raise ValueError(f"`remat` must be None, 'full' or a checkpoint policy, got {remat!r}.")
+    for name, dtype in dtypes.items():
+        check_dtype_option(name, dtype)
 
 
-def checkpointed(step: Callable[..., Any], how: Any) -> Callable[..., Any]:
-    """The step of a scan over layers, of which the backward pass computes again what `how` says:
-    `None` nothing, "full" all from its input, or a policy of `jax.checkpoint_policies`."""
-    if how is None:
+def checkpointed(step: Callable[..., Any], remat: Any) -> Callable[..., Any]:
+    """The step of a scan over layers, rematerialized in the backward pass.
+
+    Args:
+      step: The step.
+      remat: `None` stores all that the backward pass needs, "full" only the input of each layer; a
+        policy of `jax.checkpoint_policies` says what is stored.
+    """
+    if remat is None:
         return step
-    return jax.checkpoint(step, policy=None if how == "full" else how, prevent_cse=False)
+    return jax.checkpoint(step, policy=None if remat == "full" else remat, prevent_cse=False)
+
+
+# Pieces of attention, heads and caches -----------------------------------------------------------
+
+
+def masked_softmax(scores: Array, mask: Array | None) -> Array:
+    """Softmax over the last axis, the keys, of those that the mask shows.
+
+    Args:
+      scores: Real numbers (..., S).
+      mask: A bool that broadcasts to the scores, or `None` for all keys.
+    Returns:
+      Weights of the shape of the scores; zeros where a query attends to nothing.
+    """
+    if mask is None:
+        return jax.nn.softmax(scores)
+    # A finite minimum, and a second `where`: the softmax of a row without keys must have neither
+    # NaNs nor weight.
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min))
+    return jnp.where(mask, weights, 0)
+
+
+def vocab_logits(x: Array, embed: Embed, head: Linear | None, logits_dtype: Any) -> Array:
+    """Logits (B, T, V) of hidden states (B, T, D).
+
+    Args:
+      x: Hidden states.
+      embed: The table of the tokens.
+      head: The head, or `None` for the transposed table.
+      logits_dtype: Dtype of the sums and of the logits. `None` means that of the products.
+    """
+    if head is None:
+        table = cast(embed.embedding, embed.dtype)
+        return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=logits_dtype)
+    kernel = cast(head.kernel, embed.dtype)
+    return jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=logits_dtype)
+
+
+def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """One module that holds `count` layers, each array with a leading axis, for a scan over them.
+
+    Args:
+      make: The layer for its own `rngs`.
+      count: How many layers, L.
+      rngs: Those of the model.
+    """
+    keys = jax.random.split(rngs.params(), count)
+    return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
+
+
+def write_to_cache(cache: Array, new: Array, layer: Array, used: Array) -> Array:
+    """The cached keys or values of all layers, (L, B, S, K, H), with those of one layer entered.
+
+    A step writes T slots of the stack and not the whole cache.
+
+    Args:
+      cache: Of all layers.
+      new: Of this layer, (B, T, K, H).
+      layer: Its index.
+      used: How many slots were used before.
+    """
+    at = (layer, jnp.int32(0), used, jnp.int32(0), jnp.int32(0))
+    return jax.lax.dynamic_update_slice(cache, new[None].astype(cache.dtype), at)
+
+
+def check_free_slots(tokens: Array, cache: Any, what: str) -> None:
+    """Raises a ValueError where tokens (B, T) do not fit in a cache, if it is not traced.
+
+    Args:
+      tokens: Their ids.
+      cache: With keys `k` (L, B, S, ...) and the number of slots `used`; `None` has room for all.
+      what: What the tokens are, for the message: "tokens" or "targets".
+    """
+    if cache is None:
+        return
+    free = cache.k.shape[2]
+    if not isinstance(cache.used, jax.core.Tracer):
+        free -= int(cache.used)
+    if tokens.shape[1] > free:
+        raise ValueError(
+            f"{tokens.shape[1]} {what} do not fit in the {free} free slots of the cache. Make "
+            "a longer one: init_cache(config, batch_size, length)."
+        )

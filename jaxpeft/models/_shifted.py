@@ -6,25 +6,26 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpeft.models.decoder import Place, attention
+from jaxpeft.models.decoder import TokenPositions, attention
 
 
 def shifted_sparse(group: int) -> Callable[..., Array]:
     """An `attention_fn` for training: attention within groups of tokens, shifted in half the heads.
 
-    The heads' first half sees groups [0, g), [g, 2 g), ..., the second half groups that begin g / 2
-    later, so that from layer to layer what a token knows passes on to its neighbours. A token sees
-    those of its group that are not after it; the half groups at both ends, which shifting puts
-    into one, do not see each other. T tokens cost T g instead of T^2. Used in training alone: the
-    tuned model runs with full attention and, where the context has grown, with interpolated
-    positions (`Rope(kind="linear", factor=...)`), which training has too.
+    The first half of the heads attends within the groups [0, g), [g, 2 g), ..., the second half
+    within groups that begin g / 2 later, so that information passes between neighbouring groups
+    from layer to layer. A token attends to the tokens of its group that are not after it; the half
+    groups at both ends, which the shift puts into one group, do not attend to each other. T tokens
+    cost T g instead of T^2. It is for training only: the fine-tuned model runs with full attention
+    and, where the context has grown, with interpolated positions
+    (`Rope(rope_type="linear", factor=...)`), which training has too.
 
-        train_fn = decoder.pure(config, attention_fn=shifted_sparse(2048), remat="full")
-        model = decoder.pure(config)
+        train_fn = decoder.apply_fn(config, attention_fn=shifted_sparse(2048), remat="full")
+        model = decoder.apply_fn(config)
 
     Args:
       group: g, an even number of tokens; a quarter of the context in the paper. Texts of at most
-        as many see full attention.
+        g tokens have full attention.
 
     Returns:
       A function of the signature of `decoder.attention`.
@@ -39,23 +40,34 @@ def shifted_sparse(group: int) -> Callable[..., Array]:
       section 3.2. https://arxiv.org/abs/2309.12307
     """
     if group < 2 or group % 2:
-        raise ValueError(f"`shifted_sparse({group})`: an even number of tokens is needed.")
+        raise ValueError(
+            f"`shifted_sparse({group})`: `group` must be an even number of tokens, at least 2."
+        )
 
     def attention_fn(
-        q: Array, k: Array, v: Array, *, queries: Place, keys: Place, window: int | Array | None
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        query_positions: TokenPositions,
+        key_positions: TokenPositions,
+        window: int | Array | None,
     ) -> Array:
         length, heads = q.shape[1:3]
         if k.shape[1] != length:
             raise ValueError(
-                f"`shifted_sparse` is for training: {length} queries meet {k.shape[1]} keys. "
-                "Generate with the decoder's own attention."
+                f"`shifted_sparse` is for training, where queries and keys are of the same tokens, "
+                f"but got {length} queries and {k.shape[1]} keys. Generate with the decoder's own "
+                "attention."
             )
         if length <= group:
-            return attention(q, k, v, queries=queries, keys=keys, window=window)
+            where = {"query_positions": query_positions, "key_positions": key_positions}
+            return attention(q, k, v, **where, window=window)
         if length % group or heads % 2:
             raise ValueError(
-                f"`shifted_sparse({group})`: {length} tokens must be a multiple of the group, and "
-                f"{heads} heads of 2. Pad the texts, or choose another group."
+                f"`shifted_sparse({group})`: the number of tokens must be a multiple of {group}, "
+                f"and the number of heads even, got {length} tokens and {heads} heads. Pad the "
+                "texts, or choose another group."
             )
         if k.shape[2] % 2:  # the halves of the heads share keys
             k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
@@ -64,26 +76,26 @@ def shifted_sparse(group: int) -> Callable[..., Array]:
         for half, shift in ((0, 0), (1, group // 2)):
             parts = [jnp.split(x, 2, axis=2)[half] for x in (q, k, v)]
             q_, k_, v_ = (_grouped(x, group, shift) for x in parts)
-            place = _places(queries, q.shape[0], group, shift)
-            y = attention(q_, k_, v_, queries=place, keys=place, window=near)
+            own = _grouped_positions(query_positions, q.shape[0], group, shift)
+            y = attention(q_, k_, v_, query_positions=own, key_positions=own, window=near)
             halves.append(jnp.roll(y.reshape(parts[0].shape), shift, axis=1))
         y = jnp.concatenate(halves, axis=2)
-        if queries.segment is None:
+        if query_positions.segment_ids is None:
             return y
-        # Under jit nothing can raise; a prefix must not be out of sight in silence.
-        return jnp.where(_any_virtual(queries.segment), jnp.nan, y)
+        # Under jit nothing can raise, and a prefix must not be left out silently.
+        return jnp.where(_any_virtual(query_positions.segment_ids), jnp.nan, y)
 
     return attention_fn
 
 
-def _any_virtual(segment: Array) -> Array:
-    """Whether there are virtual tokens that every segment is to see, which groups cannot."""
-    virtual = segment == -1
+def _any_virtual(segment_ids: Array) -> Array:
+    """Whether there are virtual tokens, to which every token attends, in whatever group it is."""
+    virtual = segment_ids == -1
     if not isinstance(virtual, jax.core.Tracer) and virtual.any():
         raise ValueError(
-            f"`shifted_sparse` shows tokens their group alone, but {int(virtual.sum())} "
-            "tokens are virtual (segment -1), for every token to see. Train with the decoder's "
-            "own attention."
+            f"With `shifted_sparse`, tokens attend to their own group only, but "
+            f"{int(virtual.sum())} tokens are virtual (segment -1), to which every token attends. "
+            "Train with the decoder's own attention."
         )
     return virtual.any()
 
@@ -93,10 +105,10 @@ def _grouped(x: Array, group: int, shift: int) -> Array:
     return jnp.roll(x, -shift, axis=1).reshape(-1, group, *x.shape[2:])
 
 
-def _places(places: Place, rows: int, group: int, shift: int) -> Place:
-    order = jnp.broadcast_to(places.order, (rows, places.order.shape[1]))
-    segment = places.segment
-    return Place(
-        _grouped(order, group, shift),
-        None if segment is None else _grouped(segment, group, shift),
+def _grouped_positions(tokens: TokenPositions, rows: int, group: int, shift: int) -> TokenPositions:
+    positions = jnp.broadcast_to(tokens.positions, (rows, tokens.positions.shape[1]))
+    segment_ids = tokens.segment_ids
+    return TokenPositions(
+        _grouped(positions, group, shift),
+        None if segment_ids is None else _grouped(segment_ids, group, shift),
     )

@@ -320,7 +320,7 @@ def prune_structured(params: Any, units: PrunableGroups, kept: Any) -> Any:
 
     A model that reads its sizes from its arrays then computes what it would with zeros in their
     place, wherever zeros mean absence: under relu, gelu, silu, heads, residual layers. Others
-    are told their new sizes, such as `config.mlp_width`. Find sites anew afterwards.
+    are told their new sizes, such as `config.intermediate_size`. Find sites anew afterwards.
 
     Args:
       params: Parameters; the arrays of the units are plain.

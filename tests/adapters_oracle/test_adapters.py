@@ -116,7 +116,7 @@ class Pair:
         self.model = whole.base_model
         adapters.init(self.model)
         self.config, self.params = self.kind.ours.load(folder)
-        self.forward = self.kind.ours.pure(self.config, self.kind.call)
+        self.forward = self.kind.ours.apply_fn(self.config, self.kind.call)
         rng = np.random.default_rng(1)
         self.tokens = rng.integers(0, VOCAB, (3, LENGTH))
         places = np.arange(LENGTH)

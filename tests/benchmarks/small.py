@@ -61,7 +61,9 @@ def _minilm(folder, texts):
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    config = encoder.Config(tokenizer.get_vocab_size(), 16, 32, 2, 2, context=80, pooler=True)
+    config = encoder.Config(
+        tokenizer.get_vocab_size(), 16, 32, 2, 2, max_position_embeddings=80, pooler=True
+    )
     encoder.save(folder, config, encoder.init(config, jax.random.key(0)))
     tokenizer.save(str(folder / "tokenizer.json"))
 
@@ -80,7 +82,16 @@ def _stories(folder, texts):
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
     config = decoder.Config(
-        tokenizer.get_vocab_size(), 16, 32, 2, 2, 1, 16, tied=True, context=128, eos=(2,)
+        tokenizer.get_vocab_size(),
+        16,
+        32,
+        2,
+        2,
+        1,
+        16,
+        tie_word_embeddings=True,
+        max_position_embeddings=128,
+        eos_token_ids=(2,),
     )
     # Large enough that what a token is depends on all that came before.
     params = jax.tree.map(

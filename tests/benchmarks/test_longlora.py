@@ -17,7 +17,7 @@ import longlora  # noqa: E402
 
 from jaxpeft.models import decoder  # noqa: E402
 
-CONFIG = decoder.Config(13, 16, 16, 1, 2, 2, 8, tied=True, context=8)
+CONFIG = decoder.Config(13, 16, 16, 1, 2, 2, 8, tie_word_embeddings=True, max_position_embeddings=8)
 PLAN = longlora.Plan(multiples=(1, 8), tokens=64, steps=6, rounds=1)
 STREAM = np.arange(333, dtype=np.int32) % 11  # the next token follows from the last
 
@@ -100,14 +100,17 @@ def test_the_blocked_step_that_tunes_computes_what_the_measured_one_does():
 def test_positions_are_interpolated_by_the_multiple():
     assert base().at(1) == CONFIG
     config = base().at(4)
-    assert config.context == 32 and (config.rope.kind, config.rope.factor) == ("linear", 4.0)
-    assert dataclasses.replace(config, rope=CONFIG.rope, context=8) == CONFIG
+    assert config.max_position_embeddings == 32 and (config.rope.kind, config.rope.factor) == (
+        "linear",
+        4.0,
+    )
+    assert dataclasses.replace(config, rope=CONFIG.rope, max_position_embeddings=8) == CONFIG
 
 
 def test_perplexity_is_that_of_the_plain_decoder_and_tuning_lowers_it():
     one, data = cell(8, "full, longlora"), longlora.windows(STREAM, 64)
     read = longlora.Reader(one.config, PLAN.tokens)
-    logits = np.asarray(decoder.pure(one.config)(base().params, data[:, :-1]), np.float64)
+    logits = np.asarray(decoder.apply_fn(one.config)(base().params, data[:, :-1]), np.float64)
     every = (
         np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, data[:, 1:, None], -1)[..., 0]
     )

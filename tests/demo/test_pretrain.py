@@ -65,7 +65,7 @@ def test_the_base_has_the_losses_that_are_written_beside_it(tokenizer):
     """Evaluated anew, on shipped text only: the documentation differs between Pythons."""
     report = json.loads((BASE / "PRETRAINING.json").read_text())
     config, params = decoder.load(BASE, jnp.float32)
-    forward = decoder.pure(config, attention_fn=pretrain.blocked)
+    forward = decoder.apply_fn(config, attention_fn=pretrain.blocked)
     documents = [e.ids for e in tokenizer.tokenizer.encode_batch(texts("heldout.jsonl"))]
     loss = pretrain.mean_loss(forward, params, documents)
     assert loss == pytest.approx(report["held_out_loss"]["code"], rel=1e-3)
@@ -102,9 +102,10 @@ def test_blocked_attention_is_the_decoders_own():
 
         return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
 
-    packed = decoder.Place(order, segment)
-    for place, window in ((decoder.Place(jnp.arange(300)[None], None), None), (packed, 70)):
-        where = {"queries": place, "keys": place, "window": window}
+    packed = decoder.TokenPositions(order, segment)
+    plain = decoder.TokenPositions(jnp.arange(300)[None], None)
+    for positions, window in ((plain, None), (packed, 70)):
+        where = {"query_positions": positions, "key_positions": positions, "window": window}
         mine = gradients(pretrain.blocked, **where)
         own = gradients(decoder.attention, **where)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), mine, own)
@@ -113,7 +114,18 @@ def test_blocked_attention_is_the_decoders_own():
 def test_the_command_writes_a_folder_that_loads(tmp_path, monkeypatch, capsys):
     documents = corpus.reference(held_out=True)[:4]
     held_out = corpus.held_out_documentation()[-20:]
-    config = decoder.Config(2048, 16, 32, 1, 2, 1, 8, tied=True, context=pretrain.CONTEXT, eos=(0,))
+    config = decoder.Config(
+        2048,
+        16,
+        32,
+        1,
+        2,
+        1,
+        8,
+        tie_word_embeddings=True,
+        max_position_embeddings=pretrain.CONTEXT,
+        eos_token_ids=(0,),
+    )
     monkeypatch.setattr(pretrain, "CONFIG", config)
     monkeypatch.setattr(corpus, "documentation", lambda: documents)
     monkeypatch.setattr(corpus, "held_out_documentation", lambda: held_out)

@@ -24,7 +24,18 @@ import run  # noqa: E402  # isort: skip
 def own(tmp_path_factory):
     """A folder with random weights and the demo's tokenizer, and a file of records."""
     folder = tmp_path_factory.mktemp("own")
-    config = decoder.Config(2048, 16, 32, 1, 2, 1, 8, tied=True, context=64, eos=(0,))
+    config = decoder.Config(
+        2048,
+        16,
+        32,
+        1,
+        2,
+        1,
+        8,
+        tie_word_embeddings=True,
+        max_position_embeddings=64,
+        eos_token_ids=(0,),
+    )
     decoder.save(folder / "model", config, decoder.init(config, jax.random.key(0), jnp.bfloat16))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / "base" / name, folder / "model")
@@ -102,7 +113,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_folder_and_ends_the_same(own, w
     assert (tmp_path / "run" / "adapter" / "adapter.json").exists()
     # What was merged is a model to start from: it has its tokenizer.
     config, _ = decoder.load(merged)
-    assert run.TextTokenizer(merged).eos_id == config.eos[0]
+    assert run.TextTokenizer(merged).eos_id == config.eos_token_ids[0]
 
 
 def test_a_folder_of_another_run_is_refused_by_name(own, tmp_path):

@@ -18,7 +18,13 @@ from jaxpeft.quant import nf4
 
 # 100 * 64 entries in 100 blocks; one row of `down` is no whole number of blocks.
 CONFIG = decoder.Config(
-    vocab=40, width=64, mlp_width=100, layers=3, heads=4, kv_heads=2, head_dim=16
+    vocab_size=40,
+    hidden_size=64,
+    intermediate_size=100,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
 )
 UP = "model.layers.{}.mlp.up_proj.weight"
 STATE = "quant_state.bitsandbytes__nf4"
@@ -27,7 +33,7 @@ STATE = "quant_state.bitsandbytes__nf4"
 @functools.cache
 def found():
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    return jp.sites(decoder.pure(CONFIG), decoder.shapes(CONFIG), tokens)
+    return jp.sites(decoder.apply_fn(CONFIG), decoder.shapes(CONFIG), tokens)
 
 
 def params(format="nf4+dq", sites=None, **options):
@@ -135,7 +141,13 @@ def test_a_map_may_differ_in_the_last_bit(tmp_path):
 
 def test_layers_are_cut_over_devices_and_matrices_are_not(tmp_path):
     config = decoder.Config(
-        vocab=40, width=64, mlp_width=100, layers=4, heads=4, kv_heads=2, head_dim=16
+        vocab_size=40,
+        hidden_size=64,
+        intermediate_size=100,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
     )
     dense = decoder.init(config, jax.random.key(0))
     decoder.save(tmp_path / "dense", config, dense)
@@ -334,12 +346,18 @@ def in_float64():
 
 def of_two_layers():
     small = decoder.Config(
-        vocab=40, width=64, mlp_width=100, layers=2, heads=4, kv_heads=2, head_dim=16
+        vocab_size=40,
+        hidden_size=64,
+        intermediate_size=100,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
     )
     tree = params(sites=found().match("*up*"))
     dense = decoder.init(small, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    sites = jp.sites(decoder.pure(small), dense, tokens).match("*up*")
+    sites = jp.sites(decoder.apply_fn(small), dense, tokens).match("*up*")
     other = jp.quantize("nf4", sites, layout="flat")(jax.random.key(0), dense)
     tree["layers"]["mlp"]["up"] = other["layers"]["mlp"]["up"]
     return tree

@@ -11,6 +11,7 @@ import pytest
 import jaxpeft as jp
 from jaxpeft.io import load_adapter, save_adapter
 from jaxpeft.models import decoder, encoder, encoder_decoder
+from jaxpeft.models._encoder_decoder_layers import buckets
 from jaxpeft.serve import generator
 
 from . import toy
@@ -36,18 +37,18 @@ def close(a, b, by=1e-10):
 # A decoder with rotary positions, biases and windows ----------------------------------------------
 
 CONFIG = decoder.Config(
-    vocab=31,
-    width=12,
-    mlp_width=16,
-    layers=2,
-    heads=2,
-    kv_heads=1,
+    vocab_size=31,
+    hidden_size=12,
+    intermediate_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
     head_dim=6,
-    family="qwen2",
+    model_type="qwen2",
     qkv_bias=True,
-    window=7,
+    sliding_window=7,
 )
-FORWARD = decoder.pure(CONFIG)
+FORWARD = decoder.apply_fn(CONFIG)
 ROPE = CONFIG.rope.frequencies(CONFIG.head_dim)
 LENGTHS = (1, 3, 2)
 
@@ -58,7 +59,7 @@ def params():
 
 
 def ids():
-    return jax.random.randint(jax.random.key(9), (B, T), 1, CONFIG.vocab)
+    return jax.random.randint(jax.random.key(9), (B, T), 1, CONFIG.vocab_size)
 
 
 @functools.cache
@@ -144,7 +145,7 @@ def test_generation_reads_the_prefixes_out_of_the_cache():
         return jp.lift(FORWARD)(jp.combine(frozen, adapter, virtual=here), tokens, **where)
 
     cache = functools.partial(decoder.init_cache, CONFIG, dtype=F8)
-    write = generator(forward, cache, max_new=4)
+    write = generator(forward, cache, max_new_tokens=4)
     frozen, adapter, tokens, slots, mask = mixed()
     got = np.asarray(write((frozen, adapter, slots), tokens, mask).tokens)
     # The whole sequence again without a cache: what was written is what is likeliest there.
@@ -158,7 +159,7 @@ def test_generation_reads_the_prefixes_out_of_the_cache():
         jnp.concatenate([mask, more < 0], axis=1),
     )
     np.testing.assert_array_equal(got, jnp.argmax(out[:, tokens.shape[1] - 1 : -1], -1))
-    base = generator(FORWARD, cache, max_new=4)(params(), ids()).tokens
+    base = generator(FORWARD, cache, max_new_tokens=4)(params(), ids()).tokens
     assert (got[:2] != base[:2]).any(1).all() and len(np.unique(got)) > 3
 
 
@@ -253,10 +254,16 @@ def in_front(rows, k, v):
 
 def test_a_prefix_of_an_encoder_takes_no_place_where_positions_are_given():
     config = encoder.Config(
-        vocab=23, width=12, mlp_width=16, layers=1, heads=3, family="bert", context=T + 1
+        vocab_size=23,
+        hidden_size=12,
+        intermediate_size=16,
+        num_layers=1,
+        num_heads=3,
+        model_type="bert",
+        max_position_embeddings=T + 1,
     )
     p, tokens, n = random_(encoder.shapes(config)), ids() % 23, 4
-    forward = encoder.pure(config)
+    forward = encoder.apply_fn(config)
     found = jp.sites(forward, p, tokens)
     keys, values = (found.match(f"layers/attn/{name}/kernel") for name in "kv")
     frozen, adapter = split(jp.prefix_tuning(n, keys, values, dtype=F8), p)
@@ -273,7 +280,7 @@ def test_a_prefix_of_an_encoder_takes_no_place_where_positions_are_given():
         whole = jnp.concatenate([jnp.ones((B, n), bool), mask], axis=1)
         return encoder.attention(q, *in_front(rows, k, v), mask=whole)
 
-    want = encoder.pure(config, attention_fn=attend)(p, tokens, mask=real)
+    want = encoder.apply_fn(config, attention_fn=attend)(p, tokens, mask=real)
     close(jp.prompts.drop_virtual_positions(out, n)[real], want[real])
     assert np.abs(want - forward(p, tokens, mask=real))[real].max() > 0.1
     # Left to itself, the model has no room for more virtual tokens than it has positions.
@@ -282,16 +289,16 @@ def test_a_prefix_of_an_encoder_takes_no_place_where_positions_are_given():
 
 
 T5 = encoder_decoder.Config(
-    vocab=23,
-    width=12,
-    mlp_width=16,
-    layers=1,
-    decoder_layers=1,
-    heads=2,
+    vocab_size=23,
+    hidden_size=12,
+    intermediate_size=16,
+    num_layers=1,
+    num_decoder_layers=1,
+    num_heads=2,
     head_dim=6,
-    buckets=6,
-    reach=9,
-    mlp="gated-gelu",
+    num_buckets=6,
+    max_distance=9,
+    feed_forward_proj="gated-gelu",
 )
 
 
@@ -299,7 +306,7 @@ def test_an_encoder_decoder_has_a_prefix_before_inputs_and_one_before_targets():
     """[PREFIX; x; PREFIX; y]; the first stands in the decoder's attention to the encoder, too."""
     n, m = 3, 2
     p, inputs, targets = random_(encoder_decoder.shapes(T5)), ids() % 23, (ids() + 3)[:, :5] % 23
-    forward = encoder_decoder.pure(T5)
+    forward = encoder_decoder.apply_fn(T5)
     found = jp.sites(forward, p, inputs, targets)
     where = ("encoder/layers/attn", "decoder/layers/attn", "decoder/layers/cross")
     pairs = [[found.match(f"{at}/{name}/kernel") for name in "kv"] for at in where]
@@ -319,24 +326,27 @@ def test_an_encoder_decoder_has_a_prefix_before_inputs_and_one_before_targets():
 
     calls = iter(where)
 
-    def attend(q, k, v, *, seen, bias):
+    def attend(q, k, v, *, mask, bias):
         """Each attention of the one layer in its turn: rows in front, with their distances."""
         at = next(calls)
         rows = [adapter[f"{at}/{name}/kernel/rows"][0] for name in "kv"]
         before, tower = len(rows[0]), at.split("/")[0]
-        free = jnp.ones((*seen.shape[:2], before), bool)
-        seen = jnp.concatenate([free, seen], axis=2)
+        free = jnp.ones((*mask.shape[:2], before), bool)
+        mask = jnp.concatenate([free, mask], axis=2)
         if bias is not None:
             query, key = before + np.arange(q.shape[1]), np.arange(before)
-            kinds = encoder_decoder._buckets(
-                jnp.asarray(query[:, None] - key), T5.buckets, T5.reach, tower == "encoder"
+            kinds = buckets(
+                jnp.asarray(query[:, None] - key),
+                T5.num_buckets,
+                T5.max_distance,
+                tower == "encoder",
             )
             far = jnp.moveaxis(p[tower]["bias"]["embedding"][kinds], -1, 0)[None]
             far = jnp.broadcast_to(far, (bias.shape[0], *far.shape[1:]))
             bias = jnp.concatenate([far, bias], axis=3)
-        return encoder_decoder.attention(q, *in_front(rows, k, v), seen=seen, bias=bias)
+        return encoder_decoder.attention(q, *in_front(rows, k, v), mask=mask, bias=bias)
 
-    want = encoder_decoder.pure(T5, attention_fn=attend)(p, inputs, targets, mask=real)
+    want = encoder_decoder.apply_fn(T5, attention_fn=attend)(p, inputs, targets, mask=real)
     assert not list(calls)
     close(out, want)
     for at in where:  # Each of the three is felt.

@@ -284,7 +284,14 @@ def test_a_prompt_over_lora_on_the_tied_table_and_everywhere_else(sites, table):
 # Through the cache -------------------------------------------------------------------------------
 
 CONFIG = decoder.Config(
-    vocab=31, width=12, mlp_width=16, layers=2, heads=2, kv_heads=1, head_dim=6, window=6
+    vocab_size=31,
+    hidden_size=12,
+    intermediate_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=6,
+    sliding_window=6,
 )
 
 
@@ -293,8 +300,8 @@ def test_generation_is_that_of_a_model_with_the_rows_in_its_table():
     shapes = decoder.shapes(CONFIG)
     leaves, treedef = jax.tree.flatten(shapes)
     p = treedef.unflatten([toy.normal(i, *x.shape) * 2 for i, x in enumerate(leaves)])
-    tokens = jax.random.randint(jax.random.key(3), (2, 8), 0, CONFIG.vocab)
-    forward = decoder.pure(CONFIG)
+    tokens = jax.random.randint(jax.random.key(3), (2, 8), 0, CONFIG.vocab_size)
+    forward = decoder.apply_fn(CONFIG)
     found = jp.sites(forward, p, tokens)
     site = found["embed/embedding"]
     table = found.match("embed/embedding")
@@ -311,14 +318,14 @@ def test_generation_is_that_of_a_model_with_the_rows_in_its_table():
     padded = jnp.stack([jnp.pad(jnp.asarray(x), (11 - len(x), 0)) for x in full])
     mask = jnp.arange(11) >= jnp.array([[0], [4]])
     cache = functools.partial(decoder.init_cache, CONFIG, dtype=F8)
-    ours = generator(jp.lift(forward), cache, max_new=6)
-    theirs = generator(forward, cache, max_new=6)
+    ours = generator(jp.lift(forward), cache, max_new_tokens=6)
+    theirs = generator(forward, cache, max_new_tokens=6)
     got = np.asarray(ours(tree, padded, mask).tokens)
     np.testing.assert_array_equal(got, theirs(longer, padded, mask).tokens)
     # The second row alone, without padding, and the model without its virtual tokens.
     np.testing.assert_array_equal(got[1:], theirs(longer, full[1][None]).tokens)
     bare = theirs(p, tokens[:1]).tokens
-    assert len(np.unique(got)) > 4 and (got < CONFIG.vocab).all() and (got[:1] != bare).any()
+    assert len(np.unique(got)) > 4 and (got < CONFIG.vocab_size).all() and (got[:1] != bare).any()
 
 
 # Templates ---------------------------------------------------------------------------------------

@@ -588,12 +588,12 @@ def test_layers_that_keep_different_numbers_are_refused():
 
 def test_a_decoder_without_half_of_its_units_and_heads():
     config = decoder.Config(
-        vocab=11,
-        width=8,
-        mlp_width=12,
-        layers=3,
-        heads=4,
-        kv_heads=2,
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=12,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
         head_dim=4,
         qkv_bias=True,
         mlp_bias=True,
@@ -602,7 +602,7 @@ def test_a_decoder_without_half_of_its_units_and_heads():
     shapes, treedef = jax.tree.flatten(decoder.shapes(config))
     params = jax.tree.unflatten(treedef, [normal(i, *x.shape) for i, x in enumerate(shapes)])
     tokens = jnp.array([[1, 5, 2, 9], [3, 3, 0, 7]])
-    forward = jax.jit(decoder.pure(config))
+    forward = jax.jit(decoder.apply_fn(config))
     sites = jp.sites(forward, params, tokens)
     inner = prunable_groups(
         12, outputs=sites.match("*/gate/kernel", "*/up/kernel"), inputs=sites.match("*/down/kernel")
@@ -629,10 +629,10 @@ def test_a_decoder_without_half_of_its_units_and_heads():
         attn[name] = {"kernel": old["kernel"] * mask[:, None], "bias": old["bias"] * mask}
     attn["o"]["kernel"] *= queries[..., None]
 
-    small = dataclasses.replace(config, mlp_width=6, heads=2, kv_heads=1)
+    small = dataclasses.replace(config, intermediate_size=6, num_heads=2, num_kv_heads=1)
     assert jax.tree.map(jnp.shape, smaller) == jax.tree.map(jnp.shape, decoder.shapes(small))
     want = forward(zeroed, tokens)
-    got = jax.jit(decoder.pure(small))(smaller, tokens)
+    got = jax.jit(decoder.apply_fn(small))(smaller, tokens)
     np.testing.assert_allclose(got, want, atol=1e-10)
     assert np.abs(want - forward(params, tokens)).max() > 1e-2
 

@@ -1,5 +1,6 @@
 """Virtual tokens where rows are packed, a window slides, or a model reads what it should not."""
 
+import dataclasses
 import functools
 import re
 
@@ -19,15 +20,22 @@ F8 = jnp.float64
 KEY = jax.random.key(0)
 N = 3  # virtual tokens
 CONFIG = decoder.Config(
-    vocab=31, width=12, mlp_width=16, layers=2, heads=2, kv_heads=1, head_dim=6, qkv_bias=True
+    vocab_size=31,
+    hidden_size=12,
+    intermediate_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=6,
+    qkv_bias=True,
 )
-WINDOWED = decoder.dataclasses.replace(CONFIG, window=4, family="mistral")
+WINDOWED = dataclasses.replace(CONFIG, sliding_window=4, model_type="mistral")
 ROPE = CONFIG.rope.frequencies(CONFIG.head_dim)
 
 
 @functools.cache
 def params(layers=2):
-    shapes = decoder.shapes(decoder.dataclasses.replace(CONFIG, layers=layers))
+    shapes = decoder.shapes(dataclasses.replace(CONFIG, num_layers=layers))
     leaves, treedef = jax.tree.flatten(shapes)
     around = [1.0 if "norm" in jax.tree_util.keystr(k) else 0.0 for k, _ in paths(shapes)]
     values = [
@@ -51,7 +59,7 @@ def one(example):
 def tuned(name, layers=2):
     """(frozen, adapter, the ids or the placeholder in front) of a prefix or a prompt."""
     p = params(layers)
-    forward = decoder.pure(decoder.dataclasses.replace(CONFIG, layers=layers))
+    forward = decoder.apply_fn(dataclasses.replace(CONFIG, num_layers=layers))
     found = jp.sites(forward, p, one(EXAMPLES[0]))
     if "prefix" in name:
         rope = None if name == "unturned prefix" else ROPE
@@ -71,7 +79,7 @@ def tree_of(name, slots, layers=2):
 
 @functools.partial(jax.jit, static_argnames="config")
 def lifted(config, tree, ids, segments, positions):
-    return jp.lift(decoder.pure(config))(tree, ids, segment_ids=segments, positions=positions)
+    return jp.lift(decoder.apply_fn(config))(tree, ids, segment_ids=segments, positions=positions)
 
 
 def run(name, config, ids, slots, segments=None, positions=None):
@@ -97,7 +105,7 @@ def alone(name, config):
     ids = jnp.stack([jnp.pad(jnp.asarray(x), (0, 9 - len(x))) for x in EXAMPLES])
     segments = jnp.asarray([[int(i < len(x)) for i in range(9)] for x in EXAMPLES])
     longer, slots, shown = jp.prompts.prepend_virtual_tokens(ids, N, tuned(name)[2], segments)
-    shown = shown if config.window else None  # without a window no segments are needed
+    shown = shown if config.sliding_window else None  # without a window no segments are needed
     return losses(run(name, config, longer, slots, shown)[:, N:], ids, segments)
 
 
@@ -159,11 +167,11 @@ def test_a_window_leaves_the_prefix_in_sight_as_in_a_model_written_by_hand():
     angles = jnp.arange(N, dtype=jnp.float32)[None, :, None, None] * ROPE
     ids = jnp.stack([jnp.arange(1, 10), jnp.arange(11, 20)])
     longer, slots, shown = jp.prompts.prepend_virtual_tokens(ids, N, segment_ids=jnp.ones_like(ids))
-    config = decoder.dataclasses.replace(WINDOWED, layers=1)
+    config = dataclasses.replace(WINDOWED, num_layers=1)
     tree = tree_of("unturned prefix", slots, 1)
     out = lifted(config, tree, longer, shown, None)
 
-    def attend(q, k, v, *, queries, keys, window):
+    def attend(q, k, v, *, query_positions, key_positions, window):
         rows = [adapter[f"layers/attn/{n}/kernel/rows"][0].reshape(1, N, 1, 6) for n in "kv"]
         rows[0] = decoder._rotate(rows[0], jnp.cos(angles), jnp.sin(angles))
         k, v = (
@@ -177,7 +185,7 @@ def test_a_window_leaves_the_prefix_in_sight_as_in_a_model_written_by_hand():
         weights = jax.nn.softmax(jnp.where(seen, scores, -1e30))
         return jnp.einsum("bnts,bsh->btnh", weights, v[:, :, 0])
 
-    by_hand = decoder.pure(config, attention_fn=attend)
+    by_hand = decoder.apply_fn(config, attention_fn=attend)
     want = jax.jit(by_hand)(params(1), ids, positions=N + jnp.arange(9)[None])
     np.testing.assert_allclose(out[:, N:], want, atol=1e-10)
     hidden = lifted(config, tree, longer, None, None)[:, N:]
@@ -191,7 +199,7 @@ def test_decoding_after_a_windowed_prefill_still_sees_the_virtual_tokens(name):
         ids, N, tuned(name)[2], jnp.ones_like(ids)
     )
     whole = run(name, WINDOWED, longer, slots, shown)
-    forward = jax.jit(jp.lift(decoder.pure(WINDOWED)))
+    forward = jax.jit(jp.lift(decoder.apply_fn(WINDOWED)))
     cache = decoder.init_cache(WINDOWED, 2, 12, F8)
     cut = N + 6
     first, cache = forward(
@@ -208,14 +216,14 @@ def test_decoding_after_a_windowed_prefill_still_sees_the_virtual_tokens(name):
 def test_groups_of_tokens_that_do_not_see_the_prefix_are_refused():
     ids = jnp.arange(1, 10)[None]
     longer, slots, shown = jp.prompts.prepend_virtual_tokens(ids, N, segment_ids=jnp.ones_like(ids))
-    model = jp.lift(decoder.pure(CONFIG, attention_fn=shifted_sparse(4)))
+    model = jp.lift(decoder.apply_fn(CONFIG, attention_fn=shifted_sparse(4)))
     out = jax.jit(model)(tree_of("prefix", slots), longer, segment_ids=shown)
     assert jnp.isnan(out).all()
-    place = decoder.Place(jnp.arange(12)[None], shown)
+    where = decoder.TokenPositions(jnp.arange(12)[None], shown)
     q = jnp.ones((1, 12, 2, 6))
-    with pytest.raises(ValueError, match="group alone, but 3 tokens are virtual"):
-        shifted_sparse(4)(q, q, q, queries=place, keys=place, window=None)
-    within = jp.lift(decoder.pure(CONFIG, attention_fn=shifted_sparse(12)))
+    with pytest.raises(ValueError, match="own group only, but 3 tokens are virtual"):
+        shifted_sparse(4)(q, q, q, query_positions=where, key_positions=where, window=None)
+    within = jp.lift(decoder.apply_fn(CONFIG, attention_fn=shifted_sparse(12)))
     got = jax.jit(within)(tree_of("prefix", slots), longer, segment_ids=shown)
     np.testing.assert_allclose(got, run("prefix", CONFIG, longer, slots, shown), atol=1e-10)
 
@@ -347,21 +355,23 @@ def test_the_decoder_is_told_to_show_a_prefix_beyond_its_window_and_in_packed_ro
     longer, slots, shown = jp.prompts.prepend_virtual_tokens(
         ids, N, segment_ids=jnp.where(segments == 2, 2, 1)[:, :9]
     )
-    forward, tree = decoder.pure(WINDOWED), tree_of("prefix", slots)
+    forward, tree = decoder.apply_fn(WINDOWED), tree_of("prefix", slots)
     jp.prompts.check_prefix(forward, tree, longer, slots, segment_ids=shown)
     at = "the prefix at 'layers/attn/k/kernel' is not seen from example 0, position 6"
     with pytest.raises(ValueError, match=f"(?i){at}"):
         jp.prompts.check_prefix(forward, tree, longer, slots)
     with pytest.raises(ValueError, match="is not seen from example 0, position 10"):
         first = jnp.where(shown == -1, 1, shown)
-        jp.prompts.check_prefix(decoder.pure(CONFIG), tree, longer, slots, segment_ids=first)
+        jp.prompts.check_prefix(decoder.apply_fn(CONFIG), tree, longer, slots, segment_ids=first)
 
 
 def test_an_encoder_pools_its_first_token_behind_virtual_ones():
-    config = encoder.Config(vocab=23, width=12, mlp_width=16, layers=1, heads=3, pooler=True)
+    config = encoder.Config(
+        vocab_size=23, hidden_size=12, intermediate_size=16, num_layers=1, num_heads=3, pooler=True
+    )
     leaves, treedef = jax.tree.flatten(encoder.shapes(config))
     p = treedef.unflatten([toy.normal(i, *x.shape) for i, x in enumerate(leaves)])
-    forward, ids = encoder.pure(config, "pooled"), IDS
+    forward, ids = encoder.apply_fn(config, "pooled"), IDS
     found = jp.sites(forward, p, ids)
     frozen, adapter = jp.split(
         jp.prefix_tuning(2, *(found.match(f"layers/attn/{n}/kernel") for n in "kv"), dtype=F8)(
@@ -373,7 +383,7 @@ def test_an_encoder_pools_its_first_token_behind_virtual_ones():
     with pytest.raises(ValueError, match=r"Output 0 of shape \(3, 12\) reads a placeholder"):
         jp.prompts.check_prefix(forward, tree, longer, slots)
     jp.prompts.check_prefix(forward, tree, longer, slots, virtual=2)
-    x = jax.jit(jp.lift(encoder.pure(config)))(tree, longer)[:, 2]
+    x = jax.jit(jp.lift(encoder.apply_fn(config)))(tree, longer)[:, 2]
     got = jax.jit(lambda *given: jp.lift(forward)(*given, virtual=2))(tree, longer)
     want = jnp.tanh(x @ p["pooler"]["kernel"] + p["pooler"]["bias"])
     np.testing.assert_allclose(got, want, atol=1e-12)
@@ -478,7 +488,7 @@ def test_fit_refuses_packed_rows_of_which_the_first_examples_alone_have_virtual_
         shown = batch["segment_ids"] if mind else None
         ids, slots, *shown = jp.prompts.prepend_virtual_tokens(batch["tokens"], N, fill, shown)
         tree = jp.combine(frozen, adapter, **({"virtual": slots} if name == "prefix" else {}))
-        out = jp.lift(decoder.pure(CONFIG))(tree, ids, segment_ids=shown[0] if mind else None)
+        out = jp.lift(decoder.apply_fn(CONFIG))(tree, ids, segment_ids=shown[0] if mind else None)
         return train.cross_entropy(out[:, N:], batch["targets"], batch["weights"])
 
     def go(mind):
@@ -494,7 +504,7 @@ def test_fit_refuses_packed_rows_of_which_the_first_examples_alone_have_virtual_
 
 def test_fit_refuses_gates_over_packed_rows():
     """A gate of UniPELT is a mean over the row, in which examples would mix."""
-    found = jp.sites(decoder.pure(CONFIG), params(), one(EXAMPLES[0]))
+    found = jp.sites(decoder.apply_fn(CONFIG), params(), one(EXAMPLES[0]))
     k, v, down = (found.match(f"*/{name}/kernel") for name in ("attn/k", "attn/v", "down"))
     method = jp.unipelt(found.match("*/q/kernel"), k, v, down, rank=2, length=N, width=2)
     frozen, adapter = jp.split(method(KEY, params()))

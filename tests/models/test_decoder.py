@@ -17,22 +17,45 @@ from jaxpeft.models import _layers as layers
 from jaxpeft.models import decoder
 
 BASE = decoder.Config(
-    vocab=19, width=12, mlp_width=20, layers=3, heads=4, kv_heads=2, head_dim=6, context=64
+    vocab_size=19,
+    hidden_size=12,
+    intermediate_size=20,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    max_position_embeddings=64,
 )
-LLAMA3 = decoder.Rope(500.0, "llama3", 8.0, low=1.0, high=4.0, context=8)
+LLAMA3 = decoder.Rope(
+    500.0,
+    "llama3",
+    8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8,
+)
 CONFIGS = {
     "llama": BASE,
-    "llama 3": dataclasses.replace(BASE, rope=LLAMA3, eps=1e-5, bos=1, eos=(2, 3), pad=0),
+    "llama 3": dataclasses.replace(
+        BASE, rope=LLAMA3, norm_eps=1e-5, bos_token_id=1, eos_token_ids=(2, 3), pad_token_id=0
+    ),
     "llama, biases": dataclasses.replace(
         BASE, qkv_bias=True, o_bias=True, mlp_bias=True, rope=decoder.Rope(1e4, "linear", 3.0)
     ),
-    "mistral": dataclasses.replace(BASE, family="mistral", window=3, eos=(2,)),
-    "mistral, no window": dataclasses.replace(BASE, family="mistral", tied=True),
-    "qwen2": dataclasses.replace(BASE, family="qwen2", tied=True, qkv_bias=True),
-    "qwen2, window": dataclasses.replace(BASE, family="qwen2", qkv_bias=True, window=3),
-    "qwen3": dataclasses.replace(BASE, family="qwen3", qk_norm=True),
+    "mistral": dataclasses.replace(
+        BASE, model_type="mistral", sliding_window=3, eos_token_ids=(2,)
+    ),
+    "mistral, no window": dataclasses.replace(BASE, model_type="mistral", tie_word_embeddings=True),
+    "qwen2": dataclasses.replace(BASE, model_type="qwen2", tie_word_embeddings=True, qkv_bias=True),
+    "qwen2, window": dataclasses.replace(BASE, model_type="qwen2", qkv_bias=True, sliding_window=3),
+    "qwen3": dataclasses.replace(BASE, model_type="qwen3", qk_norm=True),
     "qwen3, mixed": dataclasses.replace(
-        BASE, family="qwen3", qk_norm=True, window=3, full_layers=(0, 2), tied=True
+        BASE,
+        model_type="qwen3",
+        qk_norm=True,
+        sliding_window=3,
+        full_attention_layers=(0, 2),
+        tie_word_embeddings=True,
     ),
 }
 SOME = ("llama 3", "mistral", "qwen3, mixed")
@@ -53,11 +76,11 @@ def random_params(config, seed=0):
 
 @functools.cache
 def compiled(config, **options):
-    return jax.jit(decoder.pure(config, **options))
+    return jax.jit(decoder.apply_fn(config, **options))
 
 
 def ids(rows=2, length=10, seed=0):
-    return np.random.default_rng(seed).integers(0, BASE.vocab, (rows, length))
+    return np.random.default_rng(seed).integers(0, BASE.vocab_size, (rows, length))
 
 
 @pytest.fixture(params=SOME)
@@ -149,17 +172,17 @@ def changed(forward, params, at):
     """Which logits change when the token `at` does."""
     tokens = ids(1)
     other = tokens.copy()
-    other[0, at] = (other[0, at] + 1) % BASE.vocab
+    other[0, at] = (other[0, at] + 1) % BASE.vocab_size
     difference = forward(params, tokens) - forward(params, other)
     return np.flatnonzero(np.abs(difference).max(axis=(0, 2)) > 1e-9).tolist()
 
 
 def test_a_token_is_seen_as_far_as_layers_and_window_reach():
-    one = dataclasses.replace(CONFIGS["mistral"], layers=1)
+    one = dataclasses.replace(CONFIGS["mistral"], num_layers=1)
     assert changed(compiled(one), random_params(one), 4) == [4, 5, 6]
     three = CONFIGS["mistral"]
     assert changed(compiled(three), random_params(three), 2) == [2, 3, 4, 5, 6, 7, 8]
-    mixed = dataclasses.replace(three, full_layers=(1,), family="qwen2")
+    mixed = dataclasses.replace(three, full_attention_layers=(1,), model_type="qwen2")
     assert changed(compiled(mixed), random_params(mixed), 2) == list(range(2, 10))
 
 
@@ -181,7 +204,14 @@ def test_rope_turns_by_the_formula():
     linear = decoder.Rope(10000.0, "linear", 4.0).frequencies(8)
     np.testing.assert_allclose(linear, np.array([1, 0.1, 0.01, 0.001]) / 4, rtol=1e-6)
     # In 100 * 2 pi tokens the pairs turn 100, 10, 1 and 0.1 times.
-    rope = decoder.Rope(10000.0, "llama3", 5.0, low=0.5, high=19.5, context=100 * 2 * np.pi)
+    rope = decoder.Rope(
+        10000.0,
+        "llama3",
+        5.0,
+        low_freq_factor=0.5,
+        high_freq_factor=19.5,
+        original_max_position_embeddings=100 * 2 * np.pi,
+    )
     share = np.array([1, (10 - 0.5) / 19, 0.5 / 19, 0])
     want = (share + (1 - share) / 5) * np.array([1, 0.1, 0.01, 0.001])
     np.testing.assert_allclose(rope.frequencies(8), want, rtol=1e-5)
@@ -189,7 +219,7 @@ def test_rope_turns_by_the_formula():
 
 def test_an_id_beyond_the_table_gives_nan():
     tokens = ids()
-    tokens[1, 4] = BASE.vocab
+    tokens[1, 4] = BASE.vocab_size
     logits = compiled(BASE)(random_params(BASE), tokens)
     assert jnp.isfinite(logits[0]).all() and jnp.isnan(logits[1, 4:]).all()
 
@@ -211,7 +241,7 @@ def test_remat_and_unroll_change_no_value_and_no_gradient(options):
 
 @functools.cache
 def gradient(**options):
-    forward = decoder.pure(BASE, **options)
+    forward = decoder.apply_fn(BASE, **options)
     loss = jax.value_and_grad(lambda params: jnp.sum(jnp.sin(forward(params, ids()))))
     return jax.jit(loss)(random_params(BASE))
 
@@ -226,15 +256,15 @@ def primitives(jaxpr):
 
 
 def test_all_layers_are_one_scan():
-    jaxpr = jax.make_jaxpr(decoder.pure(BASE))(decoder.shapes(BASE), ids())
+    jaxpr = jax.make_jaxpr(decoder.apply_fn(BASE))(decoder.shapes(BASE), ids())
     scans = [eqn for eqn in primitives(jaxpr.jaxpr) if eqn.primitive.name == "scan"]
     assert [scan.params["length"] for scan in scans] == [3]
 
 
 def test_weights_meet_plain_products_and_gathers_only():
-    config = dataclasses.replace(BASE, tied=True)
+    config = dataclasses.replace(BASE, tie_word_embeddings=True)
     shapes = decoder.shapes(config)
-    jaxpr = jax.make_jaxpr(decoder.pure(config))(shapes, ids()).jaxpr
+    jaxpr = jax.make_jaxpr(decoder.apply_fn(config))(shapes, ids()).jaxpr
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     # As they are in the body of the scan.
     matrices = {leaf.shape[-2:] for path, leaf in leaves if path[-1].key != "scale"}
@@ -275,12 +305,13 @@ def test_the_norm_is_computed_in_float32():
 def test_another_attention_function_takes_the_place_of_ours():
     seen = []
 
-    def attend(q, k, v, *, queries, keys, window):
-        seen.append((q.shape, k.shape, v.shape, queries.order.shape, keys.segment.shape, window))
+    def attend(q, k, v, *, query_positions, key_positions, window):
+        positions = query_positions.positions.shape, key_positions.segment_ids.shape
+        seen.append((q.shape, k.shape, v.shape, *positions, window))
         return jnp.zeros_like(q)
 
     params = random_params(BASE)
-    forward = decoder.pure(dataclasses.replace(BASE, window=5), attention_fn=attend)
+    forward = decoder.apply_fn(dataclasses.replace(BASE, sliding_window=5), attention_fn=attend)
     got = forward(params, ids(), segment_ids=np.ones((2, 10)))
     assert seen[0] == ((2, 10, 4, 6), (2, 10, 2, 6), (2, 10, 2, 6), (2, 10), (2, 10), 5)
     silent = jax.tree.map(jnp.copy, params)
@@ -295,8 +326,8 @@ def test_the_module_and_the_pure_function_are_one():
     np.testing.assert_array_equal(compiled(BASE)(params, ids()), want)
     pieces = nnx.jit(lambda model: model.logits(model.hidden(ids())))(model)
     np.testing.assert_array_equal(pieces, want)
-    hidden = compiled(BASE, call="hidden")(params, ids())
-    assert hidden.shape == (2, 10, BASE.width)
+    hidden = compiled(BASE, method="hidden")(params, ids())
+    assert hidden.shape == (2, 10, BASE.hidden_size)
     head = jax.jit(lambda x: x @ params["head"]["kernel"])(hidden)
     np.testing.assert_allclose(head, want, atol=1e-5)
 
@@ -372,11 +403,11 @@ def test_published_models_are_counted_without_memory(name):
     config_json, count = PUBLISHED[name]
     config = decoder.Config.from_hf(config_json)
     assert sum(leaf.size for leaf in jax.tree.leaves(decoder.shapes(config))) == count
-    assert (config.window is None) == (name != "Mistral-7B")
+    assert (config.sliding_window is None) == (name != "Mistral-7B")
 
 
 def test_init_is_normal_with_norms_at_one():
-    config = dataclasses.replace(BASE, width=64, mlp_width=96, qkv_bias=True)
+    config = dataclasses.replace(BASE, hidden_size=64, intermediate_size=96, qkv_bias=True)
     params = decoder.init(config, jax.random.key(0), jnp.bfloat16)
     shapes = decoder.shapes(config, jnp.bfloat16)
     assert jax.tree.map(lambda w: (w.shape, w.dtype), params) == jax.tree.map(
@@ -429,16 +460,20 @@ def test_what_config_json_leaves_out_is_what_transformers_assumes():
     def read(family, **options):
         return decoder.Config.from_hf(hf(family, 9, 8192, 4, 2, 32, None) | options)
 
-    assert read("llama").kv_heads == 32 and read("llama").head_dim == 256
+    assert read("llama").num_kv_heads == 32 and read("llama").head_dim == 256
     mistral = hf("mistral", 9, 64, 4, 2, 32, None)
     del mistral["num_key_value_heads"]
-    assert decoder.Config.from_hf(mistral).kv_heads == 8
-    assert decoder.Config.from_hf(mistral).window == 4096
+    assert decoder.Config.from_hf(mistral).num_kv_heads == 8
+    assert decoder.Config.from_hf(mistral).sliding_window == 4096
     assert read("qwen3").head_dim == 128 and read("qwen2").head_dim == 256
-    assert read("qwen2", use_sliding_window=True, max_window_layers=1).window == 4096
+    assert read("qwen2", use_sliding_window=True, max_window_layers=1).sliding_window == 4096
     assert read("qwen2").qkv_bias and not read("qwen2").o_bias and not read("qwen3").qkv_bias
     assert read("llama").rope == decoder.Rope(10000.0)
-    assert (read("llama").eps, read("llama").tied, read("llama").eos) == (1e-6, False, ())
+    assert (
+        read("llama").norm_eps,
+        read("llama").tie_word_embeddings,
+        read("llama").eos_token_ids,
+    ) == (1e-6, False, ())
 
 
 @pytest.mark.parametrize(
@@ -477,8 +512,8 @@ def test_what_config_json_leaves_out_is_what_transformers_assumes():
             {"model_type": "qwen3", "layer_types": ["chunked_attention"] * 3},
             r"layer_types=\['chunked_attention', ",
         ),
-        ({"num_key_value_heads": 3}, "heads=4, kv_heads=3, head_dim=6"),
-        ({"head_dim": 5}, "heads=4, kv_heads=2, head_dim=5"),
+        ({"num_key_value_heads": 3}, "num_heads=4, num_kv_heads=3, head_dim=6"),
+        ({"head_dim": 5}, "num_heads=4, num_kv_heads=2, head_dim=5"),
     ],
     ids=str,
 )
@@ -497,14 +532,14 @@ def test_fields_that_have_no_default_are_asked_for():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"window": 4}, "of a llama cannot say window=4, it would be read as None"),
+        ({"sliding_window": 4}, "of a llama cannot say sliding_window=4, it would be read as None"),
         ({"qk_norm": True}, "of a llama cannot say qk_norm=True, it would be read as False"),
         ({"qkv_bias": True}, "of a llama cannot say qkv_bias=True, it would be read as False"),
         (
-            {"family": "mistral", "window": 4, "full_layers": (1,)},
-            r"of a mistral cannot say full_layers=\(1,\), it would be read as \(\)",
+            {"model_type": "mistral", "sliding_window": 4, "full_attention_layers": (1,)},
+            r"of a mistral cannot say full_attention_layers=\(1,\), it would be read as \(\)",
         ),
-        ({"family": "gpt2"}, "model_type='gpt2'"),
+        ({"model_type": "gpt2"}, "model_type='gpt2'"),
     ],
     ids=str,
 )
@@ -544,11 +579,11 @@ def test_a_tied_folder_may_repeat_its_head_but_not_change_it(tmp_path):
     decoder.save(tmp_path, BASE, params | {"head": {"kernel": params["embed"]["embedding"].T}})
     rewrite(tmp_path, tie_word_embeddings=True)
     config, loaded = decoder.load(tmp_path)
-    assert config.tied and "head" not in loaded
+    assert config.tie_word_embeddings and "head" not in loaded
 
 
 def test_an_untied_head_is_not_left_out_in_silence(tmp_path):
-    config = dataclasses.replace(BASE, tied=True)
+    config = dataclasses.replace(BASE, tie_word_embeddings=True)
     decoder.save(tmp_path, config, random_params(config))
     rewrite(tmp_path, tie_word_embeddings=False)
     with pytest.raises(ValueError, match=r"missing: lm_head.weight of shape \(19, 12\)"):
@@ -557,7 +592,7 @@ def test_an_untied_head_is_not_left_out_in_silence(tmp_path):
 
 def test_params_of_another_config_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"wrong shape: norm/scale is \(12,\), should be \(14,\)"):
-        decoder.save(tmp_path, dataclasses.replace(BASE, width=14), random_params(BASE))
+        decoder.save(tmp_path, dataclasses.replace(BASE, hidden_size=14), random_params(BASE))
     assert not list(tmp_path.iterdir())
 
 
@@ -567,11 +602,11 @@ def test_a_full_cache_is_refused_or_under_jit_gives_nan():
         compiled(BASE)(params, ids(length=13), cache=cache)
     _, cache = compiled(BASE)(params, ids(), cache=cache)
     with pytest.raises(ValueError, match="3 tokens do not fit in the 2 free slots"):
-        decoder.pure(BASE)(params, ids(length=3), cache=cache)
+        decoder.apply_fn(BASE)(params, ids(length=3), cache=cache)
     logits, _ = compiled(BASE)(params, ids(length=3), cache=cache)
     assert jnp.isnan(logits).all()
 
 
 def test_an_unknown_remat_is_refused():
     with pytest.raises(ValueError, match="or a checkpoint policy, got 'some'"):
-        decoder.pure(BASE, remat="some")
+        decoder.apply_fn(BASE, remat="some")

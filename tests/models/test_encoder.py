@@ -16,10 +16,21 @@ import jaxpeft as jp
 from jaxpeft.models import encoder
 
 BASE = encoder.Config(
-    vocab=19, width=12, mlp_width=20, layers=3, heads=3, context=16, types=2, pooler=True
+    vocab_size=19,
+    hidden_size=12,
+    intermediate_size=20,
+    num_layers=3,
+    num_heads=3,
+    max_position_embeddings=16,
+    type_vocab_size=2,
+    pooler=True,
 )
-ROBERTA = dataclasses.replace(BASE, family="roberta", pad=1, pooler=False, eps=1e-5)
-DISTIL = dataclasses.replace(BASE, family="distilbert", types=0, pooler=False, act="relu")
+ROBERTA = dataclasses.replace(
+    BASE, model_type="roberta", pad_token_id=1, pooler=False, norm_eps=1e-5
+)
+DISTIL = dataclasses.replace(
+    BASE, model_type="distilbert", type_vocab_size=0, pooler=False, hidden_act="relu"
+)
 CONFIGS = {"bert": BASE, "roberta": ROBERTA, "distilbert": DISTIL}
 SHARP = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -38,11 +49,11 @@ def random_params(config, seed=0):
 
 @functools.cache
 def compiled(config, **options):
-    return jax.jit(encoder.pure(config, **options))
+    return jax.jit(encoder.apply_fn(config, **options))
 
 
 def ids(rows=2, length=10, seed=0):
-    return np.random.default_rng(seed).integers(2, BASE.vocab, (rows, length))
+    return np.random.default_rng(seed).integers(2, BASE.vocab_size, (rows, length))
 
 
 @pytest.fixture(params=CONFIGS)
@@ -60,20 +71,20 @@ def by_hand(config, params, tokens, mask, types, positions):
 
     def norm(x, p):
         centred = x - x.mean(-1, keepdims=True)
-        scale = np.sqrt((centred**2).mean(-1, keepdims=True) + config.eps)
+        scale = np.sqrt((centred**2).mean(-1, keepdims=True) + config.norm_eps)
         return centred / scale * p["scale"] + p["bias"]
 
     rows = []
     for ids_, seen, kinds, places in zip(tokens, mask, types, positions, strict=True):
         x = p["embed"]["embedding"][ids_] + p["positions"]["embedding"][places]
-        if config.types:
+        if config.type_vocab_size:
             x = x + p["types"]["embedding"][kinds]
         x = norm(x, p["embed_norm"])
-        for i in range(config.layers):
+        for i in range(config.num_layers):
             w = jax.tree.map(lambda a, i=i: a[i], p["layers"])
             q, k, v = (x @ w["attn"][n]["kernel"] + w["attn"][n]["bias"] for n in "qkv")
             heads = []
-            for h in range(config.heads):
+            for h in range(config.num_heads):
                 part = slice(h * config.head_dim, (h + 1) * config.head_dim)
                 scores = q[:, part] @ k[seen, part].T / config.head_dim**0.5
                 weights = np.exp(scores)
@@ -90,11 +101,15 @@ def by_hand(config, params, tokens, mask, types, positions):
 
 def test_the_forward_pass_is_the_one_written_out_by_hand(model):
     _, config, params = model
-    config = dataclasses.replace(config, act="relu", eps=1e-12 if not config.types else 1e-3)
+    config = dataclasses.replace(
+        config, hidden_act="relu", norm_eps=1e-12 if not config.type_vocab_size else 1e-3
+    )
     mask = np.ones((2, 10), bool)
     mask[1, 6:] = False
     types, positions = ids(seed=1) % 2, ids(seed=2) % 16
-    where = {"mask": mask, "positions": positions} | ({"types": types} if config.types else {})
+    where = {"mask": mask, "positions": positions} | (
+        {"token_type_ids": types} if config.type_vocab_size else {}
+    )
     got = compiled(config)(params, ids(), **where)
     want = by_hand(config, params, ids(), mask, types, positions)
     np.testing.assert_allclose(got, want, **SHARP)
@@ -109,7 +124,7 @@ def test_padding_changes_nothing(model, side):
     mask[1, real] = True
     # RoBERTa counts tokens; the others count places, so that positions have to move along.
     where = {"mask": mask}
-    if config.family != "roberta":
+    if config.model_type != "roberta":
         where["positions"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     got = forward(params, ids(), **where)
     np.testing.assert_allclose(got[0], forward(params, ids())[0], **SHARP)
@@ -123,14 +138,14 @@ def test_a_mask_of_ones_is_no_mask(model):
 
 
 def test_roberta_counts_from_behind_its_padding_row():
-    count = encoder.Encoder(ROBERTA, rngs=nnx.Rngs(0))._count
+    count = encoder.Encoder(ROBERTA, rngs=nnx.Rngs(0))._default_positions
     tokens = jnp.asarray([[1, 1, 5, 6, 7], [5, 6, 1, 7, 1]])
     want = [[1, 1, 2, 3, 4], [2, 3, 1, 4, 1]]
     assert count(tokens, None).tolist() == want
     assert count(tokens, tokens != 1).tolist() == want
     # A mask has the last word: here id 1 is a token like any other.
     assert count(tokens, jnp.ones((2, 5), bool)).tolist() == [[2, 3, 4, 5, 6]] * 2
-    plain = encoder.Encoder(BASE, rngs=nnx.Rngs(0))._count
+    plain = encoder.Encoder(BASE, rngs=nnx.Rngs(0))._default_positions
     assert plain(tokens, tokens != 1).tolist() == [[0, 1, 2, 3, 4]]
 
 
@@ -138,15 +153,15 @@ def test_types_default_to_the_first():
     forward, params = compiled(BASE), random_params(BASE)
     plain = forward(params, ids())
     zeros = np.zeros((2, 10), np.int32)
-    np.testing.assert_array_equal(forward(params, ids(), types=zeros), plain)
-    assert np.abs(forward(params, ids(), types=zeros + 1) - plain).max() > 0.1
+    np.testing.assert_array_equal(forward(params, ids(), token_type_ids=zeros), plain)
+    assert np.abs(forward(params, ids(), token_type_ids=zeros + 1) - plain).max() > 0.1
 
 
 def test_the_pooler_reads_the_first_place():
     params = random_params(BASE)
     x = compiled(BASE)(params, ids())[:, 0]
     want = np.tanh(x @ params["pooler"]["kernel"] + params["pooler"]["bias"])
-    np.testing.assert_allclose(compiled(BASE, call="pooled")(params, ids()), want, **SHARP)
+    np.testing.assert_allclose(compiled(BASE, method="pooled")(params, ids()), want, **SHARP)
 
 
 def test_rows_of_padding_alone_give_no_nan_and_no_gradient(model):
@@ -168,7 +183,7 @@ def test_rows_of_padding_alone_give_no_nan_and_no_gradient(model):
 
 def test_an_id_beyond_the_table_gives_nan():
     tokens = ids()
-    tokens[1, 4] = BASE.vocab
+    tokens[1, 4] = BASE.vocab_size
     x = compiled(BASE)(random_params(BASE), tokens)
     assert jnp.isfinite(x[0]).all() and jnp.isnan(x[1]).all()
 
@@ -182,7 +197,7 @@ OPTIONS = {"full": {"remat": "full"}, "policy": {"remat": POLICY}, "unrolled": {
 
 @functools.cache
 def gradient(**options):
-    forward = encoder.pure(BASE, **options)
+    forward = encoder.apply_fn(BASE, **options)
     loss = jax.value_and_grad(lambda params: jnp.sum(jnp.sin(forward(params, ids()))))
     return jax.jit(loss)(random_params(BASE))
 
@@ -210,7 +225,9 @@ def test_another_attention_function_takes_the_place_of_ours():
         return jnp.zeros_like(q)
 
     params = random_params(BASE)
-    got = encoder.pure(BASE, attention_fn=attend)(params, ids(), mask=np.ones((2, 10), np.int32))
+    got = encoder.apply_fn(BASE, attention_fn=attend)(
+        params, ids(), mask=np.ones((2, 10), np.int32)
+    )
     heads = (2, 10, 3, 4)
     assert seen[0] == (heads, heads, heads, (2, 10), jnp.bool_)
     silent = jax.tree.map(jnp.copy, params)
@@ -223,7 +240,9 @@ def test_another_attention_function_takes_the_place_of_ours():
 
 @pytest.fixture(scope="module")
 def sites():
-    return jp.sites(encoder.pure(BASE), encoder.shapes(BASE), ids(), mask=np.ones((2, 10), bool))
+    return jp.sites(
+        encoder.apply_fn(BASE), encoder.shapes(BASE), ids(), mask=np.ones((2, 10), bool)
+    )
 
 
 def test_sites_of_the_encoder(sites):
@@ -250,7 +269,7 @@ def test_lora_everywhere_is_the_merged_model_and_materializes_nothing(sites):
     }
     tree = jp.combine(frozen, adapter)
     mask = np.arange(10) < np.array([[10], [6]])
-    forward = encoder.pure(BASE, remat="full")
+    forward = encoder.apply_fn(BASE, remat="full")
     with warnings.catch_warnings():
         warnings.simplefilter("error", jp.MaterializedWarning)
         got = jax.jit(jp.lift(forward, materialize="error"))(tree, ids(), mask=mask)
@@ -308,13 +327,13 @@ PUBLISHED = {  # with the pooler where the model has one
 def test_published_models_are_counted_without_memory(name):
     config_json, count = PUBLISHED[name]
     config = encoder.Config.from_hf(config_json)
-    config = dataclasses.replace(config, pooler=config.family != "distilbert")
+    config = dataclasses.replace(config, pooler=config.model_type != "distilbert")
     assert sum(leaf.size for leaf in jax.tree.leaves(encoder.shapes(config))) == count
-    assert config.longest == 512
+    assert config.max_length == 512
 
 
 def test_init_is_normal_with_norms_at_one():
-    config = dataclasses.replace(BASE, width=48, mlp_width=96)
+    config = dataclasses.replace(BASE, hidden_size=48, intermediate_size=96)
     params = encoder.init(config, jax.random.key(0), jnp.bfloat16)
     assert jax.tree.map(lambda w: (w.shape, w.dtype), params) == jax.tree.map(
         lambda s: (s.shape, s.dtype), encoder.shapes(config, jnp.bfloat16)
@@ -356,10 +375,10 @@ def test_a_folder_may_have_a_prefix_old_names_and_heads_of_pretraining(model, tm
 
     def older(name):
         name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
-        return f"{config.family}." + name.replace("LayerNorm.bias", "LayerNorm.beta")
+        return f"{config.model_type}." + name.replace("LayerNorm.bias", "LayerNorm.beta")
 
     rename(tmp_path, older)
-    more = {f"{config.family}.embeddings.position_ids": np.arange(16)[None]}
+    more = {f"{config.model_type}.embeddings.position_ids": np.arange(16)[None]}
     heads = ("cls.predictions.bias", "cls.seq_relationship.weight", "lm_head.dense.weight")
     heads += ("vocab_transform.bias", "vocab_layer_norm.bias", "vocab_projector.weight")
     more |= dict.fromkeys(heads, np.ones((3, 3), np.float32))
@@ -371,14 +390,14 @@ def test_a_folder_may_have_a_prefix_old_names_and_heads_of_pretraining(model, tm
 
 
 def test_loading_into_codes_is_quantizing_the_loaded_model(sites, tmp_path):
-    config = dataclasses.replace(BASE, width=24, mlp_width=32)
+    config = dataclasses.replace(BASE, hidden_size=24, intermediate_size=32)
     params = jax.tree.map(lambda w: w.astype(jnp.float32), random_params(config))
     encoder.save(tmp_path, config, params)
     _, loaded = encoder.load(tmp_path, quantize="int8")
-    wanted = jp.sites(encoder.pure(config), params, ids())
+    wanted = jp.sites(encoder.apply_fn(config), params, ids())
     want = jp.quantize("int8", wanted.hidden)(jax.random.key(0), params)
     jax.tree.map(np.testing.assert_array_equal, loaded, want)
-    forward = jp.lift(encoder.pure(config), materialize="error")
+    forward = jp.lift(encoder.apply_fn(config), materialize="error")
     assert jnp.isfinite(forward(loaded, ids())).all()
 
 
@@ -394,9 +413,20 @@ def test_config_json_gives_the_same_config_again(name):
 def test_what_config_json_leaves_out_is_what_transformers_assumes():
     read = encoder.Config.from_hf
     bert, distil = read(BERT_BASE), read(DISTIL_BASE)
-    assert (bert.context, bert.types, bert.eps, bert.act, bert.pad) == (512, 2, 1e-12, "gelu", 0)
-    assert read(BERT_BASE | {"model_type": "roberta"}).pad == 1
-    assert (distil.context, distil.types, distil.eps, distil.act) == (512, 0, 1e-12, "gelu")
+    assert (
+        bert.max_position_embeddings,
+        bert.type_vocab_size,
+        bert.norm_eps,
+        bert.hidden_act,
+        bert.pad_token_id,
+    ) == (512, 2, 1e-12, "gelu", 0)
+    assert read(BERT_BASE | {"model_type": "roberta"}).pad_token_id == 1
+    assert (
+        distil.max_position_embeddings,
+        distil.type_vocab_size,
+        distil.norm_eps,
+        distil.hidden_act,
+    ) == (512, 0, 1e-12, "gelu")
 
 
 @pytest.mark.parametrize(
@@ -413,8 +443,11 @@ def test_what_config_json_leaves_out_is_what_transformers_assumes():
         ),
         ({"pruned_heads": {"1": [2]}}, r"pruned_heads={'1': \[2\]}, which"),
         ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}, which"),
-        ({"num_attention_heads": 7}, "got width=768, heads=7"),
-        ({"model_type": "roberta", "pad_token_id": None}, r"from pad \+ 1, got pad=None"),
+        ({"num_attention_heads": 7}, "got hidden_size=768, num_heads=7"),
+        (
+            {"model_type": "roberta", "pad_token_id": None},
+            r"from pad_token_id \+ 1, got pad_token_id=None",
+        ),
     ],
     ids=str,
 )
@@ -438,10 +471,15 @@ def test_fields_that_have_no_default_are_asked_for():
 @pytest.mark.parametrize(
     "config, message",
     [
-        (dataclasses.replace(DISTIL, types=2), "distilbert cannot say types=2, .* read as 0"),
-        (dataclasses.replace(DISTIL, eps=0.1), "distilbert cannot say eps=0.1, .* read as 1e-12"),
-        (dataclasses.replace(BASE, act="mish"), "hidden_act='mish'"),
-        (dataclasses.replace(BASE, family="llama"), "model_type='llama'"),
+        (
+            dataclasses.replace(DISTIL, type_vocab_size=2),
+            "distilbert cannot say type_vocab_size=2, .* read as 0",
+        ),
+        (
+            dataclasses.replace(DISTIL, norm_eps=0.1),
+            "distilbert cannot say norm_eps=0.1, .* read as 1e-12",
+        ),
+        (dataclasses.replace(BASE, model_type="llama"), "model_type='llama'"),
     ],
     ids=str,
 )
@@ -452,7 +490,7 @@ def test_what_config_json_cannot_say_is_not_written(config, message):
 
 @pytest.mark.parametrize("config, longest", [(BASE, 16), (ROBERTA, 14)], ids=["bert", "roberta"])
 def test_more_tokens_than_positions_are_refused(config, longest):
-    forward, params = encoder.pure(config), random_params(config)
+    forward, params = encoder.apply_fn(config), random_params(config)
     assert jnp.isfinite(forward(params, ids(1, longest))).all()
     with pytest.raises(ValueError, match=f"{longest + 1} tokens do not fit in the {longest} pos"):
         forward(params, ids(1, longest + 1))
@@ -460,10 +498,12 @@ def test_more_tokens_than_positions_are_refused(config, longest):
 
 def test_types_and_poolers_that_are_not_there_are_refused():
     params = random_params(DISTIL)
-    with pytest.raises(ValueError, match=r"distilbert has no token types, got \(2, 10\) types"):
-        compiled(DISTIL)(params, ids(), types=np.zeros((2, 10), np.int32))
+    with pytest.raises(
+        ValueError, match=r"distilbert has no token types, got token_type_ids of shape \(2, 10\)"
+    ):
+        compiled(DISTIL)(params, ids(), token_type_ids=np.zeros((2, 10), np.int32))
     with pytest.raises(ValueError, match=r"distilbert has no pooler \(pooler=False\)"):
-        compiled(DISTIL, call="pooled")(params, ids())
+        compiled(DISTIL, method="pooled")(params, ids())
 
 
 def test_a_folder_with_other_tensors_names_them(tmp_path):
@@ -479,10 +519,10 @@ def test_a_folder_with_other_tensors_names_them(tmp_path):
 def test_params_of_another_config_are_not_saved(tmp_path):
     message = re.escape("wrong shape: layers/mlp/up/bias is (3, 20), should be (3, 21)")
     with pytest.raises(ValueError, match=message):
-        encoder.save(tmp_path, dataclasses.replace(BASE, mlp_width=21), random_params(BASE))
+        encoder.save(tmp_path, dataclasses.replace(BASE, intermediate_size=21), random_params(BASE))
     assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_remat_is_refused():
     with pytest.raises(ValueError, match="or a checkpoint policy, got 'some'"):
-        encoder.pure(BASE, remat="some")
+        encoder.apply_fn(BASE, remat="some")

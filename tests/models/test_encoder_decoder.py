@@ -20,22 +20,33 @@ from jaxpeft.io import _safetensors as safetensors
 from jaxpeft.models import encoder_decoder
 
 T5 = encoder_decoder.Config(
-    vocab=19,
-    width=12,
-    mlp_width=20,
-    layers=2,
-    decoder_layers=3,
-    heads=4,
+    vocab_size=19,
+    hidden_size=12,
+    intermediate_size=20,
+    num_layers=2,
+    num_decoder_layers=3,
+    num_heads=4,
     head_dim=5,
-    buckets=6,
-    reach=7,
+    num_buckets=6,
+    max_distance=7,
 )
-FLAN = dataclasses.replace(T5, tied=False, scaled=False, mlp="gated-gelu")
+FLAN = dataclasses.replace(
+    T5, tie_word_embeddings=False, scale_decoder_outputs=False, feed_forward_proj="gated-gelu"
+)
 CONFIGS = {
     "t5": T5,
     "flan": FLAN,
-    "ul2": dataclasses.replace(FLAN, mlp="gated-silu", eps=1e-5, start=3, eos=(2, 4), pad=None),
-    "1.1, tied": dataclasses.replace(FLAN, tied=True, eos=(), dropout=0.0),
+    "ul2": dataclasses.replace(
+        FLAN,
+        feed_forward_proj="gated-silu",
+        norm_eps=1e-5,
+        decoder_start_token_id=3,
+        eos_token_ids=(2, 4),
+        pad_token_id=None,
+    ),
+    "1.1, tied": dataclasses.replace(
+        FLAN, tie_word_embeddings=True, eos_token_ids=(), dropout_rate=0.0
+    ),
 }
 SOME = ("t5", "flan")
 SHARP = {"rtol": 1e-10, "atol": 1e-10}
@@ -55,11 +66,11 @@ def random_params(config, seed=0):
 
 @functools.cache
 def compiled(config, call="__call__", **options):
-    return jax.jit(encoder_decoder.pure(config, call, **options))
+    return jax.jit(encoder_decoder.apply_fn(config, call, **options))
 
 
 def ids(rows=2, length=10, seed=0):
-    return np.random.default_rng(seed).integers(0, T5.vocab, (rows, length))
+    return np.random.default_rng(seed).integers(0, T5.vocab_size, (rows, length))
 
 
 INPUTS, TARGETS = ids(length=9), ids(length=8, seed=1)
@@ -78,10 +89,10 @@ def by_hand(config, params, inputs, targets):
     """The model layer by layer in plain NumPy, one row, written from the paper."""
 
     def norm(x, p):
-        return p["scale"] * x / np.sqrt((x * x).mean(-1, keepdims=True) + config.eps)
+        return p["scale"] * x / np.sqrt((x * x).mean(-1, keepdims=True) + config.norm_eps)
 
     def bucket(distance, both_ways):  # memory - query, as in the paper's code
-        count, offset = config.buckets, 0
+        count, offset = config.num_buckets, 0
         if both_ways:
             count //= 2
             offset = count if distance > 0 else 0
@@ -90,12 +101,12 @@ def by_hand(config, params, inputs, targets):
             distance = max(-distance, 0)
         if distance < count // 2:
             return offset + distance
-        far = math.log(distance / (count // 2)) / math.log(config.reach / (count // 2))
+        far = math.log(distance / (count // 2)) / math.log(config.max_distance / (count // 2))
         return offset + min(count // 2 + int(far * (count - count // 2)), count - 1)
 
     def attend(p, x, memory, table=None, both_ways=True):
         out = []
-        for head in range(config.heads):
+        for head in range(config.num_heads):
             part = slice(head * config.head_dim, (head + 1) * config.head_dim)
             q, k, v = (
                 y @ p[n]["kernel"][:, part] for y, n in ((x, "q"), (memory, "k"), (memory, "v"))
@@ -112,7 +123,7 @@ def by_hand(config, params, inputs, targets):
 
     def mlp(p, x):
         up = x @ p["up"]["kernel"]
-        if config.mlp == "relu":
+        if config.feed_forward_proj == "relu":
             return np.maximum(up, 0) @ p["down"]["kernel"]
         gate = x @ p["gate"]["kernel"]
         gelu = gate / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
@@ -131,11 +142,11 @@ def by_hand(config, params, inputs, targets):
 
     params = jax.tree.map(np.asarray, params)
     table = params["embed"]["embedding"]
-    memory = tower(params["encoder"], table[inputs], config.layers)
-    x = tower(params["decoder"], table[targets], config.decoder_layers, memory)
-    if config.scaled:
-        x = x / math.sqrt(config.width)
-    return x @ (table.T if config.tied else params["head"]["kernel"])
+    memory = tower(params["encoder"], table[inputs], config.num_layers)
+    x = tower(params["decoder"], table[targets], config.num_decoder_layers, memory)
+    if config.scale_decoder_outputs:
+        x = x / math.sqrt(config.hidden_size)
+    return x @ (table.T if config.tie_word_embeddings else params["head"]["kernel"])
 
 
 def test_logits_follow_the_formula(model):
@@ -157,7 +168,7 @@ def test_the_cache_gives_what_the_full_forward_gives(model):
     forward, config, params = model
     mask = np.arange(9) < np.array([[9], [5]])
     decode, got = compiled(config, "decode"), []
-    first = {"memory": compiled(config, "encode")(params, INPUTS, mask=mask), "mask": mask}
+    first = {"encoder_output": compiled(config, "encode")(params, INPUTS, mask=mask), "mask": mask}
     cache = encoder_decoder.init_cache(config, 2, 10, jnp.float64)
     for part in (slice(0, 1), slice(1, 6), slice(6, 7), slice(7, 8)):
         logits, cache = decode(params, TARGETS[:, part], cache=cache, **first)
@@ -229,17 +240,17 @@ def test_a_target_is_seen_by_no_earlier_one_and_an_input_by_all():
     forward, params = compiled(T5), random_params(T5)
     targets, inputs = jnp.array(TARGETS[:1]), jnp.array(INPUTS[:1])
     want = forward(params, inputs, targets)
-    other = targets.at[0, 4].set((targets[0, 4] + 1) % T5.vocab)
+    other = targets.at[0, 4].set((targets[0, 4] + 1) % T5.vocab_size)
     difference = np.abs(forward(params, inputs, other) - want).max((0, 2))
     assert np.flatnonzero(difference > 1e-9).tolist() == [4, 5, 6, 7]
-    other = inputs.at[0, 8].set((inputs[0, 8] + 1) % T5.vocab)
+    other = inputs.at[0, 8].set((inputs[0, 8] + 1) % T5.vocab_size)
     difference = np.abs(forward(params, other, targets) - want).max((0, 2))
     assert (difference > 1e-9).all()
 
 
 def test_an_id_beyond_the_table_gives_nan():
     targets = TARGETS.copy()
-    targets[1, 4] = T5.vocab
+    targets[1, 4] = T5.vocab_size
     logits = compiled(T5)(random_params(T5), INPUTS, targets)
     assert jnp.isfinite(logits[0]).all() and jnp.isnan(logits[1, 4:]).all()
 
@@ -268,7 +279,7 @@ def test_remat_and_unroll_change_no_value_and_no_gradient(options):
 
 @functools.cache
 def gradient(**options):
-    forward = encoder_decoder.pure(FLAN, **options)
+    forward = encoder_decoder.apply_fn(FLAN, **options)
     loss = jax.value_and_grad(lambda params: jnp.sum(jnp.sin(forward(params, INPUTS, TARGETS))))
     return jax.jit(loss)(random_params(FLAN))
 
@@ -283,7 +294,7 @@ def primitives(jaxpr):
 
 
 def test_each_stack_is_one_scan():
-    forward = encoder_decoder.pure(T5)
+    forward = encoder_decoder.apply_fn(T5)
     jaxpr = jax.make_jaxpr(forward)(encoder_decoder.shapes(T5), INPUTS, TARGETS)
     scans = [eqn for eqn in primitives(jaxpr.jaxpr) if eqn.primitive.name == "scan"]
     assert [scan.params["length"] for scan in scans] == [2, 3]
@@ -308,14 +319,14 @@ def test_compute_and_logits_dtypes_are_as_asked():
 def test_another_attention_function_takes_the_place_of_ours():
     calls = []
 
-    def attend(q, k, v, *, seen, bias):
+    def attend(q, k, v, *, mask, bias):
         calls.append(
-            (q.shape, k.shape, v.shape, *(x if x is None else x.shape for x in (seen, bias)))
+            (q.shape, k.shape, v.shape, *(x if x is None else x.shape for x in (mask, bias)))
         )
         return jnp.zeros_like(q)
 
     params = random_params(T5)
-    got = encoder_decoder.pure(T5, attention_fn=attend)(params, INPUTS, TARGETS)
+    got = encoder_decoder.apply_fn(T5, attention_fn=attend)(params, INPUTS, TARGETS)
     of = lambda length: (2, length, 4, 5)  # noqa: E731
     assert calls == [
         (of(9), of(9), of(9), None, (1, 4, 9, 9)),
@@ -342,7 +353,7 @@ def test_the_module_and_the_pure_function_are_one():
 
 @functools.cache
 def found(config):
-    return jp.sites(encoder_decoder.pure(config), random_params(config), INPUTS, TARGETS)
+    return jp.sites(encoder_decoder.apply_fn(config), random_params(config), INPUTS, TARGETS)
 
 
 def test_sites_say_what_each_weight_does():
@@ -381,7 +392,7 @@ def adapted(config):
 def test_lora_on_every_matrix_is_the_merged_model(name):
     config = CONFIGS[name]
     tree = jp.combine(*adapted(config))
-    forward = encoder_decoder.pure(config, remat="full")
+    forward = encoder_decoder.apply_fn(config, remat="full")
     mask = np.arange(9) >= np.array([[0], [4]])
     with warnings.catch_warnings():
         warnings.simplefilter("error", jp.MaterializedWarning)
@@ -394,7 +405,7 @@ def test_lora_on_every_matrix_is_the_merged_model(name):
 
 def test_gradients_reach_every_adapter():
     frozen, adapter = adapted(FLAN)
-    forward = jp.lift(encoder_decoder.pure(FLAN, remat="full"), materialize="error")
+    forward = jp.lift(encoder_decoder.apply_fn(FLAN, remat="full"), materialize="error")
 
     def loss(adapter):
         return jnp.sum(jnp.sin(forward(jp.combine(frozen, adapter), INPUTS, TARGETS)))
@@ -451,12 +462,17 @@ def test_published_models_are_counted_without_memory(name):
     config_json, count = PUBLISHED[name]
     config = encoder_decoder.Config.from_hf(config_json)
     assert sum(leaf.size for leaf in jax.tree.leaves(encoder_decoder.shapes(config))) == count
-    assert (config.buckets, config.reach, config.start, config.eos) == (32, 128, 0, (1,))
-    assert config.scaled == config.tied == ("flan" not in name)
+    assert (
+        config.num_buckets,
+        config.max_distance,
+        config.decoder_start_token_id,
+        config.eos_token_ids,
+    ) == (32, 128, 0, (1,))
+    assert config.scale_decoder_outputs == config.tie_word_embeddings == ("flan" not in name)
 
 
 def test_init_is_normal_with_norms_at_one():
-    config = dataclasses.replace(FLAN, width=64, mlp_width=96)
+    config = dataclasses.replace(FLAN, hidden_size=64, intermediate_size=96)
     params = encoder_decoder.init(config, jax.random.key(0), jnp.bfloat16)
     shapes = encoder_decoder.shapes(config, jnp.bfloat16)
     alike = lambda w: (w.shape, w.dtype)  # noqa: E731
@@ -508,7 +524,7 @@ def test_loading_into_codes_is_quantizing_what_was_loaded(tmp_path):
     want = jp.quantize("int8", found(FLAN).hidden)(jax.random.key(0), params)
     assert jax.tree.structure(loaded) == jax.tree.structure(want)
     jax.tree.map(np.testing.assert_array_equal, loaded, want)
-    got = jp.lift(encoder_decoder.pure(FLAN))(loaded, INPUTS, TARGETS)
+    got = jp.lift(encoder_decoder.apply_fn(FLAN))(loaded, INPUTS, TARGETS)
     dense = compiled(FLAN)(jp.merge(loaded), INPUTS, TARGETS)
     assert np.abs(got - dense).max() < 1e-4 * dense.std()
 
@@ -531,9 +547,9 @@ HF = T5.to_hf()
         ({"is_encoder_decoder": False}, "is_encoder_decoder=False, which .* must be True"),
         ({"is_decoder": True}, "is_decoder=True, which .* must be False"),
         ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}, which"),
-        ({"relative_attention_num_buckets": 7}, "got buckets=7, reach=7"),
-        ({"relative_attention_num_buckets": 2}, "got buckets=2, reach=7"),
-        ({"relative_attention_max_distance": 3}, "got buckets=6, reach=3"),
+        ({"relative_attention_num_buckets": 7}, "got num_buckets=7, max_distance=7"),
+        ({"relative_attention_num_buckets": 2}, "got num_buckets=2, max_distance=7"),
+        ({"relative_attention_max_distance": 3}, "got num_buckets=6, max_distance=3"),
     ],
     ids=str,
 )
@@ -550,18 +566,27 @@ def test_fields_that_have_no_default_are_asked_for():
 
 
 def test_an_unknown_mlp_is_refused():
-    with pytest.raises(ValueError, match="one of relu, gated-gelu, gated-silu, got 'gelu'"):
-        dataclasses.replace(T5, mlp="gelu")
+    with pytest.raises(
+        ValueError,
+        match=r"feed_forward_proj='gelu'\)`: .* must be 'relu' or 'gated-gelu' or 'gated-silu'",
+    ):
+        dataclasses.replace(T5, feed_forward_proj="gelu")
 
 
 def test_what_config_json_leaves_out_is_what_transformers_assumes():
     def read(**options):
         return encoder_decoder.Config.from_hf(hf(8, 8, 5, 2, 4, **options))
 
-    assert read().decoder_layers == 5 and read(num_decoder_layers=2).decoder_layers == 2
-    assert (read().mlp, read().eps, read().pad) == ("relu", 1e-6, 0)
-    assert read(pad_token_id=3).start == 3 and read(pad_token_id=None).start == 0
-    assert read(eos_token_id=[1, 2]).eos == (1, 2) and read(eos_token_id=None).eos == ()
+    assert read().num_decoder_layers == 5 and read(num_decoder_layers=2).num_decoder_layers == 2
+    assert (read().feed_forward_proj, read().norm_eps, read().pad_token_id) == ("relu", 1e-6, 0)
+    assert (
+        read(pad_token_id=3).decoder_start_token_id == 3
+        and read(pad_token_id=None).decoder_start_token_id == 0
+    )
+    assert (
+        read(eos_token_id=[1, 2]).eos_token_ids == (1, 2)
+        and read(eos_token_id=None).eos_token_ids == ()
+    )
 
 
 def rewrite(folder, drop=(), **change):
@@ -650,7 +675,7 @@ def test_an_untied_head_is_not_left_out_in_silence(tmp_path):
 def test_params_of_another_config_are_not_saved(tmp_path):
     message = r"wrong shape: decoder/norm/scale is \(12,\), should be \(14,\)"
     with pytest.raises(ValueError, match=message):
-        other = dataclasses.replace(T5, width=14)
+        other = dataclasses.replace(T5, hidden_size=14)
         encoder_decoder.save(tmp_path, other, random_params(T5))
     assert not list(tmp_path.iterdir())
 
@@ -663,24 +688,24 @@ def test_a_full_cache_is_refused_or_under_jit_gives_nan():
         decode(params, TARGETS, memory, cache=cache)
     _, cache = decode(params, TARGETS[:, :5], memory, cache=cache)
     with pytest.raises(ValueError, match="3 targets do not fit in the 2 free slots"):
-        encoder_decoder.pure(T5, "decode")(params, TARGETS[:, 5:], cache=cache)
+        encoder_decoder.apply_fn(T5, "decode")(params, TARGETS[:, 5:], cache=cache)
     logits, _ = decode(params, TARGETS[:, 5:], cache=cache)
     assert jnp.isnan(logits).all()
 
 
 def test_decoding_without_an_input_is_refused():
-    params, decode = random_params(T5), encoder_decoder.pure(T5, "decode")
-    with pytest.raises(ValueError, match="got memory=None and no cache"):
+    params, decode = random_params(T5), encoder_decoder.apply_fn(T5, "decode")
+    with pytest.raises(ValueError, match="got encoder_output=None and no cache"):
         decode(params, TARGETS)
     cache = encoder_decoder.init_cache(T5, 2, 8, jnp.float64)
-    with pytest.raises(ValueError, match="got memory=None and a cache that has seen none"):
+    with pytest.raises(ValueError, match="got encoder_output=None and an empty cache"):
         decode(params, TARGETS, cache=cache)
     memory = compiled(T5, "encode")(params, INPUTS)
     _, cache = decode(params, TARGETS[:, :1], memory, cache=cache)
-    with pytest.raises(ValueError, match=r"got a mask \(2, 9\) without the memory"):
+    with pytest.raises(ValueError, match=r"got a mask \(2, 9\) without the encoder_output"):
         decode(params, TARGETS[:, 1:2], cache=cache, mask=np.ones((2, 9), bool))
 
 
 def test_an_unknown_remat_is_refused():
     with pytest.raises(ValueError, match="or a checkpoint policy, got 'some'"):
-        encoder_decoder.pure(T5, remat="some")
+        encoder_decoder.apply_fn(T5, remat="some")

@@ -12,7 +12,14 @@ import jaxpeft as jp
 from jaxpeft.models import decoder, shifted_sparse
 
 CONFIG = decoder.Config(
-    vocab=19, width=12, mlp_width=20, layers=2, heads=4, kv_heads=2, head_dim=6, context=64
+    vocab_size=19,
+    hidden_size=12,
+    intermediate_size=20,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    max_position_embeddings=64,
 )
 T, G = 32, 8
 
@@ -28,11 +35,11 @@ def ids(rows=2, seed=0):
 
 
 def run(config=CONFIG, group=G, tokens=None, **where):
-    forward = decoder.pure(config, attention_fn=shifted_sparse(group))
+    forward = decoder.apply_fn(config, attention_fn=shifted_sparse(group))
     return jax.jit(forward)(params(config), ids() if tokens is None else tokens, **where)
 
 
-def by_masks(q, k, v, *, queries, keys, window):
+def by_masks(q, k, v, *, query_positions, key_positions, window):
     """Every head over all tokens, with the pairs that it may see."""
     heads = q.shape[2]
     k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
@@ -51,14 +58,14 @@ def by_masks(q, k, v, *, queries, keys, window):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_half_the_heads_see_shifted_groups(kv_heads):
-    config = dataclasses.replace(CONFIG, kv_heads=kv_heads)
-    want = decoder.pure(config, attention_fn=by_masks)(params(config), ids())
+    config = dataclasses.replace(CONFIG, num_kv_heads=kv_heads)
+    want = decoder.apply_fn(config, attention_fn=by_masks)(params(config), ids())
     np.testing.assert_allclose(run(config), want, rtol=1e-9, atol=1e-9)
 
 
 def test_a_window_holds_too():
-    config = dataclasses.replace(CONFIG, family="mistral", window=3)
-    want = decoder.pure(config, attention_fn=by_masks)(params(config), ids())
+    config = dataclasses.replace(CONFIG, model_type="mistral", sliding_window=3)
+    want = decoder.apply_fn(config, attention_fn=by_masks)(params(config), ids())
     np.testing.assert_allclose(run(config), want, rtol=1e-9, atol=1e-9)
 
 
@@ -78,7 +85,7 @@ def test_no_token_sees_a_later_one_and_the_last_not_the_first():
 
 
 def test_short_texts_see_full_attention():
-    want = decoder.pure(CONFIG)(params(), ids())
+    want = decoder.apply_fn(CONFIG)(params(), ids())
     np.testing.assert_allclose(run(group=T), want, rtol=1e-9, atol=1e-9)
 
 
@@ -103,7 +110,7 @@ def test_the_scores_of_all_pairs_are_never_formed():
                 if hasattr(x, "jaxpr") or hasattr(x, "eqns"):
                     visit(getattr(x, "jaxpr", x))
 
-    forward = decoder.pure(CONFIG, attention_fn=shifted_sparse(G))
+    forward = decoder.apply_fn(CONFIG, attention_fn=shifted_sparse(G))
     visit(jax.make_jaxpr(forward)(params(), ids()).jaxpr)
     assert any(shape[-2:] == (G, G) for shape in shapes)
     assert not any(shape[-2:] == (T, T) for shape in shapes)
@@ -112,13 +119,13 @@ def test_the_scores_of_all_pairs_are_never_formed():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: shifted_sparse(5), r"shifted_sparse\(5\)`: an even number"),
-        (lambda: run(group=10), "32 tokens must be a multiple of the group, and 4 heads of 2"),
+        (lambda: shifted_sparse(5), r"shifted_sparse\(5\)`: `group` must be an even number"),
+        (lambda: run(group=10), "must be a multiple of 10, .* got 32 tokens and 4 heads"),
         (
-            lambda: decoder.pure(CONFIG, attention_fn=shifted_sparse(G))(
+            lambda: decoder.apply_fn(CONFIG, attention_fn=shifted_sparse(G))(
                 params(), ids()[:, :1], cache=decoder.init_cache(CONFIG, 2, 9, jnp.float64)
             ),
-            "is for training: 1 queries meet 9 keys",
+            "is for training, .* got 1 queries and 9 keys",
         ),
     ],
 )
@@ -128,7 +135,7 @@ def test_what_cannot_be_is_refused(call, message):
 
 
 def test_longlora_trains_factors_the_embedding_and_the_norms():
-    forward = decoder.pure(CONFIG)
+    forward = decoder.apply_fn(CONFIG)
     sites = jp.sites(forward, params(), ids())
     attention = sites.match("layers/attn/*/kernel")
     method = jp.longlora(2, attention, sites.embedding, sites.norm)

@@ -194,7 +194,13 @@ def test_blocks_without_a_normal_number_are_zero_here_and_tiny_there(name):
 
 # What the products of bitsandbytes on CPU can do: whole blocks in a row, multiples of 32 outputs.
 CONFIG = decoder.Config(
-    vocab=96, width=64, mlp_width=192, layers=3, heads=4, kv_heads=2, head_dim=16
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=192,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
 )
 # Their products may run in bfloat16 on CPU, whatever dtype the model has.
 BFLOAT16 = 0.06
@@ -214,11 +220,11 @@ def dense_folder(folder):
 @functools.cache
 def found():
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    return jp.sites(decoder.pure(CONFIG), decoder.shapes(CONFIG), tokens)
+    return jp.sites(decoder.apply_fn(CONFIG), decoder.shapes(CONFIG), tokens)
 
 
 def ids():
-    return np.random.default_rng(1).integers(3, CONFIG.vocab, (2, 12))
+    return np.random.default_rng(1).integers(3, CONFIG.vocab_size, (2, 12))
 
 
 def logits(model):
@@ -277,7 +283,7 @@ def test_a_folder_of_transformers_loads_with_the_numbers_it_has(quantized):
             values = bnb.dequantize_4bit(torch.tensor(quantized)[:, None], state)
             equal(flat.dequantize().T, values.numpy())
     assert {name for name, kind in kinds.items() if kind == "Flat"} == set(stored)
-    assert len(stored) >= 3 * CONFIG.layers
+    assert len(stored) >= 3 * CONFIG.num_layers
 
 
 def test_its_logits_are_those_of_the_dense_model_that_it_stands_for(quantized, tmp_path):
@@ -285,7 +291,7 @@ def test_its_logits_are_those_of_the_dense_model_that_it_stands_for(quantized, t
     _, params = decoder.load(folder)
     decoder.save(tmp_path, CONFIG, jp.merge(params))
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    got = jax.jit(jp.lift(decoder.pure(CONFIG)))(params, jnp.asarray(ids()))
+    got = jax.jit(jp.lift(decoder.apply_fn(CONFIG)))(params, jnp.asarray(ids()))
     dense = logits(plain)
     np.testing.assert_allclose(got, dense, rtol=0, atol=1e-4 * dense.std())
     np.testing.assert_allclose(got, logits(model), rtol=0, atol=BFLOAT16 * dense.std())
@@ -313,7 +319,7 @@ def test_a_folder_written_here_loads_in_transformers_with_the_same_numbers(
             quantized, state = stored[name]
             values = bnb.dequantize_4bit(torch.tensor(quantized)[:, None], state).numpy()
             equal(matrices[path][i].T if plan[path].stacked else matrices[path].T, values)
-    want = np.asarray(decoder.pure(CONFIG)(merged, jnp.asarray(ids())))
+    want = np.asarray(decoder.apply_fn(CONFIG)(merged, jnp.asarray(ids())))
     np.testing.assert_allclose(logits(model), want, rtol=0, atol=BFLOAT16 * want.std())
 
 

@@ -102,7 +102,7 @@ def theirs(model, tokens, **options):
 
 
 def ours(config, params, tokens, **where):
-    return np.asarray(jax.jit(decoder.pure(config))(params, jnp.asarray(tokens), **where))
+    return np.asarray(jax.jit(decoder.apply_fn(config))(params, jnp.asarray(tokens), **where))
 
 
 def check(got, want):
@@ -147,7 +147,7 @@ def test_steps_through_the_cache_agree(pair):
     mask = np.arange(LENGTH) >= np.array([[0], [4]])
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     want = theirs(model, tokens, attention_mask=mask.astype(int), position_ids=positions)
-    forward = jax.jit(decoder.pure(config))
+    forward = jax.jit(decoder.apply_fn(config))
     cache, got = decoder.init_cache(config, 2, LENGTH + 3), []
     for part in np.split(np.arange(LENGTH), [30, 41, *range(42, LENGTH)]):
         where = {"mask": jnp.asarray(mask[:, part]), "cache": cache}
@@ -175,7 +175,7 @@ def test_greedy_generation_from_left_padded_prompts_agrees(pair):
     tokens = ids(3, 20)
     mask = np.arange(20) >= np.array([[0], [5], [19]])
     write = generate.generator(
-        decoder.pure(config), functools.partial(decoder.init_cache, config), max_new=12
+        decoder.apply_fn(config), functools.partial(decoder.init_cache, config), max_new_tokens=12
     )
     got = np.asarray(write(params, tokens, mask).tokens)
     want = model.generate(
@@ -197,5 +197,5 @@ def test_real_weights_agree():
         pytest.skip(f"no {folder}: set JAXPEFT_DATA to the folder that holds stories260k")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     config, params = decoder.load(folder)
-    tokens = ids(2, 128, vocab=config.vocab)
+    tokens = ids(2, 128, vocab=config.vocab_size)
     check(ours(config, params, tokens), theirs(model.eval(), tokens))

@@ -95,7 +95,7 @@ def theirs(model, tokens, **options):
 
 
 def ours(config, params, tokens, **where):
-    return np.asarray(jax.jit(encoder.pure(config))(params, jnp.asarray(tokens), **where))
+    return np.asarray(jax.jit(encoder.apply_fn(config))(params, jnp.asarray(tokens), **where))
 
 
 def check(got, want):
@@ -141,9 +141,11 @@ def test_token_types_and_pooler_agree(pair):
     tokens = ids(2)
     types = np.random.default_rng(2).integers(0, 3, tokens.shape)
     want = theirs(model, tokens, token_type_ids=types)
-    check(ours(config, params, tokens, types=types), want.last_hidden_state)
+    check(ours(config, params, tokens, token_type_ids=types), want.last_hidden_state)
     assert config.pooler
-    pooled = jax.jit(encoder.pure(config, call="pooled"))(params, tokens, types=types)
+    pooled = jax.jit(encoder.apply_fn(config, method="pooled"))(
+        params, tokens, token_type_ids=types
+    )
     check(np.asarray(pooled), want.pooler_output)
 
 
@@ -189,10 +191,10 @@ def test_real_weights_agree():
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     config, params = encoder.load(folder, jnp.float32)
-    tokens = ids(3, 64, vocab=config.vocab)
+    tokens = ids(3, 64, vocab=config.vocab_size)
     mask = np.arange(64) < np.array([[64], [20], [3]])
     want = theirs(model, tokens, attention_mask=mask.astype(int))
     got = ours(config, params, tokens, mask=jnp.asarray(mask))
     check(got[mask], want.last_hidden_state.numpy()[mask])
-    pooled = encoder.pure(config, call="pooled")(params, jnp.asarray(tokens), mask=mask)
+    pooled = encoder.apply_fn(config, method="pooled")(params, jnp.asarray(tokens), mask=mask)
     check(np.asarray(pooled), want.pooler_output)

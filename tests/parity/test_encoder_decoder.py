@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxpeft.models import encoder_decoder
+from jaxpeft.models._encoder_decoder_layers import buckets
 from jaxpeft.serve import _generate as generate
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch: make parity installs it")
@@ -73,7 +74,10 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     config, params = encoder_decoder.load(folder)
-    assert (config.tied, config.scaled) == (tied, "tie_word_embeddings" not in options)
+    assert (config.tie_word_embeddings, config.scale_decoder_outputs) == (
+        tied,
+        "tie_word_embeddings" not in options,
+    )
     return model, config, params
 
 
@@ -90,7 +94,7 @@ def theirs(model, inputs, targets, **options):
 
 @functools.cache
 def compiled(config, *call):
-    return jax.jit(encoder_decoder.pure(config, *call))
+    return jax.jit(encoder_decoder.apply_fn(config, *call))
 
 
 def check(got, want):
@@ -158,9 +162,9 @@ def test_transformers_loads_what_we_save(pair, tmp_path):
 def test_greedy_generation_agrees(pair, side):
     model, config, params = pair
     inputs, mask = ids(4, 20), padding(20, (0, 5, 12, 17), side)
-    halves = [encoder_decoder.pure(config, call) for call in ("encode", "decode")]
+    halves = [encoder_decoder.apply_fn(config, call) for call in ("encode", "decode")]
     cache = functools.partial(encoder_decoder.init_cache, config)
-    options = {"max_new": 12, "start": config.start}
+    options = {"max_new_tokens": 12, "decoder_start_token_id": config.decoder_start_token_id}
     free = np.asarray(
         generate.seq2seq_generator(*halves, cache, **options)(params, inputs, mask).tokens
     )
@@ -168,14 +172,16 @@ def test_greedy_generation_agrees(pair, side):
     # An end that some rows reach on the way.
     for eos in (None, int(free[0, 4])):
         ends = () if eos is None else (eos,)
-        write = generate.seq2seq_generator(*halves, cache, **options, eos=ends, pad=config.pad)
+        write = generate.seq2seq_generator(
+            *halves, cache, **options, eos_token_ids=ends, pad_token_id=config.pad_token_id
+        )
         want = model.generate(
             input_ids=torch.as_tensor(inputs),
             attention_mask=torch.as_tensor(mask.astype(int)),
             max_new_tokens=12,
             do_sample=False,
             eos_token_id=eos,
-            pad_token_id=config.pad,
+            pad_token_id=config.pad_token_id,
             use_cache=False,  # Its cache has as many layers as the encoder, too few here.
         ).numpy()[:, 1:]
         got = np.asarray(write(params, inputs, mask).tokens)[:, : want.shape[1]]
@@ -190,6 +196,6 @@ def test_every_distance_is_in_the_bucket_of_transformers(count, reach, both_ways
     want = attention._relative_position_bucket(
         torch.as_tensor(-distance), both_ways, count, reach
     ).numpy()
-    got = encoder_decoder._buckets(jnp.asarray(distance), count, reach, both_ways)
+    got = buckets(jnp.asarray(distance), count, reach, both_ways)
     np.testing.assert_array_equal(got, want)
     assert set(want) == set(range(count)) - ({count // 2} if both_ways else set())

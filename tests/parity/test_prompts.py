@@ -83,7 +83,7 @@ class Pair:
         self.model = random_(model.eval())
         self.model.save_pretrained(folder)
         self.config, self.params = family.load(folder)
-        self.forward = family.pure(self.config)
+        self.forward = family.apply_fn(self.config)
         self.sites = jp.sites(self.forward, self.params, *inputs)
 
     def split(self, method):
@@ -183,7 +183,7 @@ def behind(pair, tokens, length=N):
 
 def generator(pair, forward, **options):
     cache = functools.partial(decoder.init_cache, pair.config)
-    return generate.generator(forward, cache, max_new=NEW, **options)
+    return generate.generator(forward, cache, max_new_tokens=NEW, **options)
 
 
 def written(theirs, tokens):

@@ -19,8 +19,8 @@ from jaxpeft.quant import fp4, int8, nf4
 
 # Blocks of 64 leave a tail in `down`, and the scales of a layer are no multiple of 256.
 CONFIG = decoder.Config(
-    vocab=40, width=64, mlp_width=100, layers=5, heads=4, kv_heads=2, head_dim=16, family="qwen2",
-    qkv_bias=True,
+    vocab_size=40, hidden_size=64, intermediate_size=100, num_layers=5, num_heads=4,
+    num_kv_heads=2, head_dim=16, model_type="qwen2", qkv_bias=True,
 )  # fmt: skip
 FORMATS = {
     "nf4": "nf4",
@@ -47,7 +47,7 @@ def folder(request, tmp_path_factory):
 @functools.cache
 def found(dtype):
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    return jp.sites(decoder.pure(CONFIG), decoder.shapes(CONFIG, dtype), tokens)
+    return jp.sites(decoder.apply_fn(CONFIG), decoder.shapes(CONFIG, dtype), tokens)
 
 
 def quantized(params, format, sites):
@@ -106,8 +106,8 @@ def test_the_first_pattern_that_matches_decides_and_the_rest_stays(folder):
 def test_the_loaded_codes_run_under_lift(folder):
     _, params = decoder.load(folder, quantize="nf4+dq", dtype=jnp.float32)
     tokens = jnp.arange(6)[None]
-    got = jp.lift(decoder.pure(CONFIG))(params, tokens)
-    want = decoder.pure(CONFIG)(jp.merge(params), tokens)
+    got = jp.lift(decoder.apply_fn(CONFIG))(params, tokens)
+    want = decoder.apply_fn(CONFIG)(jp.merge(params), tokens)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -128,7 +128,13 @@ def mesh():
 @pytest.mark.parametrize("spec", [P("y"), P(None, "x", "y"), P("x", None, "y")], ids=str)
 def test_every_field_is_cut_as_the_matrix_would_be(tmp_path, format, spec):
     config = decoder.Config(
-        vocab=8, width=128, mlp_width=256, layers=4, heads=8, kv_heads=8, head_dim=16
+        vocab_size=8,
+        hidden_size=128,
+        intermediate_size=256,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=16,
     )
     decoder.save(tmp_path, config, decoder.init(config, jax.random.key(0)))
     whole = decoder.load(tmp_path, quantize={"*gate*": format})[1]

@@ -12,7 +12,14 @@ from jaxpeft.models import decoder
 from jaxpeft.serve import _generate as generate
 
 CONFIG = decoder.Config(
-    vocab=23, width=16, mlp_width=24, layers=2, heads=4, kv_heads=2, head_dim=6, window=5
+    vocab_size=23,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    sliding_window=5,
 )
 NEW = 6
 
@@ -25,7 +32,9 @@ def params():
 
 def generator(forward=None, **options):
     cache = functools.partial(decoder.init_cache, CONFIG, dtype=jnp.float64)
-    return generate.generator(forward or decoder.pure(CONFIG), cache, **{"max_new": NEW} | options)
+    return generate.generator(
+        forward or decoder.apply_fn(CONFIG), cache, **{"max_new_tokens": NEW} | options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +44,12 @@ def greedy(params):
 
 
 def prompts(rows=3, length=7):
-    return jax.random.randint(jax.random.key(1), (rows, length), 0, CONFIG.vocab)
+    return jax.random.randint(jax.random.key(1), (rows, length), 0, CONFIG.vocab_size)
 
 
 @functools.cache
 def full_forward():
-    return jax.jit(decoder.pure(CONFIG))
+    return jax.jit(decoder.apply_fn(CONFIG))
 
 
 def greedy_without_cache(params, tokens):
@@ -75,7 +84,7 @@ def test_padded_rows_get_what_they_get_alone(params, side):
 
 def test_a_row_ends_with_its_end_token_and_the_others_go_on(params, greedy):
     free, eos = greedy, (int(greedy[0, 2]), int(greedy[1, 0]))
-    got = generator(eos=eos, pad=-1)(params, prompts())
+    got = generator(eos_token_ids=eos, pad_token_id=-1)(params, prompts())
     for row in range(3):
         ends = np.flatnonzero(np.isin(free[row], eos))
         length = int(ends[0]) + 1 if len(ends) else NEW
@@ -90,16 +99,18 @@ def test_the_loop_stops_when_all_rows_have_ended(params, greedy):
 
     def forward(params, tokens, *, cache, mask=None):
         jax.debug.callback(lambda: steps.append(1))
-        return decoder.pure(CONFIG)(params, tokens, mask=mask, cache=cache)
+        return decoder.apply_fn(CONFIG)(params, tokens, mask=mask, cache=cache)
 
-    generator(forward, eos=greedy[:, 0].tolist())(params, prompts()).tokens.block_until_ready()
+    generator(forward, eos_token_ids=greedy[:, 0].tolist())(
+        params, prompts()
+    ).tokens.block_until_ready()
     jax.effects_barrier()
     assert len(steps) == 1  # the prompt alone
 
 
 def test_any_function_of_the_signature_is_taken(params, greedy):
     def forward(halves, tokens, **where):
-        return decoder.pure(CONFIG)(jax.tree.map(lambda h: h + h, halves), tokens, **where)
+        return decoder.apply_fn(CONFIG)(jax.tree.map(lambda h: h + h, halves), tokens, **where)
 
     halves = jax.tree.map(lambda w: w / 2, params)
     got = generator(forward)(halves, prompts())
@@ -112,7 +123,7 @@ def test_every_step_and_row_draws_anew():
         return jnp.zeros((*tokens.shape, 1000)), cache + tokens.shape[1]
 
     cache = lambda rows, length: jnp.int32(0)  # noqa: E731
-    write = generate.generator(forward, cache, max_new=20, temperature=1.0)
+    write = generate.generator(forward, cache, max_new_tokens=20, temperature=1.0)
     got = write({}, jnp.zeros((4, 3), jnp.int32), key=jax.random.key(0)).tokens
     # 80 draws of 1000 fall on 77 tokens on average.
     assert len(np.unique(got)) > 65
@@ -121,7 +132,7 @@ def test_every_step_and_row_draws_anew():
 def test_a_second_call_is_not_traced_again(params):
     chex.clear_trace_counter()
     # Once for the prompt, once for a step.
-    forward = chex.assert_max_traces(decoder.pure(CONFIG), n=2)
+    forward = chex.assert_max_traces(decoder.apply_fn(CONFIG), n=2)
     write = generator(forward, temperature=1.0)
     first = write(params, prompts(), key=jax.random.key(0)).tokens
     second = write(params, prompts(), key=jax.random.key(1)).tokens
@@ -168,15 +179,15 @@ def test_draws_follow_the_restricted_softmax(temperature, options, kept):
 
 
 def test_options_out_of_range_are_refused(params):
-    with pytest.raises(ValueError, match="max_new=0, temperature=1"):
-        generator(max_new=0, temperature=1)
+    with pytest.raises(ValueError, match="max_new_tokens=0, temperature=1"):
+        generator(max_new_tokens=0, temperature=1)
     with pytest.raises(ValueError, match="temperature=-1"):
         generator(temperature=-1)
     with pytest.raises(ValueError, match="top_k=0, top_p=None"):
         generator(temperature=1.0, top_k=0)
     with pytest.raises(ValueError, match=r"top_k=None, top_p=1\.5"):
         generator(temperature=1.0, top_p=1.5)
-    with pytest.raises(ValueError, match="top_k=5, top_p=None do nothing at temperature=0"):
+    with pytest.raises(ValueError, match="top_k=5, top_p=None have no effect at temperature=0"):
         generator(top_k=5)
-    with pytest.raises(ValueError, match=r"temperature=0\.7 draws tokens and needs a `key`"):
+    with pytest.raises(ValueError, match=r"temperature=0\.7 samples tokens, which needs a `key`"):
         generator(temperature=0.7)(params, prompts())

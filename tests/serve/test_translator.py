@@ -12,18 +12,18 @@ from jaxpeft.models import encoder_decoder
 from jaxpeft.serve import _generate as generate
 
 CONFIG = encoder_decoder.Config(
-    vocab=23,
-    width=16,
-    mlp_width=24,
-    layers=1,
-    decoder_layers=2,
-    heads=4,
+    vocab_size=23,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=1,
+    num_decoder_layers=2,
+    num_heads=4,
     head_dim=6,
-    buckets=6,
-    reach=7,
-    tied=False,
-    start=3,
-    mlp="gated-gelu",
+    num_buckets=6,
+    max_distance=7,
+    tie_word_embeddings=False,
+    decoder_start_token_id=3,
+    feed_forward_proj="gated-gelu",
 )
 NEW = 6
 
@@ -35,17 +35,20 @@ def params():
 
 
 def inputs(rows=3, length=7):
-    return np.random.default_rng(1).integers(0, CONFIG.vocab, (rows, length))
+    return np.random.default_rng(1).integers(0, CONFIG.vocab_size, (rows, length))
 
 
 def halves():
-    return [encoder_decoder.pure(CONFIG, call) for call in ("encode", "decode")]
+    return [encoder_decoder.apply_fn(CONFIG, call) for call in ("encode", "decode")]
 
 
 def translator(encode=None, decode=None, **options):
     cache = functools.partial(encoder_decoder.init_cache, CONFIG, dtype=jnp.float64)
     ours = halves()
-    options = {"max_new": NEW, "start": CONFIG.start} | options
+    options = {
+        "max_new_tokens": NEW,
+        "decoder_start_token_id": CONFIG.decoder_start_token_id,
+    } | options
     return generate.seq2seq_generator(encode or ours[0], decode or ours[1], cache, **options)
 
 
@@ -57,7 +60,7 @@ def greedy(params):
 
 def without_cache(forward, params, tokens):
     # Targets in a buffer of one size: what stands later changes nothing before it.
-    known = np.full((len(tokens), NEW + 1), CONFIG.start)
+    known = np.full((len(tokens), NEW + 1), CONFIG.decoder_start_token_id)
     for end in range(NEW):
         logits = forward(params, tokens, known[:, :NEW])
         known[:, end + 1] = np.argmax(logits[:, end], axis=-1)
@@ -65,7 +68,7 @@ def without_cache(forward, params, tokens):
 
 
 def test_greedy_is_argmax_of_the_full_forward(params, greedy):
-    want = without_cache(jax.jit(encoder_decoder.pure(CONFIG)), params, inputs())
+    want = without_cache(jax.jit(encoder_decoder.apply_fn(CONFIG)), params, inputs())
     assert len(np.unique(want)) > 3  # else a model that always says the same would pass
     np.testing.assert_array_equal(greedy, want)
 
@@ -85,7 +88,7 @@ def test_padded_rows_get_what_they_get_alone(params, side):
 
 def test_a_row_ends_with_its_end_token_and_the_others_go_on(params, greedy):
     eos = (int(greedy[0, 2]), int(greedy[1, 0]))
-    got = translator(eos=eos, pad=-1)(params, inputs())
+    got = translator(eos_token_ids=eos, pad_token_id=-1)(params, inputs())
     for row in range(3):
         ends = np.flatnonzero(np.isin(greedy[row], eos))
         length = int(ends[0]) + 1 if len(ends) else NEW
@@ -116,7 +119,7 @@ def test_the_tightest_restriction_is_greedy(params, greedy):
 
 
 def test_a_lifted_model_writes_what_the_merged_one_does(params, greedy):
-    sites = jp.sites(encoder_decoder.pure(CONFIG), params, inputs(), inputs())
+    sites = jp.sites(encoder_decoder.apply_fn(CONFIG), params, inputs(), inputs())
     method = jp.lora(2, sites.linear, dtype=jnp.float64)
     frozen, adapter = jp.split(method(jax.random.key(0), params))
     rng = np.random.default_rng(3)
@@ -129,7 +132,7 @@ def test_a_lifted_model_writes_what_the_merged_one_does(params, greedy):
 
 def test_virtual_tokens_pass_through_the_encoder(params):
     """A prompt whose rows are those of real tokens acts like these tokens before the input."""
-    sites = jp.sites(encoder_decoder.pure(CONFIG), params, inputs(), inputs())
+    sites = jp.sites(encoder_decoder.apply_fn(CONFIG), params, inputs(), inputs())
     table = sites.match("embed/embedding")
     frozen, adapter = jp.split(
         jp.prompt_tuning(2, table, dtype=jnp.float64)(jax.random.key(0), params)
@@ -138,14 +141,14 @@ def test_virtual_tokens_pass_through_the_encoder(params):
     tree = jp.combine(frozen, {path: params["embed"]["embedding"][jnp.array([5, 8])]})
     lifted = [jp.lift(half, materialize="error") for half in halves()]
     before = lambda ids: np.concatenate([np.tile(ids, (3, 1)), inputs()], axis=1)  # noqa: E731
-    got = translator(*lifted)(tree, before([CONFIG.vocab, CONFIG.vocab + 1])).tokens
+    got = translator(*lifted)(tree, before([CONFIG.vocab_size, CONFIG.vocab_size + 1])).tokens
     np.testing.assert_array_equal(got, translator()(params, before([5, 8])).tokens)
 
 
 def test_options_out_of_range_are_refused(params):
-    with pytest.raises(ValueError, match="max_new=0, temperature=1"):
-        translator(max_new=0, temperature=1)
-    with pytest.raises(ValueError, match="top_k=5, top_p=None do nothing at temperature=0"):
+    with pytest.raises(ValueError, match="max_new_tokens=0, temperature=1"):
+        translator(max_new_tokens=0, temperature=1)
+    with pytest.raises(ValueError, match="top_k=5, top_p=None have no effect at temperature=0"):
         translator(top_k=5)
-    with pytest.raises(ValueError, match=r"temperature=0\.7 draws tokens and needs a `key`"):
+    with pytest.raises(ValueError, match=r"temperature=0\.7 samples tokens, which needs a `key`"):
         translator(temperature=0.7)(params, inputs())

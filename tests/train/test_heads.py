@@ -17,25 +17,39 @@ from jaxpeft.train import init as init_state
 from jaxpeft.train import train_step
 
 D, B, T = 12, 3, 7
-ENCODER = encoder.Config(vocab=19, width=D, mlp_width=20, layers=2, heads=3, context=16)
+ENCODER = encoder.Config(
+    vocab_size=19,
+    hidden_size=D,
+    intermediate_size=20,
+    num_layers=2,
+    num_heads=3,
+    max_position_embeddings=16,
+)
 DECODER = decoder.Config(
-    vocab=19, width=D, mlp_width=20, layers=2, heads=4, kv_heads=2, head_dim=6, tied=True
+    vocab_size=19,
+    hidden_size=D,
+    intermediate_size=20,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    tie_word_embeddings=True,
 )
 # Compiled once for all tests: a loop over layers that runs eagerly is compiled at every call.
 TRUNKS = {
-    "encoder": (jax.jit(encoder.pure(ENCODER)), encoder.shapes(ENCODER)),
-    "decoder": (jax.jit(decoder.pure(DECODER, call="hidden")), decoder.shapes(DECODER)),
+    "encoder": (jax.jit(encoder.apply_fn(ENCODER)), encoder.shapes(ENCODER)),
+    "decoder": (jax.jit(decoder.apply_fn(DECODER, method="hidden")), decoder.shapes(DECODER)),
 }
 # Padding on the right, on the left and on both sides, and none.
 MASK = np.array([[1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0, 0]], bool)
 FIRST, LAST = [0, 2, 1], [2, 6, 4]
 HEADS = {
-    "sequence": lambda: heads.sequence_classification(D, 4),
-    "sequence, last": lambda: heads.sequence_classification(D, 4, pool="last"),
-    "sequence, mean": lambda: heads.sequence_classification(D, 4, pool="mean"),
-    "tokens": lambda: heads.token_classification(D, 4),
-    "spans": lambda: heads.question_answering(D),
-    "choice": lambda: heads.multiple_choice(D),
+    "sequence_classification": lambda: heads.sequence_classification(D, 4),
+    "sequence_classification, last": lambda: heads.sequence_classification(D, 4, pool="last"),
+    "sequence_classification, mean": lambda: heads.sequence_classification(D, 4, pool="mean"),
+    "token_classification": lambda: heads.token_classification(D, 4),
+    "question_answering": lambda: heads.question_answering(D),
+    "multiple_choice": lambda: heads.multiple_choice(D),
     "regression": lambda: heads.regression(D, 2, pool="mean"),
     "causal_lm": lambda: heads.causal_lm(D, 19),
     "seq2seq_lm": lambda: heads.seq2seq_lm(D, 19),
@@ -61,7 +75,7 @@ def whole(name, trunk="encoder"):
     head, (forward, shapes) = HEADS[name](), TRUNKS[trunk]
     params = draw({"trunk": shapes, "head": jax.eval_shape(head.init, jax.random.key(0))})
     tokens, mask = ids(), MASK
-    if name == "choice":
+    if name == "multiple_choice":
         tokens, mask = ids((2, 3, T)), np.stack([MASK, MASK[::-1]])
     return head, head.on(forward), params, tokens, mask
 
@@ -69,8 +83,8 @@ def whole(name, trunk="encoder"):
 def labels_of(name, outputs):
     if name == "regression":
         return np.random.default_rng(3).normal(size=outputs.shape)
-    shape = (outputs.shape[0], 2) if name == "spans" else outputs.shape[:-1]
-    if name == "spans":
+    shape = (outputs.shape[0], 2) if name == "question_answering" else outputs.shape[:-1]
+    if name == "question_answering":
         return np.stack([FIRST, LAST], axis=1)
     return np.random.default_rng(3).integers(0, outputs.shape[-1], shape)
 
@@ -126,43 +140,45 @@ def test_rows_without_a_token_give_no_nan(name):
 
 
 @pytest.mark.parametrize("trunk", TRUNKS)
-@pytest.mark.parametrize("name", [n for n in HEADS if n != "choice" and "sequence" not in n])
+@pytest.mark.parametrize(
+    "name", [n for n in HEADS if n != "multiple_choice" and "sequence" not in n]
+)
 def test_outputs_are_the_kernel_on_the_hidden_states(name, trunk):
     head, model, params, tokens, mask = whole(name, trunk)
     x = np.asarray(TRUNKS[trunk][0](params["trunk"], tokens, mask=mask))
     if name == "regression":
         x = np.stack([x[row, MASK[row]].mean(0) for row in range(B)])
     want = x @ params["head"]["kernel"] + params["head"].get("bias", 0)
-    if name == "spans":
+    if name == "question_answering":
         want = np.where(MASK[..., None], want, np.finfo(np.float64).min)
     np.testing.assert_allclose(model(params, tokens, mask=mask), want, **SHARP)
 
 
 def test_no_span_starts_or_ends_in_padding():
-    head, model, params, tokens, _ = whole("spans")
+    head, model, params, tokens, _ = whole("question_answering")
     probabilities = jax.nn.softmax(model(params, tokens, mask=MASK), axis=1)
     assert not probabilities[~MASK].any()
     np.testing.assert_allclose(probabilities.sum(1), 1)
 
 
 def test_choices_are_rows_of_their_own():
-    head, _, params, tokens, mask = whole("choice")
+    head, _, params, tokens, mask = whole("multiple_choice")
     forward = TRUNKS["encoder"][0]
     types, turn = ids(tokens.shape, 1) % 2, draw(np.zeros((D, D)))
 
     def trunk(params, tokens, turn, **where):  # `turn` has no choices: it is not folded
         return forward(params, tokens, **where) @ turn
 
-    got = head.on(trunk)(params, tokens, turn, mask=mask, types=types)
+    got = head.on(trunk)(params, tokens, turn, mask=mask, token_type_ids=types)
     assert got.shape == (2, 3)
     alone = heads.sequence_classification(D, 1).on(trunk)
     for row in range(2):
-        want = alone(params, tokens[row], turn, mask=mask[row], types=types[row])[:, 0]
+        want = alone(params, tokens[row], turn, mask=mask[row], token_type_ids=types[row])[:, 0]
         np.testing.assert_allclose(got[row], want, **SHARP)
 
 
 def test_the_mask_may_have_another_name_or_a_place():
-    head, model, params, tokens, mask = whole("sequence, mean")
+    head, model, params, tokens, mask = whole("sequence_classification, mean")
     want = model(params, tokens, mask=mask)
     trunk = TRUNKS["encoder"][0]
     named = head.on(
@@ -181,7 +197,7 @@ def test_virtual_positions_are_cut_off_before_the_head(name):
     longer, kept = np.pad(tokens, front, constant_values=5), np.pad(mask, front, constant_values=1)
     got = head.on(trunk, virtual=2)(params, longer, mask=kept)
     cut = head.on(lambda p, ids, mask, inner: trunk(p, ids, mask=inner)[:, 2:])
-    if name == "choice":  # `inner` is folded like everything of that shape
+    if name == "multiple_choice":  # `inner` is folded like everything of that shape
         assert got.shape == (2, 3)
     want = cut(params, longer, mask=mask, inner=kept)
     np.testing.assert_allclose(got, want, **SHARP)
@@ -193,8 +209,8 @@ def test_a_cache_of_the_trunk_comes_out_with_the_outputs():
     model = heads.causal_lm(D, 19).on(TRUNKS["decoder"][0])
     tree = {"trunk": params, "head": {"kernel": params["embed"]["embedding"].T + 0}}
     cache = functools.partial(decoder.init_cache, DECODER, dtype=jnp.float64)
-    got = generator(model, cache, max_new=4)(tree, ids())
-    want = generator(decoder.pure(DECODER), cache, max_new=4)(params, ids())
+    got = generator(model, cache, max_new_tokens=4)(tree, ids())
+    want = generator(decoder.apply_fn(DECODER), cache, max_new_tokens=4)(params, ids())
     np.testing.assert_array_equal(got.tokens, want.tokens)
 
 
@@ -218,7 +234,7 @@ def same(got, want):
 @pytest.mark.parametrize(
     "make",
     [heads.sequence_classification(D, 4), heads.multiple_choice(D)],
-    ids=["sequence", "choice"],
+    ids=["sequence_classification", "multiple_choice"],
 )
 def test_the_loss_of_a_row_is_the_cross_entropy_of_its_label(make):
     logits = np.random.default_rng(0).normal(size=(5, 4))
@@ -231,7 +247,9 @@ def test_the_loss_of_a_row_is_the_cross_entropy_of_its_label(make):
 
 
 @pytest.mark.parametrize(
-    "head", [heads.token_classification(D, 4), heads.seq2seq_lm(D, 4)], ids=["tokens", "seq2seq"]
+    "head",
+    [heads.token_classification(D, 4), heads.seq2seq_lm(D, 4)],
+    ids=["token_classification", "seq2seq_lm"],
 )
 def test_the_loss_of_tokens_counts_those_of_the_mask(head):
     logits = np.random.default_rng(0).normal(size=(B, T, 4))
@@ -317,7 +335,7 @@ def adapted(name, trunk="encoder"):
     return head, model, params, tokens, mask, method
 
 
-ON_DECODERS = ("sequence, last", "spans", "causal_lm")
+ON_DECODERS = ("sequence_classification, last", "question_answering", "causal_lm")
 
 
 @pytest.mark.parametrize(
@@ -340,7 +358,7 @@ def test_gradients_reach_the_head_and_the_adapter_alone(name, trunk):
 
     found = gradient(adapter)
     # One bias for all choices, or for all places of a span, cancels in their softmax.
-    zero = {"head/bias"} if name in ("choice", "spans") else set()
+    zero = {"head/bias"} if name in ("multiple_choice", "question_answering") else set()
     for path, array in found.items():
         assert jnp.isfinite(array).all(), path
         assert (np.abs(array).max() > 1e-9) == (path not in zero), path
@@ -353,7 +371,7 @@ def test_gradients_reach_the_head_and_the_adapter_alone(name, trunk):
 
 
 def test_head_and_adapter_are_trained_by_the_step_of_the_library():
-    head, model, params, tokens, mask, method = adapted("sequence, mean")
+    head, model, params, tokens, mask, method = adapted("sequence_classification, mean")
     frozen, adapter = jp.split(method(jax.random.key(0), params))
     batch = {"tokens": tokens, "mask": mask, "labels": np.array([0, 3, 1])}
     lifted = jp.lift(model)
@@ -371,7 +389,7 @@ def test_head_and_adapter_are_trained_by_the_step_of_the_library():
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("name", ["sequence", "causal_lm"])
+@pytest.mark.parametrize("name", ["sequence_classification", "causal_lm"])
 def test_the_head_is_saved_with_the_adapter(name, tmp_path):
     head, model, params, tokens, mask, method = adapted(name)
     frozen, adapter = jp.split(method(jax.random.key(0), params))
@@ -394,7 +412,7 @@ def test_the_head_is_saved_with_the_adapter(name, tmp_path):
 
 
 def test_a_head_of_the_wrong_size_at_load_is_named_with_what_would_work(tmp_path):
-    head, _, params, _, _, method = adapted("sequence")
+    head, _, params, _, _, method = adapted("sequence_classification")
     _, adapter = jp.split(method(jax.random.key(0), params))
     save_adapter(tmp_path, adapter, method, params, key=jax.random.key(0))
     for head, found in (
@@ -413,12 +431,12 @@ def test_a_head_of_the_wrong_size_at_load_is_named_with_what_would_work(tmp_path
 def test_sizes_that_do_not_fit_are_named(name):
     head, model, params, tokens, mask = whole(name)
     kernel = params["head"]["kernel"]
-    message = f"has a kernel of shape {kernel.shape}, but its parameters hold one of (12, 77)"
+    message = f"has a kernel of shape {kernel.shape}, but its parameters hold one of shape (12, 77)"
     with pytest.raises(ValueError, match=re.escape(message)):
         wrong = params["head"] | {"kernel": jnp.zeros((12, 77))}
         model(params | {"head": wrong}, tokens, mask=mask)
     made = name.split(",")[0]
-    message = f"`heads.{made}(width=12)` is on a trunk whose hidden states have width 9. Make"
+    message = f"`heads.{made}(hidden_size=12)` is on a trunk whose hidden states have size 9. Make"
     with pytest.raises(ValueError, match=re.escape(message)):
         head.forward(params["head"], jnp.zeros((B, 1, T, 9)))
 
@@ -432,7 +450,7 @@ def test_an_unknown_pool_is_refused(make):
 
 
 def test_a_mask_of_other_places_is_refused():
-    head, model, params, tokens, _ = whole("sequence")
+    head, model, params, tokens, _ = whole("sequence_classification")
     trunk = head.on(lambda p, ids, mask: jnp.zeros((B, T + 2, D)))
     message = "hidden states (3, 9, 12) under a mask (3, 7), both without the 0 virtual positions"
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -440,7 +458,7 @@ def test_a_mask_of_other_places_is_refused():
 
 
 def test_choices_need_their_axis():
-    _, model, params, _, _ = whole("choice")
+    _, model, params, _, _ = whole("multiple_choice")
     with pytest.raises(ValueError, match=r"got a first argument of shape \(3, 7\)"):
         model(params, ids())
 
