@@ -23,6 +23,7 @@ import numpy as np
 
 import jaxpeft as jp
 from jaxpeft.io.adapter import save_adapter
+from jaxpeft.io.description import FORMAT
 
 FOLDERS = Path(__file__).parent / "folders"
 KEY = jax.random.key(1)
@@ -549,9 +550,7 @@ def outputs(case: Case, frozen: Any, adapter: Mapping[str, Any]) -> np.ndarray:
 
 def main() -> None:
     jax.config.update("jax_enable_x64", True)
-    from jaxpeft.io import adapter
-
-    root = FOLDERS / f"format{adapter._FORMAT}"
+    root = FOLDERS / f"format{FORMAT}"
     for name, case in CASES.items():
         if (folder := root / name).exists():
             continue
