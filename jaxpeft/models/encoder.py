@@ -32,8 +32,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxpeft.io.formats import Formats
-from jaxpeft.io.stacked import Stack
+from jaxpeft.io.stacked import Formats, Stack
 from jaxpeft.models import folders
 from jaxpeft.models.layers import (
     Embed,

@@ -41,8 +41,7 @@ from flax import nnx
 from jax import Array
 
 from jaxpeft.io import safetensors
-from jaxpeft.io.formats import Formats
-from jaxpeft.io.stacked import Stack
+from jaxpeft.io.stacked import Formats, Stack
 from jaxpeft.models import folders
 from jaxpeft.models.layers import (
     Embed,

@@ -14,8 +14,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from jaxpeft.io import bitsandbytes, safetensors
-from jaxpeft.io.formats import Formats, encoders
-from jaxpeft.io.stacked import Stack, assemble
+from jaxpeft.io.stacked import Formats, Stack, assemble, disassemble, quantization_config
 from jaxpeft.models.layers import check_floating
 
 __all__ = ["TOKENIZER_FILES", "Table", "open", "plan", "read", "write"]
@@ -49,7 +48,7 @@ TOKENIZER_FILES = (
 def open(folder: str | Path) -> tuple[dict[str, Any], dict[str, safetensors.Tensor]]:
     """The parsed `config.json`, cleared of how bitsandbytes has quantized, and the tensors."""
     hf, tensors = safetensors.open_folder(folder)
-    return bitsandbytes.configured(hf), tensors
+    return bitsandbytes.without_configuration(hf), tensors
 
 
 def plan(arrays: Params, table: Table) -> dict[str, Stack]:
@@ -80,25 +79,9 @@ def read(
       ValueError: As `jaxpeft.io.stacked.assemble`, or a weight is quantized already, or `dtype` is
         of no floating-point numbers.
     """
+    del folder  # every tensor names its file
     check_floating("dtype", dtype)
-    # What `sites.hidden` selects.
-    hidden = [path for path, stack in plan.items() if stack.stacked and stack.transposed]
-    encode = encoders(quantize, plan, hidden)
-    tensors, wanted, coded = bitsandbytes.stored(tensors, plan, dtype)
-    if twice := [path for path in encode if path in coded]:
-        raise ValueError(
-            f"`load(quantize={quantize!r})`: {', '.join(map(repr, twice))} of {folder} are "
-            "quantized already. Leave `quantize` out, or give a mapping that spares them."
-        )
-    return assemble(
-        tensors,
-        wanted,
-        dtype=dtype,
-        sharding=sharding,
-        ignore=ignore,
-        encoders=encode,
-        coded=coded,
-    )
+    return assemble(tensors, plan, dtype=dtype, sharding=sharding, quantize=quantize, ignore=ignore)
 
 
 def write(
@@ -117,8 +100,9 @@ def write(
       ValueError: The arrays are not those of the plan, or are weights that no such folder holds.
     """
     carried = [] if tokenizer_from is None else _tokenizer_files(Path(tokenizer_from))
-    tensors, more = bitsandbytes.written(params, plan)
-    safetensors.write_folder(folder, {**hf, **more}, tensors, shard_bytes=shard_bytes)
+    tensors = disassemble(params, plan)
+    config = {**hf, **quantization_config(params, plan)}
+    safetensors.write_folder(folder, config, tensors, shard_bytes=shard_bytes)
     if carried and Path(folder).resolve() != Path(tokenizer_from or "").resolve():
         # Files of two tokenizers do not fit together.
         for name in TOKENIZER_FILES:

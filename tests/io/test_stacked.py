@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpeft.io import _buffers
 from jaxpeft.io import safetensors as folders
 from jaxpeft.io.stacked import Stack, assemble, disassemble
 
@@ -103,14 +104,14 @@ def test_one_sharding_serves_all_arrays(tmp_path, values):
 
 def test_on_cpu_the_buffer_is_taken_over_without_a_copy(tmp_path, values, monkeypatch):
     tensors, buffers = write(tmp_path, values), set()
-    aligned = assemble.__globals__["aligned"]
+    aligned = _buffers.aligned
 
     def spy(shape, dtype):
         out = aligned(shape, dtype)
         buffers.add(out.ctypes.data)
         return out
 
-    monkeypatch.setitem(assemble.__globals__, "aligned", spy)
+    monkeypatch.setattr(_buffers, "aligned", spy)
     got = assemble(tensors, PLAN)
     assert {array.unsafe_buffer_pointer() for array in jax.tree.leaves(got)} == buffers
 
@@ -135,7 +136,7 @@ def test_all_that_is_wrong_with_a_folder_is_said_at_once(tmp_path, values):
     for fault in (
         "missing: layer2.up of shape (200, 6)",
         "wrong shape: head is (6, 16), should be (16, 6)",
-        "no float: table is I8",
+        "not floating-point: table is I8",
         "left over: extra of shape (3,)",
     ):
         assert f"\n  {fault}" in message
