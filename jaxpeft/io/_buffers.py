@@ -31,13 +31,13 @@ class Layers(NamedTuple):
     Attributes:
       like: A `jax.ShapeDtypeStruct`, or a view with such in the place of its fields.
       stacked: Whether layers lie along the first axis; else there is one layer, the whole.
-      count: How many layers there are.
+      number: How many layers there are.
       fill: Called as `fill(i, fields)`; writes layer i into the parts of each field.
     """
 
     like: Any
     stacked: bool
-    count: int
+    number: int
     fill: Callable[[int, list[Parts]], None]
 
 
@@ -60,7 +60,7 @@ def build(layers: Layers, sharding: Sharding) -> Any:
         indices = where.addressable_devices_indices_map(x.shape).values()
         held = {_bounds(index, x.shape) for index in indices if index is not None}
         buffers.append({b: aligned([stop - start for start, stop in b], x.dtype) for b in held})
-    for i in range(layers.count):
+    for i in range(layers.number):
         parts = [_parts_of_layer(held, i if layers.stacked else None) for held in buffers]
         if any(parts):
             layers.fill(i, parts)
@@ -125,9 +125,10 @@ def _parts_of_layer(held: Mapping[Bounds, np.ndarray], i: int | None) -> Parts:
     parts: Parts = []
     for bounds, buffer in held.items():
         if i is not None:
-            (start, stop), *bounds = bounds
+            start, stop = bounds[0]
             if not start <= i < stop:
                 continue
+            bounds = bounds[1:]
             buffer = buffer[i - start, ...]  # an array even where the layer is a scalar
         parts.append((tuple(slice(*b) for b in bounds), buffer))
     return parts

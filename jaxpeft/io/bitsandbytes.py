@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpeft.io._stack import Stack, folder_of, refuse
 from jaxpeft.io.safetensors import NAMES, Lazy, Tensor, read
 from jaxpeft.quant.book import GROUP, Book
 from jaxpeft.quant.dynamic import dynamic_map
@@ -36,9 +37,8 @@ from jaxpeft.weight import View
 
 __all__ = [
     "FourBit",
-    "check",
     "configuration",
-    "parts",
+    "stored",
     "unwritable",
     "without_configuration",
     "written",
@@ -144,7 +144,80 @@ def without_configuration(hf: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in hf.items() if not (ours and name == _CONFIG)}
 
 
-def parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def stored(
+    tensors: Mapping[str, Tensor], plan: Mapping[str, Stack]
+) -> tuple[dict[str, list[FourBit]], set[str]]:
+    """The layers of every parameter that bitsandbytes has quantized, and all tensors of these.
+
+    Raises:
+      ValueError: Names every weight and file in which a part is missing, of another size or kind
+        than the others say, or of a form that is not read; and every stack whose layers differ.
+    """
+    found = _parts(tensors)
+    weights: dict[str, list[FourBit]] = {}
+    faults: list[str] = []
+    used: set[str] = set()
+    for path, stack in plan.items():
+        own = {name: found.get(name, {}) for name in stack.names if name in found}
+        for name in stack.names:  # Values alone: their parts are missing, not their shape wrong.
+            tensor = tensors.get(name)
+            if tensor and tensor.dtype == np.uint8 and tensor.shape != stack.tensor_shape:
+                if stack.transposed:
+                    own.setdefault(name, {})
+        if not own:
+            continue
+        used |= own.keys() | {f"{name}.{part}" for name in own for part in own[name]}
+        before = len(faults)
+        layers = _layers(path, stack, tensors, own, faults)
+        if len(faults) == before:
+            weights[path] = layers
+    refuse(
+        f"{folder_of(tensors)} holds weights in four bits that cannot be read:",
+        faults,
+        "Fetch the folder again, or quantize the original model: load(folder, quantize='nf4').",
+    )
+    return weights, used
+
+
+def _layers(
+    path: str,
+    stack: Stack,
+    tensors: Mapping[str, Tensor],
+    parts: Mapping[str, Mapping[str, Tensor]],
+    faults: list[str],
+) -> list[FourBit]:
+    """The layers of one parameter, checked; what is wrong is added to `faults`."""
+    if not stack.transposed or not stack.is_matrix:
+        name, own = next(iter(parts.items()))
+        files = ", ".join(sorted({str(part.file) for part in own.values()}))
+        faults.append(f"{name} ('{path}') is no linear weight, but has quantized parts in {files}")
+        return []
+    layers = []
+    for name in stack.names:
+        tensor = tensors.get(name)
+        if tensor is None:
+            files = ", ".join(sorted({str(part.file) for part in parts.get(name, {}).values()}))
+            faults.append(f"missing: {name}" + (f", whose parts are in {files}" if files else ""))
+        elif name not in parts:
+            faults.append(
+                f"layers of '{path}' differ: {name} in {tensor.file} is dense, "
+                f"{next(iter(parts))} is quantized"
+            )
+        else:
+            layer, found = _check(name, tensor, parts[name], stack.tensor_shape)
+            faults.extend(found)
+            layers += [layer] if layer else []
+    for layer in layers[1:]:
+        if (first := layers[0]).state != layer.state:
+            faults.append(
+                f"layers of '{path}' differ: {layer.name} in {layer.file} is {layer.state}, "
+                f"{first.name} in {first.file} is {first.state}"
+            )
+            break
+    return layers
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors beside each weight in four bits, {weight: {rest of the name: tensor}}."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -156,7 +229,7 @@ def parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def check(
+def _check(
     name: str, values: Tensor, parts: Mapping[str, Tensor], shape: Sequence[int]
 ) -> tuple[FourBit | None, list[str]]:
     """Whether the parts of a weight fit together, as far as can be told before it is read.
@@ -166,7 +239,7 @@ def check(
     Args:
       name: Of the weight.
       values: Its quantized values.
-      parts: What is beside it, from `parts`.
+      parts: What is beside it, from `_parts`.
       shape: (out, in), as the model wants it.
     Returns:
       The weight, or else what is wrong with it, each fault with the names of tensor and file.
@@ -244,7 +317,7 @@ def _foreign(
             faults.append(f"has nested_blocksize={about['nested_blocksize']}, only {GROUP} is read")
         if about["nested_dtype"] != "float32":
             faults.append(f"has nested_dtype={about['nested_dtype']!r}, only float32 is read")
-        if abs(about["nested_offset"]) > np.finfo(np.float32).max:
+        if abs(about["nested_offset"]) > float(np.finfo(np.float32).max):
             faults.append(f"has nested_offset={about['nested_offset']}, too large for a float32")
     return faults
 

@@ -19,7 +19,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,9 @@ from jax.sharding import Sharding
 
 from jaxpeft.io import bitsandbytes
 from jaxpeft.io._buffers import Layers, Parts, aligned, build
+from jaxpeft.io._stack import Stack, folder_of, refuse
 from jaxpeft.io.bitsandbytes import FourBit
-from jaxpeft.io.safetensors import CONFIG, MAX_FAULTS, NAMES, Lazy, Tensor, read
+from jaxpeft.io.safetensors import CONFIG, NAMES, Lazy, Tensor, read
 from jaxpeft.quant.quantize import encoder
 from jaxpeft.sites import Pattern, Site, Sites
 from jaxpeft.tree import flatten
@@ -50,26 +51,6 @@ Formats = Format | Mapping[Pattern, Format | None] | None
 BLOCK = 64
 # Bytes of a tensor read at once.
 STRIP = 8_000_000
-
-
-class Stack(NamedTuple):
-    """How one parameter is made of tensors: of one per layer, or of a single one."""
-
-    shape: tuple[int, ...]
-    names: tuple[str, ...]
-    stacked: bool  # True: a tensor per index of the first axis. False: one tensor is all of it
-    transposed: bool  # (out, in) in the file, (in, out) in the parameter
-
-    @property
-    def tensor_shape(self) -> tuple[int, ...]:
-        """The shape of each tensor in the file."""
-        shape = self.shape[1:] if self.stacked else self.shape
-        return shape[::-1] if self.transposed else shape
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether each tensor is a matrix."""
-        return len(self.tensor_shape) == 2
 
 
 # Reading -----------------------------------------------------------------------------------------
@@ -112,10 +93,10 @@ def assemble(
       TypeError: A format is neither a name nor a function.
     """
     quantizers = _quantizers(quantize, plan)
-    stored, parts = _stored_in_four_bits(tensors, plan)
+    stored, parts = bitsandbytes.stored(tensors, plan)
     if twice := [path for path in quantizers if path in stored]:
         raise ValueError(
-            f"`load(quantize={quantize!r})`: {', '.join(map(repr, twice))} of {_folder(tensors)} "
+            f"`load(quantize={quantize!r})`: {', '.join(map(repr, twice))} of {folder_of(tensors)} "
             "are quantized already. Leave `quantize` out, or give a mapping that spares them."
         )
     _check_tensors(tensors, plan, stored, lambda name: name in parts or ignore(name))
@@ -166,79 +147,6 @@ def _axes(stack: Stack) -> Any:
     return roles_of(*[STACK] * stack.stacked, IN, OUT)(stack.shape)
 
 
-def _stored_in_four_bits(
-    tensors: Mapping[str, Tensor], plan: Mapping[str, Stack]
-) -> tuple[dict[str, list[FourBit]], set[str]]:
-    """The layers of every parameter that bitsandbytes has quantized, and all tensors of these.
-
-    Raises:
-      ValueError: Names every weight and file in which a part is missing, of another size or kind
-        than the others say, or of a form that is not read; and every stack whose layers differ.
-    """
-    parts = bitsandbytes.parts(tensors)
-    stored: dict[str, list[FourBit]] = {}
-    faults: list[str] = []
-    used: set[str] = set()
-    for path, stack in plan.items():
-        own = {name: parts.get(name, {}) for name in stack.names if name in parts}
-        for name in stack.names:  # Values alone: their parts are missing, not their shape wrong.
-            tensor = tensors.get(name)
-            if tensor and tensor.dtype == np.uint8 and tensor.shape != stack.tensor_shape:
-                if stack.transposed:
-                    own.setdefault(name, {})
-        if not own:
-            continue
-        used |= own.keys() | {f"{name}.{part}" for name in own for part in own[name]}
-        before = len(faults)
-        layers = _four_bit_weights(path, stack, tensors, own, faults)
-        if len(faults) == before:
-            stored[path] = layers
-    refuse(
-        f"{_folder(tensors)} holds weights in four bits that cannot be read:",
-        faults,
-        "Fetch the folder again, or quantize the original model: load(folder, quantize='nf4').",
-    )
-    return stored, used
-
-
-def _four_bit_weights(
-    path: str,
-    stack: Stack,
-    tensors: Mapping[str, Tensor],
-    parts: Mapping[str, Mapping[str, Tensor]],
-    faults: list[str],
-) -> list[FourBit]:
-    """The layers of one parameter, checked; what is wrong is added to `faults`."""
-    if not stack.transposed or not stack.is_matrix:
-        name = next(iter(parts))
-        file = next(iter(parts[name].values())).file
-        faults.append(f"{name} ('{path}') is no linear weight, but has quantized parts in {file}")
-        return []
-    layers = []
-    for name in stack.names:
-        tensor = tensors.get(name)
-        if tensor is None:
-            file = next((part.file for part in parts.get(name, {}).values()), None)
-            faults.append(f"missing: {name}" + (f", whose parts are in {file}" if file else ""))
-        elif name not in parts:
-            faults.append(
-                f"layers of '{path}' differ: {name} in {tensor.file} is dense, "
-                f"{next(iter(parts))} is quantized"
-            )
-        else:
-            layer, found = bitsandbytes.check(name, tensor, parts[name], stack.tensor_shape)
-            faults.extend(found)
-            layers += [layer] if layer else []
-    for layer in layers[1:]:
-        if (first := layers[0]).state != layer.state:
-            faults.append(
-                f"layers of '{path}' differ: {layer.name} in {layer.file} is {layer.state}, "
-                f"{first.name} in {first.file} is {first.state}"
-            )
-            break
-    return layers
-
-
 def _check_tensors(
     tensors: Mapping[str, Tensor],
     plan: Mapping[str, Stack],
@@ -262,7 +170,7 @@ def _check_tensors(
     extra = [name for name in tensors if name not in wanted and not ignore(name)]
     faults += [f"left over: {name} of shape {tensors[name].shape}" for name in extra]
     refuse(
-        f"{_folder(tensors)} does not hold the tensors that its {CONFIG} describes:",
+        f"{folder_of(tensors)} does not hold the tensors that its {CONFIG} describes:",
         faults,
         f"Fetch the folder again, or correct its {CONFIG}.",
     )
@@ -473,17 +381,6 @@ def _fetcher(array: Any, stack: Stack, index: int) -> Callable[[], np.ndarray]:
     return fetch
 
 
-# Messages ----------------------------------------------------------------------------------------
-
-
-def refuse(head: str, faults: Sequence[str], remedy: str = "") -> None:
-    """Raises one ValueError with all faults, if there are any."""
-    if faults:
-        more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
-        lines = "".join(f"\n  {fault}" for fault in [*faults[:MAX_FAULTS], *more])
-        raise ValueError(head + lines + (remedy and "\n" + remedy))
-
-
 def _difference(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     faults = [f"missing: {path}" for path in wanted if path not in given]
     return faults + [f"left over: {path}" for path in given if path not in wanted]
@@ -491,7 +388,3 @@ def _difference(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> list[str
 
 def _by_path(tree: Any) -> dict[str, Any]:
     return flatten(tree, is_leaf=lambda x: not isinstance(x, Mapping))[0]
-
-
-def _folder(tensors: Mapping[str, Tensor]) -> str:
-    return ", ".join(sorted({str(tensor.file.parent) for tensor in tensors.values()}))
