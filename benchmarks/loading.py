@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.io import safetensors
+from jaxpeft.io import _safetensors as safetensors
 from jaxpeft.models import decoder
 
 CONFIGS = {

@@ -62,9 +62,9 @@ import numpy as np
 import optax
 
 import jaxpeft as jp
-from jaxpeft.models import decoder
-from jaxpeft.models.shifted import shifted_sparse
-from jaxpeft.train import TextTokenizer, cross_entropy, init, train_step
+from jaxpeft.data import TextTokenizer
+from jaxpeft.models import decoder, shifted_sparse
+from jaxpeft.train import cross_entropy, init, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -35,7 +35,7 @@ from comparison.rows import FULL, PROBE, Row, adalora
 from comparison.tasks import TASKS
 
 import jaxpeft as jp
-from jaxpeft import train
+from jaxpeft import optim
 
 RANK = 4  # of LoRA, and of AdaLoRA in the end
 DENSITY = 0.1  # of entries that are trained alone
@@ -68,7 +68,9 @@ def _pruned(rule: Any, sparsity: int, structure: Any) -> Row:
     def wrap(tx: Any, p: Places, steps: int) -> Any:
         begin, end = steps // 10, steps * 7 // 10
         density = optax.polynomial_schedule(1.0, 1 - sparsity / 100, 3, end - begin, begin)
-        return train.pruned(tx, p.kernels, density, rule=rule, structure=structure, every=5)
+        return optim.scheduled_pruning(
+            tx, p.kernels, density, rule=rule, structure=structure, every=5
+        )
 
     kind = "entries" if structure == "entry" else "blocks"
     papers = {
@@ -119,14 +121,14 @@ def _masks(score: str, density: float = DENSITY) -> dict[str, jax.Array]:
             for i, (path, site) in enumerate(kernels.items())
         }
     elif score == "magnitude":
-        found = jp.magnitude(seen.params, kernels)
+        found = jp.sparsity.magnitude_scores(seen.params, kernels)
     elif score == "obs":
-        moments = jp.input_moments(seen.forward, seen.params, kernels, seen.batches)
-        found = jp.obs(seen.params, kernels, moments)
+        moments = jp.calibration.input_moments(seen.forward, seen.params, kernels, seen.batches)
+        found = jp.sparsity.obs_scores(seen.params, kernels, moments)
     else:
         about = (seen.loss, seen.params, kernels, seen.batches)
-        found = jp.saliency(score, *about, key=jax.random.key(0))
-    return jp.keep(found, kernels, density, empty=True)
+        found = jp.sparsity.saliency_scores(score, *about, key=jax.random.key(0))
+    return jp.sparsity.topk_mask(found, kernels, density, empty=True)
 
 
 def _chosen(score: str) -> Row:
@@ -144,7 +146,7 @@ def _chosen(score: str) -> Row:
     def make(p: Places) -> Any:
         masks = _masks(score)
         sites = p.kernels.match(lambda site: bool(masks[site.path].any()))
-        return jp.sparse(masks, sites)
+        return jp.sparse_delta(masks, sites)
 
     return Row(f"a tenth by {score}", papers[score], "entries", make)
 
@@ -160,7 +162,7 @@ HALF = Row(
     "half by random",
     "Bhardwaj et al. 2024",
     "entries",
-    lambda p: jp.sparse(_masks("random", 0.5), p.kernels),
+    lambda p: jp.sparse_delta(_masks("random", 0.5), p.kernels),
 )
 
 PLAN = Plan(

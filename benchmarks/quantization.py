@@ -28,6 +28,7 @@ import numpy as np
 import optax
 
 import jaxpeft as jp
+from jaxpeft._view import is_view
 from jaxpeft.models import decoder
 from jaxpeft.quant import FORMATS
 from jaxpeft.train import cross_entropy, init, train_step
@@ -53,9 +54,7 @@ def bits_per_param():
     bits = {}
     for format in FORMATS:
         tree = jax.eval_shape(jp.quantize(format, sites), jax.random.key(0), params)
-        views = [
-            x for x in jax.tree.leaves(tree, is_leaf=jp.weight.is_view) if jp.weight.is_view(x)
-        ]
+        views = [x for x in jax.tree.leaves(tree, is_leaf=is_view) if is_view(x)]
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(views))
         bits[format] = 8 * size / count
     return bits

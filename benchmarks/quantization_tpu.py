@@ -44,16 +44,11 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import jaxpeft as jp  # noqa: E402
 from jaxpeft.models import decoder  # noqa: E402
+from jaxpeft.optim import adamw8bit, paged, to_host  # noqa: E402
 from jaxpeft.quant import nf4  # noqa: E402
-from jaxpeft.quant.kernels import fused, nf4_matmul  # noqa: E402
-from jaxpeft.train import (  # noqa: E402
-    adamw8bit,
-    cross_entropy,
-    init,
-    paged,
-    to_host,
-    train_step,
-)
+from jaxpeft.quant._kernels import nf4_matmul  # noqa: E402
+from jaxpeft.quant._kernels.fused import fused  # noqa: E402
+from jaxpeft.train import cross_entropy, init, train_step  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quantization_tpu.json"
 GIB = 2**30

@@ -34,10 +34,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft as jp
-from jaxpeft.methods.placing import place
+from jaxpeft._weight import Weight
+from jaxpeft.data import Batches, TextTokenizer, read_examples
+from jaxpeft.extend import apply_to_sites, base_weight, dense, static, weight
 from jaxpeft.models import decoder
-from jaxpeft.train import Batches, TextTokenizer, cross_entropy, init, read_examples, train_step
-from jaxpeft.weight import Weight, base, dense, static, weight
+from jaxpeft.train import cross_entropy, init, train_step
 
 LLAMA3 = decoder.Rope(theta=500000.0)
 LLAMA32 = decoder.Rope(theta=500000.0, kind="llama3", factor=32.0, low=1.0, high=4.0, context=8192)
@@ -84,7 +85,7 @@ class ByRows(Weight):
     chips there are: 70B would not fit into v5e. Like this it gathers the kernel of one layer.
     """
 
-    w: Any = base()
+    w: Any = base_weight()
     mesh: Mesh = static()
 
     def forward(self, x):
@@ -102,7 +103,7 @@ def by_rows(sites, mesh):
     def make(key, site, view):
         return dataclasses.replace(view, weight=ByRows(view.weight, mesh))
 
-    return lambda key, tree: place(key, tree, sites, make, who="by_rows")
+    return lambda key, tree: apply_to_sites(key, tree, sites, make, caller="by_rows")
 
 
 def recipe(config, mesh, rank, rate):
@@ -168,7 +169,7 @@ def main(argv=None):
     state = jax.device_put(init(adapter, tx), everywhere)
     step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
     if host == 0:
-        print(jp.count(frozen, adapter), f"on {mesh.size} chips")
+        print(jp.count_params(frozen, adapter), f"on {mesh.size} chips")
 
     # Where an earlier run has stopped.
     manager = None

@@ -1,134 +1,133 @@
-"""jaxpeft: parameter-efficient fine-tuning for any JAX function, unmodified."""
+"""jaxpeft: parameter-efficient fine-tuning for any JAX function, unmodified.
 
-from jaxpeft.lift import Materialized, MaterializedWarning, NotAMatrixError, lift, merge
-from jaxpeft.memory import Memory, memory
-from jaxpeft.method import Method, chain
-from jaxpeft.methods import (
-    Moments,
-    adalora,
-    as_lora,
-    bank,
+The top level has the verbs and types of the core and every function that returns a `Method`.
+Helpers are in the namespace of their subject, such as `jaxpeft.sparsity`, which is loaded when it
+is first used. A name with an underscore in its path is private.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jaxpeft._counts import ParamCounts, count_params
+from jaxpeft._lift import Materialized, MaterializedWarning, NotMergeableError, lift, merge
+from jaxpeft._marks import Placeholder, Trainable
+from jaxpeft._masks_and_labels import param_labels, trainable_mask, trainable_only
+from jaxpeft._memory import MemoryEstimate, estimate_memory
+from jaxpeft._method import Method, chain
+from jaxpeft._methods.adalora import adalora
+from jaxpeft._methods.boft import boft
+from jaxpeft._methods.bottleneck_adapter import bottleneck_adapter, parallel_adapter
+from jaxpeft._methods.corda import corda
+from jaxpeft._methods.dora import dora
+from jaxpeft._methods.eva import eva
+from jaxpeft._methods.gates import gates
+from jaxpeft._methods.hira import hira
+from jaxpeft._methods.hra import hra
+from jaxpeft._methods.ia3 import ia3
+from jaxpeft._methods.loha import loha
+from jaxpeft._methods.lokr import lokr
+from jaxpeft._methods.longlora import longlora
+from jaxpeft._methods.lora import lora
+from jaxpeft._methods.lora_fa import lora_fa
+from jaxpeft._methods.lora_ga import lora_ga
+from jaxpeft._methods.mam import mam
+from jaxpeft._methods.miss import miss
+from jaxpeft._methods.oft import oft
+from jaxpeft._methods.p_tuning import p_tuning
+from jaxpeft._methods.pissa import olora, pissa
+from jaxpeft._methods.prefix_tuning import prefix_tuning
+from jaxpeft._methods.prompt_tuning import prompt_tuning
+from jaxpeft._methods.prune import prune
+from jaxpeft._methods.road import road
+from jaxpeft._methods.selection import (
     bitfit,
-    boft,
-    bottleneck,
-    check_ids,
-    check_prefix,
-    check_prompt,
-    compensate,
-    corda,
-    cut,
-    density,
-    dora,
-    eva,
-    fold,
-    for_shares,
-    for_task,
-    full,
-    gates,
-    hira,
-    hra,
-    ia3,
-    input_moments,
-    keep,
-    keep_units,
+    full_finetuning,
     last_layers,
     linear_probe,
-    loha,
-    lokr,
-    longlora,
-    lora,
-    lora_fa,
-    lora_ga,
-    magnitude,
-    mam,
-    mean_gradients,
-    miss,
-    moelora,
     norm_tuning,
-    obs,
-    oft,
-    olora,
-    open_gates,
-    openness,
-    orthogonality,
-    p_tuning,
-    parallel,
-    pissa,
-    poly,
-    prefix,
-    prompt,
-    prune,
-    ranks,
-    road,
-    saliency,
-    shrunk,
-    sparse,
-    template,
-    trainable_tokens,
     unfreeze,
-    unipelt,
-    unit_scores,
-    units,
-    vera,
-    virtual_ids,
-    with_prefixes,
-    with_virtual,
-    without_virtual,
-    xlora,
 )
-from jaxpeft.one_tree import labels, mask, trainable_only
-from jaxpeft.quant import loftq, quantize, requantize
-from jaxpeft.sites import Part, Site, Sites, sites
-from jaxpeft.tree import Hole, Train, base, combine, count, split
-from jaxpeft.weight import View, Weight
+from jaxpeft._methods.sparse_delta import sparse_delta
+from jaxpeft._methods.task_mixtures import moelora, poly
+from jaxpeft._methods.trainable_tokens import trainable_tokens
+from jaxpeft._methods.unipelt import unipelt
+from jaxpeft._methods.vera import vera
+from jaxpeft._methods.xlora import xlora
+from jaxpeft._sites import OutputSlice, Site, Sites, sites
+from jaxpeft._tree import base_params, combine, split
+from jaxpeft._version import __version__
+from jaxpeft._view import View
+from jaxpeft._weight import Weight
+from jaxpeft.quant._loftq import loftq
+from jaxpeft.quant._quantize import quantize
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:  # for tools that read types; at run time, `__getattr__` loads them
+    from jaxpeft import (  # noqa: F401
+        adapters,
+        bridge,
+        calibration,
+        data,
+        extend,
+        io,
+        mixtures,
+        models,
+        optim,
+        prompts,
+        quant,
+        serve,
+        sparsity,
+        train,
+    )
+
+
+_NAMESPACES = (
+    "adapters",
+    "bridge",
+    "calibration",
+    "data",
+    "extend",
+    "io",
+    "mixtures",
+    "models",
+    "optim",
+    "prompts",
+    "quant",
+    "serve",
+    "sparsity",
+    "train",
+)
 
 __all__ = [
-    "Hole",
     "Materialized",
     "MaterializedWarning",
-    "Memory",
+    "MemoryEstimate",
     "Method",
-    "Moments",
-    "NotAMatrixError",
-    "Part",
+    "NotMergeableError",
+    "OutputSlice",
+    "ParamCounts",
+    "Placeholder",
     "Site",
     "Sites",
-    "Train",
+    "Trainable",
     "View",
     "Weight",
     "adalora",
-    "as_lora",
-    "bank",
-    "base",
+    "base_params",
     "bitfit",
     "boft",
-    "bottleneck",
+    "bottleneck_adapter",
     "chain",
-    "check_ids",
-    "check_prefix",
-    "check_prompt",
     "combine",
-    "compensate",
     "corda",
-    "count",
-    "cut",
-    "density",
+    "count_params",
     "dora",
+    "estimate_memory",
     "eva",
-    "fold",
-    "for_shares",
-    "for_task",
-    "full",
+    "full_finetuning",
     "gates",
     "hira",
     "hra",
     "ia3",
-    "input_moments",
-    "keep",
-    "keep_units",
-    "labels",
     "last_layers",
     "lift",
     "linear_probe",
@@ -139,48 +138,42 @@ __all__ = [
     "lora",
     "lora_fa",
     "lora_ga",
-    "magnitude",
     "mam",
-    "mask",
-    "mean_gradients",
-    "memory",
     "merge",
     "miss",
     "moelora",
     "norm_tuning",
-    "obs",
     "oft",
     "olora",
-    "open_gates",
-    "openness",
-    "orthogonality",
     "p_tuning",
-    "parallel",
+    "parallel_adapter",
+    "param_labels",
     "pissa",
     "poly",
-    "prefix",
-    "prompt",
+    "prefix_tuning",
+    "prompt_tuning",
     "prune",
     "quantize",
-    "ranks",
-    "requantize",
     "road",
-    "saliency",
-    "shrunk",
     "sites",
-    "sparse",
+    "sparse_delta",
     "split",
-    "template",
+    "trainable_mask",
     "trainable_only",
     "trainable_tokens",
     "unfreeze",
     "unipelt",
-    "unit_scores",
-    "units",
     "vera",
-    "virtual_ids",
-    "with_prefixes",
-    "with_virtual",
-    "without_virtual",
     "xlora",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A namespace when it is first asked for (PEP 562)."""
+    if name in _NAMESPACES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_NAMESPACES])

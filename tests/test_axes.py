@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpeft import axes
+from jaxpeft import _axes as axes
 
 SHAPES = [(4, 6), (12,), (2, 3, 4), (6, 1, 4), (8, 9), (1, 12, 2)]
 

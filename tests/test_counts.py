@@ -40,7 +40,7 @@ def llama():
 def test_rank_8_on_q_and_v_of_a_7b_llama_trains_4194304_numbers():
     params, sites = llama()
     assert sum(x.size for x in jax.tree.leaves(params)) == 6_738_415_616
-    counts = jp.count(*split_shapes(jp.lora(8, sites.match("*/q/*", "*/v/*")), params))
+    counts = jp.count_params(*split_shapes(jp.lora(8, sites.match("*/q/*", "*/v/*")), params))
     assert counts.trainable == 4_194_304
     assert counts.frozen == 6_738_415_616
     assert counts.trainable_bytes == 16_777_216
@@ -57,7 +57,7 @@ def test_that_adapter_takes_16_8_megabytes_on_disk(tmp_path):
 def test_an_adapter_in_bfloat16_is_half_as_large():
     params, sites = llama()
     method = jp.lora(8, sites.match("*/q/*", "*/v/*"), dtype=jnp.bfloat16)
-    assert jp.count(*split_shapes(method, params)).trainable_bytes == 8_388_608
+    assert jp.count_params(*split_shapes(method, params)).trainable_bytes == 8_388_608
 
 
 # BERT-base, uncased ------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def bert_sites():
 
 def test_bitfit_trains_102912_of_the_109482240_numbers_of_bert_base():
     frozen, adapter = split_shapes(jp.bitfit(bert_sites()), bert_shapes())
-    counts = jp.count(frozen, adapter)
+    counts = jp.count_params(frozen, adapter)
     assert (counts.trainable, counts.total) == (102_912, 109_482_240)
     assert all(path.endswith("/bias") for path in adapter)
     every = [path for path in bert_sites() if path.endswith("/bias")]
@@ -140,7 +140,7 @@ def test_bitfit_trains_102912_of_the_109482240_numbers_of_bert_base():
 def test_the_small_variant_of_bitfit_trains_46080():
     method = jp.bitfit(bert_sites(), subset=("query", "intermediate"))
     frozen, adapter = split_shapes(method, bert_shapes())
-    assert jp.count(frozen, adapter).trainable == 46_080
+    assert jp.count_params(frozen, adapter).trainable == 46_080
     assert len(adapter) == 2 * LAYERS
     assert all("query/bias" in path or "intermediate/dense/bias" in path for path in adapter)
 
@@ -158,14 +158,14 @@ def test_the_small_variant_of_bitfit_trains_46080():
     ],
 )
 def test_each_subset_of_bitfit_is_one_vector_per_layer(name, numbers):
-    counts = jp.count(*split_shapes(jp.bitfit(bert_sites(), subset=(name,)), bert_shapes()))
+    counts = jp.count_params(*split_shapes(jp.bitfit(bert_sites(), subset=(name,)), bert_shapes()))
     assert counts.trainable == numbers
 
 
 def test_lora_on_the_linears_of_bert_base_trains_r_times_in_plus_out():
     sites = bert_sites().linear
     assert len(sites) == 6 * LAYERS + 1
-    counts = jp.count(*split_shapes(jp.lora(4, sites), bert_shapes()))
+    counts = jp.count_params(*split_shapes(jp.lora(4, sites), bert_shapes()))
     per_layer = 4 * (D + D) + 2 * (D + F)
     assert counts.trainable == 4 * (LAYERS * per_layer + 2 * D)
     assert np.isclose(counts.total - counts.trainable, 109_482_240, rtol=0)
@@ -181,13 +181,13 @@ def prompts_on_bloomz(method):
     table = {"table": jax.ShapeDtypeStruct((250_880, 1024), jnp.float32)}
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     sites = jp.sites(lambda params, tokens: params["table"][tokens], table, tokens)
-    counts = jp.count(*split_shapes(method(sites.match("table")), table))
+    counts = jp.count_params(*split_shapes(method(sites.match("table")), table))
     total = counts.total + BLOOMZ - 250_880 * 1024
     return counts.trainable, total, 100 * counts.trainable / total
 
 
 def test_8_virtual_tokens_on_bloomz_560m_train_8192_numbers():
-    found = prompts_on_bloomz(lambda table: jp.prompt(8, table))
+    found = prompts_on_bloomz(lambda table: jp.prompt_tuning(8, table))
     assert found == (8_192, 559_222_784, 0.0014648902430985358)
 
 

@@ -55,7 +55,7 @@ def test_examples_of_wrapped_functions_are_found():
 def test_public_functions_say_what_they_do_and_take(name):
     module = load(name)
     for function, value in public_functions(module):
-        rule = name.startswith("jaxpeft.rules.")  # a rule's primitive stands in its decorator
+        rule = name.startswith("jaxpeft._rules.")  # a rule's primitive stands in its decorator
         doc = inspect.getdoc(value)
         assert doc or rule, f"{name}.{function} has no docstring"
         found = re.search(r"\nArgs:\n(.*?)(\n\S|\Z)", doc or "", re.S)

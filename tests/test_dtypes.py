@@ -209,7 +209,7 @@ def test_what_has_no_dense_equivalent_is_refused_where_it_is_rounded():
     def fn(p, x):
         return x @ p["w"].astype(BF16).astype(x.dtype)
 
-    frozen, start, _ = adapted(fn, W, X, method=lambda s: jp.bottleneck(2, s))
+    frozen, start, _ = adapted(fn, W, X, method=lambda s: jp.bottleneck_adapter(2, s))
     with pytest.raises(TypeError, match=r"Bottleneck at 'w' .*`convert_element_type`.*test_dtypes"):
         jp.lift(fn)(jp.combine(frozen, start), X)
 

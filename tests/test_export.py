@@ -12,8 +12,9 @@ import pytest
 from jax import export
 
 import jaxpeft as jp
-from jaxpeft import exporting
-from jaxpeft.weight import Weight, base, static, weight
+from jaxpeft import _export as exporting
+from jaxpeft._weight import Weight
+from jaxpeft.extend import base_weight, static, weight
 
 KEY = jax.random.key(0)
 P = {
@@ -39,13 +40,13 @@ METHODS = {
         jp.quantize("fp4", S.linear, block=8, layout="flat"), jp.dora(2, S.match("v"))
     ),
     "int8 + part of the outputs": jp.chain(
-        jp.quantize("int8", S.linear), jp.lora(2, S.match("w").columns(1, 2))
+        jp.quantize("int8", S.linear), jp.lora(2, S.match("w").output_slice(1, 2))
     ),
     "fp8 + vera + bitfit": jp.chain(
         jp.quantize("fp8", S.linear), jp.vera(2, S.linear), jp.bitfit(S)
     ),
     "moelora": jp.moelora(2, S.linear, experts=2, tasks=3, width=4),
-    "bottleneck": jp.bottleneck(2, S.match("v")),
+    "bottleneck": jp.bottleneck_adapter(2, S.match("v")),
 }
 
 
@@ -121,7 +122,7 @@ def nodes(treedef):
 class Doubled(Weight):
     """Twice the matrix."""
 
-    w: Any = base()
+    w: Any = base_weight()
     note: Any = static(None)
 
     def forward(self, x):
@@ -150,7 +151,7 @@ def doubled(note):
         np.float32(0.1),
         np.int64(3),
         jnp.dtype("bfloat16"),
-        jp.Part(1, 2),
+        jp.OutputSlice(1, 2),
     ],
 )
 def test_a_static_field_of_plain_values_comes_back_equal(note):
@@ -180,7 +181,7 @@ def test_a_class_that_is_defined_again_may_be_used():
     def define():
         @weight
         class Again(Weight):
-            w: Any = base()
+            w: Any = base_weight()
 
         return Again
 

@@ -68,20 +68,24 @@ def test_a_module_with_functions_and_strings_among_its_leaves_is_adapted():
 
     grads = jax.jit(jax.grad(loss))(adapter)
     assert all(np.any(np.asarray(g) != 0) for g in grads.values())
-    assert jp.base(tree)[1].weight is p[1].weight
-    assert jp.count(frozen, adapter).trainable == 2 * 11 + 2 * 8 + 8
-    assert jp.memory(lambda a, f, x: jp.lift(run)(jp.combine(f, a), x).sum(), adapter, frozen, x)
-    moments = jp.input_moments(run, p, sites.linear, [x])
+    assert jp.base_params(tree)[1].weight is p[1].weight
+    assert jp.count_params(frozen, adapter).trainable == 2 * 11 + 2 * 8 + 8
+    assert jp.estimate_memory(
+        lambda a, f, x: jp.lift(run)(jp.combine(f, a), x).sum(), adapter, frozen, x
+    )
+    moments = jp.calibration.input_moments(run, p, sites.linear, [x])
     assert moments["0/weight"].second.shape == (6, 6)
-    of = jp.mean_gradients(lambda p, x: jnp.sum(run(p, x)), p, sites.linear, [x])
+    of = jp.calibration.mean_gradients(lambda p, x: jnp.sum(run(p, x)), p, sites.linear, [x])
     assert of["1/weight"].shape == (5, 3)
-    scores = jp.saliency("snip", lambda p, x: jnp.sum(run(p, x)), p, sites.linear, [x])
+    scores = jp.sparsity.saliency_scores(
+        "snip", lambda p, x: jnp.sum(run(p, x)), p, sites.linear, [x]
+    )
     assert scores["1/weight"].shape == (5, 3)
 
 
 def test_labels_of_such_a_module_freeze_its_functions():
     p, x = layers(), jnp.ones((2, 6))
     marked = jp.lora(2, jp.sites(run, p, x).linear)(KEY, p)
-    found = jp.labels(marked)
+    found = jp.param_labels(marked)
     assert found[0].act == found[0].eps == found[0].bias == "freeze"
     assert jax.tree.leaves(found).count("train") == 4

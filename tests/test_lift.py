@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.lift import _warned
+from jaxpeft._lift import _warned
 
 F8 = jnp.float64
 KEY = jax.random.key(0)

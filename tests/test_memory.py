@@ -31,7 +31,7 @@ def report(fn, rank=2):
     def loss(adapter, frozen, x):
         return jnp.sum(jp.lift(fn)(jp.combine(frozen, adapter), x))
 
-    return jp.memory(loss, adapter, frozen, x, tx=optax.adam(1e-3)), adapter
+    return jp.estimate_memory(loss, adapter, frozen, x, tx=optax.adam(1e-3)), adapter
 
 
 def test_weights_gradients_and_optimizer_are_the_bytes_of_their_arrays():
@@ -54,7 +54,7 @@ def test_activations_are_what_the_backward_pass_keeps_beside_its_arguments():
 
 
 def test_the_report_prints_its_rows():
-    text = str(jp.Memory(2**20, 2**21, 0, 2**19))
+    text = str(jp.MemoryEstimate(2**20, 2**21, 0, 2**19))
     assert [line.split()[:2] for line in text.splitlines()] == [
         ["weights", "1.00"],
         ["gradients", "2.00"],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.method import Method, from_json, to_json
+from jaxpeft._method import Method, from_json, to_json
 from tests.conformance.methods import METHODS
 from tests.methods.test_saved import at, others
 
@@ -30,11 +30,11 @@ M = S.linear
 
 
 def moments():
-    return jp.input_moments(f, P, M, [X])
+    return jp.calibration.input_moments(f, P, M, [X])
 
 
 def gradients():
-    return jp.mean_gradients(lambda p, x: jnp.sum(f(p, x) ** 2), P, M, [X])
+    return jp.calibration.mean_gradients(lambda p, x: jnp.sum(f(p, x) ** 2), P, M, [X])
 
 
 # Under jit ----------------------------------------------------------------------------------------
@@ -47,9 +47,12 @@ MORE = {
     "lora_ga": lambda: jp.lora_ga(2, M, gradients()),
     "loftq": lambda: jp.loftq(2, M, format="int8"),
     "longlora": lambda: jp.longlora(2, M, S.match("up"), S.match("b")),
-    "prune": lambda: jp.chain(jp.prune(jp.keep(jp.magnitude(P, M), M, 0.5), M), jp.lora(2, M)),
+    "prune": lambda: jp.chain(
+        jp.prune(jp.sparsity.topk_mask(jp.sparsity.magnitude_scores(P, M), M, 0.5), M),
+        jp.lora(2, M),
+    ),
     "bitfit": lambda: jp.bitfit(S),
-    "full": lambda: jp.full(S),
+    "full": lambda: jp.full_finetuning(S),
     "linear_probe": lambda: jp.linear_probe(S, "down"),
     "unfreeze": lambda: jp.unfreeze(S.match("up")),
 }
@@ -171,7 +174,7 @@ def test_numbers_become_those_of_python(value, plain):
             "`corda(moments=...)` holds an array, float64 of shape (12, 12), and the description "
             "of a method has no place for arrays. What starts from data (`corda`, `lora_ga`) is "
             "stored as plain LoRA over the same params: save the method and the adapter that "
-            "`as_lora` returns.",
+            "`to_lora` returns.",
         ),
         (
             lambda: jp.lora(2, M, alpha=np.ones(1)),

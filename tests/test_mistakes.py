@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.train.lora_plus import lora_plus
+from jaxpeft.optim import lora_plus
 
 KEY = jax.random.key(0)
 P = {"w": jnp.ones((6, 8)), "b": jnp.ones(8), "v": jnp.ones((8, 3))}
@@ -133,7 +133,7 @@ def test_nor_is_either_given_by_keyword():
         jp.lift(lambda x, p: model(p, x))(X, p=jp.split(jp.lora(2, S.linear)(KEY, P))[0])
 
 
-@pytest.mark.parametrize("f", [jp.merge, jp.base])
+@pytest.mark.parametrize("f", [jp.merge, jp.base_params])
 def test_a_frozen_tree_has_no_dense_form(f):
     with says(ValueError, f"`{f.__name__}` on 'b', a place of the frozen tree", "combine"):
         f(jp.split(jp.bitfit(S)(KEY, P))[0])
@@ -190,16 +190,18 @@ def test_keys_of_both_forms_are_taken():
 # A method and its arguments --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [jp.lora(2, S.linear), jp.chain(jp.bitfit(S)), jp.full(S)])
+@pytest.mark.parametrize(
+    "method", [jp.lora(2, S.linear), jp.chain(jp.bitfit(S)), jp.full_finetuning(S)]
+)
 def test_a_method_is_given_a_key_and_params(method):
-    who = f"`{method.name}(...)(key, params)`"
-    with says(TypeError, who, "the key comes first; it was given a dict and then a key"):
+    caller = f"`{method.name}(...)(key, params)`"
+    with says(TypeError, caller, "the key comes first; it was given a dict and then a key"):
         method(P, KEY)
-    with says(TypeError, who, "it was given a dict alone"):
+    with says(TypeError, caller, "it was given a dict alone"):
         method(P)
-    with says(TypeError, who, "needs a PRNG key", "was given int"):
+    with says(TypeError, caller, "needs a PRNG key", "was given int"):
         method(0, P)
-    with says(TypeError, who, "needs a PRNG key", "was given dict"):
+    with says(TypeError, caller, "needs a PRNG key", "was given dict"):
         method(P, jax.random.PRNGKey(0))
 
 
@@ -220,7 +222,7 @@ def test_a_method_is_given_a_key_and_params(method):
         lambda sites: jp.quantize("int8", sites),
         lambda sites: jp.bitfit(sites),
         lambda sites: jp.gates(sites=sites),
-        lambda sites: jp.magnitude(P, sites),
+        lambda sites: jp.sparsity.magnitude_scores(P, sites),
     ],
 )
 def test_a_selection_of_sites_is_no_path(factory, value, way):
@@ -265,7 +267,7 @@ def test_bitfit_needs_a_bias():
 
 
 @pytest.mark.parametrize(
-    "method, who",
+    "method, caller",
     [
         (lambda: jp.lora(2, S.conv), "lora"),
         (lambda: jp.quantize("int8", S.embedding), "quantize"),
@@ -273,9 +275,9 @@ def test_bitfit_needs_a_bias():
         (lambda: jp.norm_tuning(S), "norm_tuning"),
     ],
 )
-def test_an_empty_selection_lists_what_there_is(method, who):
+def test_an_empty_selection_lists_what_there_is(method, caller):
     there_is = "the matrices 'v', 'w'", "'b' (8,) (bias)"
-    with says(ValueError, f"`{who}` selects no parameter", *there_is):
+    with says(ValueError, f"`{caller}` selects no parameter", *there_is):
         method()(KEY, P)
 
 
@@ -316,6 +318,6 @@ def test_a_node_that_takes_arrays_only_is_named(node):
 
     p = {"block": [node(jnp.ones((6, 4)))], "other": jnp.ones(2)}
     sites = jp.sites(f, p, X)
-    for method, what in ((jp.lora(2, sites.linear), "View"), (jp.full(sites), "Train")):
+    for method, what in ((jp.lora(2, sites.linear), "View"), (jp.full_finetuning(sites), "Train")):
         with says(TypeError, f"a node of class `{node.__name__}` that does not take a `{what}`"):
             method(KEY, p)

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import jaxpeft as jp
+from jaxpeft._tree import flatten
 from tests.test_tree import model, params
 
 KEY, F64 = jax.random.key(0), jnp.float64
@@ -35,7 +36,7 @@ ONE_TREE = {
 
 def bits(tree):
     """{path: bytes} of every array."""
-    flat, _ = jp.tree.flatten(tree)
+    flat, _ = flatten(tree)
     return {path: np.asarray(x).tobytes() for path, x in flat.items()}
 
 
@@ -44,7 +45,7 @@ def with_signed_zeros(p):
 
 
 def as_the_docstring_of_mask_says(optimizer, marked):
-    trained = jp.mask(marked)
+    trained = jp.trainable_mask(marked)
     frozen = jax.tree.map(operator.not_, trained)
     return optax.chain(optax.masked(optimizer, trained), optax.masked(optax.set_to_zero(), frozen))
 
@@ -80,7 +81,7 @@ def stepped(form, name):
         after = optax.apply_updates(after, updates)  # eagerly: XLA takes x + 0.0 for x
         two, own = alone(two, own)
     assert jax.tree.structure(after) == jax.tree.structure(tree)
-    old, new = jp.tree.flatten(tree)[0], jp.tree.flatten(after)[0]
+    old, new = flatten(tree)[0], flatten(after)[0]
     for path in adapter:
         np.testing.assert_allclose(new[path], two[path], rtol=1e-10)
         assert not np.array_equal(new[path], old[path])
@@ -105,7 +106,7 @@ def test_a_mask_alone_would_move_the_base():
     """What `optax.masked` does where a mask is False, which the docstring of `mask` warns of."""
     marked = jp.lora(2, jp.sites(model, params(), jnp.ones((2, 6))).linear)(KEY, params())
     tree = jp.combine(*jp.split(marked))
-    tx = optax.masked(optax.sgd(0.1), jp.mask(marked))
+    tx = optax.masked(optax.sgd(0.1), jp.trainable_mask(marked))
     grads = jax.tree.map(jnp.ones_like, tree)
     updates, _ = tx.update(grads, tx.init(tree), tree)
     assert float(updates["b"][0]) == 1.0  # the raw gradient, uphill
@@ -131,6 +132,10 @@ def test_a_table_that_is_trained_in_part_has_no_mask():
         return jax.lax.scan(lambda x, w: (x @ w, None), x, p["layers"])[0]
 
     marked = jp.last_layers(jp.sites(stacked, p, jnp.ones((2, 4))), 1)(KEY, p)
-    for form in (jp.labels, jp.mask, lambda tree: jp.trainable_only(optax.sgd(0.1), tree)):
+    for form in (
+        jp.param_labels,
+        jp.trainable_mask,
+        lambda tree: jp.trainable_only(optax.sgd(0.1), tree),
+    ):
         with refused("An array of this tree is trained in part"):
             form(marked)

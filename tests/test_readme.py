@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import jaxpeft as jp
-from jaxpeft import methods, train
+from jaxpeft import _methods as methods
+from jaxpeft import train
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -32,5 +33,5 @@ def test_the_table_has_every_method_and_no_other():
     optimizers = {name for name in named if name.startswith("train.")}
     assert named - optimizers == set(methods.__all__) - helpers | {"quantize", "loftq"}
     assert all(hasattr(jp, name) for name in named - optimizers)
-    assert optimizers == {"train.pruned", "train.rigl"}
+    assert optimizers == {"optim.scheduled_pruning", "optim.rigl"}
     assert all(hasattr(train, name.removeprefix("train.")) for name in optimizers)

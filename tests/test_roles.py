@@ -7,7 +7,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import bridge
-from jaxpeft.methods.placing import bias_of
+from jaxpeft.extend import bias_of
 
 D, V = 6, 9
 IDS = jnp.array([[1, 2, 3], [4, 5, 6]])
@@ -197,7 +197,7 @@ TURNED = [
 @pytest.mark.parametrize("fn, message", TURNED)
 @pytest.mark.parametrize(
     "method",
-    [lambda s: jp.bottleneck(2, s), lambda s: jp.prefix(1, s, s - s)],
+    [lambda s: jp.bottleneck_adapter(2, s), lambda s: jp.prefix_tuning(1, s, s - s)],
     ids=["reads", "rows"],
 )
 def test_a_method_that_reads_the_bias_refuses_one_that_is_not_added_as_it_is(fn, message, method):
@@ -235,7 +235,7 @@ def test_a_parallel_adapter_whose_input_runs_twice_is_refused_with_the_line():
 
     p = arrays(up=(D, 4), down=(4, D))
     sites = jp.sites(fn, p, jnp.ones((2, D)))
-    method = jp.parallel(2, sites.match("up"), sites.match("down"))
+    method = jp.parallel_adapter(2, sites.match("up"), sites.match("down"))
     tree = jp.combine(*jp.split(method(jax.random.key(0), p)))
     with pytest.raises(ValueError, match=r"adapter 'down' a second time \(.*test_roles.py:\d+"):
         jp.lift(fn)(tree, jnp.ones((2, D)))

@@ -61,8 +61,8 @@ def test_patterns_are_globs_regular_expressions_and_predicates(sites):
         (lambda s: s.match("*", exclude="*/w/*"), r"'\*/w/\*' matches none"),
         (lambda s: s.match("embed", exclude=["embed"]), r"nothing of \['embed'\] is left"),
         (lambda s: s["embd"], r"No parameter is called 'embd'. There are: embed,"),
-        (lambda s: s.match("*/q/kernel").columns(0, 3), r"length 16.*multiple of 3"),
-        (lambda s: s.match("*/q/kernel").columns(2, 2), r"Block 2 of 2"),
+        (lambda s: s.match("*/q/kernel").output_slice(0, 3), r"length 16.*multiple of 3"),
+        (lambda s: s.match("*/q/kernel").output_slice(2, 2), r"Block 2 of 2"),
         (lambda s: s.override("embed", "in"), r"shape \(50, 16\).*2 axes.*\('in',\)"),
         (lambda s: s.override("embed", "in", "up"), r"not \('in', 'up'\)"),
     ],
@@ -73,9 +73,9 @@ def test_refusals_list_what_there_is_nearest_first(sites, call, message):
 
 
 def test_a_part_counted_in_numpy_is_one_in_a_file_too(sites):
-    part = sites.match("*/q/kernel").columns(np.int64(1), np.int32(2))
+    part = sites.match("*/q/kernel").output_slice(np.int64(1), np.int32(2))
     assert json.dumps(part.to_json()) == json.dumps(
-        sites.match("*/q/kernel").columns(1, 2).to_json()
+        sites.match("*/q/kernel").output_slice(1, 2).to_json()
     )
 
 

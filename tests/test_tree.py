@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import jaxpeft as jp
+from jaxpeft import _tree as tree_module
 
 KEY = jax.random.key(0)
 
@@ -49,7 +50,7 @@ def test_the_base_is_still_there():
     sites = jp.sites(model, p, jnp.ones((2, 6)))
     tree = jp.lora(2, sites.linear)(KEY, p)
     for t in (tree, jp.combine(*jp.split(tree))):
-        back = jp.base(t)
+        back = jp.base_params(t)
         assert all(back[k] is p[k] for k in p)
 
 
@@ -150,7 +151,7 @@ def test_a_complex_array_that_is_trained_stays_complex():
         return x @ p["w"]
 
     p = {"w": jnp.ones((6, 3), jnp.complex64)}
-    frozen, adapter = jp.split(jp.full(jp.sites(f, p, jnp.ones((2, 6))))(KEY, p))
+    frozen, adapter = jp.split(jp.full_finetuning(jp.sites(f, p, jnp.ones((2, 6))))(KEY, p))
     assert jp.combine(frozen, {"w": adapter["w"].astype(jnp.complex128)})["w"].dtype == "complex128"
     with refused("'w' is float32 of shape (6, 3), where `full` trains complex64 of shape (6, 3)"):
         jp.combine(frozen, {"w": adapter["w"].real})
@@ -234,7 +235,7 @@ def test_every_way_to_train_an_array_knows_its_shape():
         "moelora": (jp.moelora(2, sites.linear, experts=2, tasks=3, width=4), "v/gate", (4, 2)),
         "bitfit": (jp.bitfit(sites), "b", (8,)),
         "dora": (jp.dora(2, sites.match("w")), "w/magnitude", (8,)),
-        "sparse": (jp.sparse(0.5, sites.match("w")), "w/values", (24,)),
+        "sparse": (jp.sparse_delta(0.5, sites.match("w")), "w/values", (24,)),
     }
     for name, (method, path, shape) in methods.items():
         frozen, adapter = jp.split(method(KEY, p))
@@ -252,12 +253,12 @@ def test_what_is_folded_and_what_a_bank_gives_is_compared_too():
     p = {"table": jnp.ones((7, 4))}
     sites = jp.sites(table, p, jnp.zeros((2, 3), int))
     tuned = jp.p_tuning(2, sites.embedding, encoder="mlp")
-    frozen, adapter = jp.fold(*jp.split(tuned(KEY, p)))
+    frozen, adapter = jp.adapters.drop_reparameterization(*jp.split(tuned(KEY, p)))
     with refused("'table/rows' has shape (3, 4), where `fold` trains an array of shape (2, 4)"):
         jp.combine(frozen, {"table/rows": jnp.ones((3, 4))})
     sites = jp.sites(model, params(), jnp.ones((2, 6))).match("w")
     method = jp.lora(2, sites)
-    experts = jp.bank([(method, jp.split(method(KEY, params()))[1])] * 2)
+    experts = jp.mixtures.stack_adapters([(method, jp.split(method(KEY, params()))[1])] * 2)
     frozen, adapter = jp.split(jp.xlora(experts.sites, experts.ranks, reads="input")(KEY, params()))
     wrong = {k: x[..., :1] for k, x in experts.arrays.items()}
     with refused("'w/experts/a' has shape (6, 1), where `xlora` trains an array of shape (6, 4)"):
@@ -269,7 +270,7 @@ def test_what_is_made_smaller_has_a_tree_of_its_own():
     method = jp.adalora(3, jp.sites(model, p, jnp.ones((2, 6))).match("w"))
     frozen, adapter = jp.split(method(KEY, p))
     adapter["w/values"] = jnp.array([1.0, 0.0, 2.0], jnp.float32)
-    smaller, less = jp.shrunk(method, adapter)
+    smaller, less = jp.adapters.drop_pruned_ranks(method, adapter)
     tree = jp.combine(jp.split(smaller(KEY, p))[0], less)
     whole = jp.combine(frozen, adapter)
     np.testing.assert_allclose(jp.merge(tree)["w"], jp.merge(whole)["w"], rtol=1e-6)
@@ -280,7 +281,7 @@ def test_what_is_made_smaller_has_a_tree_of_its_own():
 def test_paths_are_derived_once_for_a_structure(monkeypatch):
     frozen, adapter = low_rank()
     want = jp.combine(frozen, adapter)
-    monkeypatch.setattr(jp.tree, "flatten", lambda *_, **__: pytest.fail("paths derived anew"))
+    monkeypatch.setattr(tree_module, "flatten", lambda *_, **__: pytest.fail("paths derived anew"))
     again = jp.combine(jax.tree.map(lambda x: x + 0, frozen), adapter)
     assert jax.tree.structure(again) == jax.tree.structure(want)
     jax.tree.map(np.testing.assert_array_equal, again, want)
@@ -306,7 +307,7 @@ def test_a_tree_whose_static_parts_have_no_hash_is_put_together():
 def test_structures_that_are_no_longer_used_are_forgotten():
     for i in range(100):
         jp.combine({f"x{i}": jnp.ones(1)}, {})
-    assert len(jp.tree._plans) <= 32
+    assert len(tree_module._plans) <= 32
 
 
 def test_a_tree_without_marks_is_refused():
@@ -318,7 +319,7 @@ def test_counts_and_memory_need_shapes_only():
     shapes = jax.eval_shape(params)
     tree = jax.eval_shape(qlora(), KEY, shapes)
     frozen, adapter = jp.split(tree)
-    counts = jp.count(frozen, adapter)
+    counts = jp.count_params(frozen, adapter)
     assert counts.trainable == 2 * (6 + 8) + 2 * (8 + 3)
     # int8 codes, float32 scales, the float64 bias
     assert counts.frozen_bytes == (48 + 24) + 8 * (8 + 3) + 8 * 8
@@ -328,7 +329,7 @@ def test_counts_and_memory_need_shapes_only():
 def test_the_one_tree_form_gives_the_same_adapter_and_leaves_the_rest_bit_unchanged():
     tree = qlora()(KEY, params())
     frozen, adapter = jp.split(tree)
-    whole, labels = jp.combine(frozen, adapter), jp.labels(tree)
+    whole, labels = jp.combine(frozen, adapter), jp.param_labels(tree)
     xs = jax.random.normal(jax.random.key(2), (10, 4, 6))
 
     def tx():
@@ -342,7 +343,7 @@ def test_the_one_tree_form_gives_the_same_adapter_and_leaves_the_rest_bit_unchan
     def arrays(tree):
         return {k: v for k, v in zip(paths, jax.tree.leaves(tree), strict=True)}
 
-    paths = [jp.tree.path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(whole)[0]]
+    paths = [tree_module.path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(whole)[0]]
     state, alone = both.init(whole), tx().init(adapter)
     # No moments for frozen leaves: count, mu and nu of the four trained ones.
     assert len([x for x in jax.tree.leaves(state) if hasattr(x, "shape")]) == 2 * 4 + 1
@@ -369,7 +370,7 @@ def test_the_one_tree_form_gives_the_same_adapter_and_leaves_the_rest_bit_unchan
 def test_mask_and_labels_have_the_structure_of_the_combined_tree():
     tree = qlora()(KEY, params())
     whole = jp.combine(*jp.split(tree))
-    mask = jp.mask(tree)
+    mask = jp.trainable_mask(tree)
     assert jax.tree.structure(mask) == jax.tree.structure(whole)
     assert sum(jax.tree.leaves(mask)) == 4
 
@@ -377,6 +378,6 @@ def test_mask_and_labels_have_the_structure_of_the_combined_tree():
 def test_a_trained_array_that_stands_twice_cannot_be_masked():
     p = params()
     sites = jp.sites(model, p, jnp.ones((2, 6)))
-    method = jp.chain(jp.bitfit(sites), jp.bottleneck(2, sites.match("w")))
+    method = jp.chain(jp.bitfit(sites), jp.bottleneck_adapter(2, sites.match("w")))
     with pytest.raises(ValueError, match=r"\['b'\] are trained and stand at several places"):
-        jp.labels(method(KEY, p))
+        jp.param_labels(method(KEY, p))

@@ -34,14 +34,16 @@ class Calibration(NamedTuple):
         total, count = self.probe.task.head.loss(self.forward(params, batch), batch.labels)
         return total / count
 
-    def moments(self, sites: jp.Sites) -> Mapping[str, jp.Moments]:
+    def moments(self, sites: jp.Sites) -> Mapping[str, jp.calibration.Moments]:
         """Of the inputs of these matrices at tokens that are no padding."""
         counted = lambda batch: batch.mask.astype(np.float32)  # noqa: E731
-        return jp.input_moments(self.forward, self.params, sites, self.batches, counted=counted)
+        return jp.calibration.input_moments(
+            self.forward, self.params, sites, self.batches, counted=counted
+        )
 
     def gradients(self, sites: jp.Sites) -> Mapping[str, jax.Array]:
         """Of the mean loss."""
-        return jp.mean_gradients(self.loss, self.params, sites, self.batches)
+        return jp.calibration.mean_gradients(self.loss, self.params, sites, self.batches)
 
 
 @functools.cache

@@ -14,9 +14,8 @@ from comparison.places import places
 from comparison.rows import Row
 from comparison.tasks import MAX_NEW, Split, Task
 from jaxpeft import train
-from jaxpeft.models import decoder
-from jaxpeft.serve.generate import generator
-from jaxpeft.train import heads
+from jaxpeft.models import decoder, heads
+from jaxpeft.serve import generator
 
 #: Of every row's head, the probe's too. On validation the probe's span F1 (SNIPS) is 52, 59 and 61
 #: at 3e-3, 1e-2 and 3e-2, and its BLEU (E2E) 3.7 and 6.5 at the first two.
@@ -100,7 +99,7 @@ class Cell:
         mask = jnp.concatenate([jnp.ones((rows, length), bool), mask], axis=1)
         if self.row.virtual == "ids":
             (table,) = places(self.sites, self.task.base).table.values()
-            ids = jnp.asarray(jp.virtual_ids(table, length), tokens.dtype)
+            ids = jnp.asarray(jp.prompts.virtual_token_ids(table, length), tokens.dtype)
             ids = jnp.broadcast_to(ids, (rows, length))
             return jnp.concatenate([ids, tokens], axis=1), {"mask": mask}, {}
         where = {"mask": mask}
@@ -108,7 +107,7 @@ class Cell:
             # Prefixes are keys and values without a position: tokens stay where they were.
             there = jnp.concatenate([jnp.zeros(length, int), jnp.arange(tokens.shape[1])])
             where["positions"] = there[None].astype(jnp.int32)
-        tokens, slots = jp.with_virtual(tokens, length)
+        tokens, slots = jp.prompts.prepend_virtual_tokens(tokens, length)
         return tokens, where, {"virtual": slots}
 
     def forward(self, frozen: Any, adapter: Any, tokens: Any, mask: Any, model: Any = None) -> Any:

@@ -20,7 +20,7 @@ from comparison.cell import Cell, Run, Trained
 from comparison.rows import PROBE
 from comparison.tasks import LENGTHS, Split, Task, base, padded
 from jaxpeft.models import decoder
-from jaxpeft.serve.generate import generator
+from jaxpeft.serve import generator
 
 SHAPES = {"1x16": (1, 16), "32x128": (32, 128)}  # rows and tokens of a call
 STORIES = 64
@@ -119,10 +119,10 @@ def served(cell: Cell, trained: Trained) -> Served | None:
     if not (cell.row.length and cell.row.virtual == "slots"):
         try:
             return Served(Trained(jp.merge(jp.combine(*trained)), {}), True)
-        except jp.NotAMatrixError:
+        except jp.NotMergeableError:
             pass
     try:
-        return Served(Trained(*jp.fold(*trained)), False)
+        return Served(Trained(*jp.adapters.drop_reparameterization(*trained)), False)
     except ValueError:
         return None
 

@@ -11,8 +11,8 @@ import optax
 
 import jaxpeft as jp
 from comparison.places import Places
-from jaxpeft import train
-from jaxpeft.tree import Hole
+from jaxpeft import optim
+from jaxpeft._marks import Placeholder
 
 RANK = 8
 VERA_RANK = 256  # of matrices that are not trained
@@ -101,12 +101,14 @@ class Row:
 
 
 def _houlsby(p: Places) -> Any:
-    adapters = jp.bottleneck(p.width, p.attended | p.outputs, activation="gelu", init="normal")
+    adapters = jp.bottleneck_adapter(
+        p.width, p.attended | p.outputs, activation="gelu", init="normal"
+    )
     return jp.chain(adapters, jp.norm_tuning(p.norms))
 
 
 def _pfeiffer(p: Places) -> Any:
-    return jp.bottleneck(p.width, p.outputs, reads="sum", norms=p.summed, eps=p.eps)
+    return jp.bottleneck_adapter(p.width, p.outputs, reads="sum", norms=p.summed, eps=p.eps)
 
 
 def _mam(p: Places) -> Any:
@@ -128,16 +130,16 @@ def _input(length: int, start: str) -> Row:
 
     def make(p: Places) -> Any:
         if start == "text":
-            return jp.prompt(length, p.table, text=_TEXT, tokenizer=p.tokenizer)
+            return jp.prompt_tuning(length, p.table, text=_TEXT, tokenizer=p.tokenizer)
         if start == "random words":
-            return jp.prompt(length, p.table, std=WORD)
-        return jp.prompt(length, p.table, init=start)  # type: ignore[arg-type]
+            return jp.prompt_tuning(length, p.table, std=WORD)
+        return jp.prompt_tuning(length, p.table, init=start)  # type: ignore[arg-type]
 
     return Row(f"input {length}, {start}", "Lester et al. 2021", "prompts", make, length=length)
 
 
 PROBE = Row("probe", "the head alone", "head", None)
-FULL = Row("full", "full fine-tuning", "weights", lambda p: jp.full(p.sites))
+FULL = Row("full", "full fine-tuning", "weights", lambda p: jp.full_finetuning(p.sites))
 ROWS = [
     PROBE,
     FULL,
@@ -156,13 +158,13 @@ ROWS = [
         "parallel",
         "He et al. 2021",
         "adapters",
-        lambda p: jp.parallel(p.width, p.inputs, p.outputs, scale=4.0),
+        lambda p: jp.parallel_adapter(p.width, p.inputs, p.outputs, scale=4.0),
     ),
     Row(
         "prompt",
         "Lester et al. 2021",
         "prompts",
-        lambda p: jp.prompt(VIRTUAL, p.table, init="vocabulary"),
+        lambda p: jp.prompt_tuning(VIRTUAL, p.table, init="vocabulary"),
         length=VIRTUAL,
     ),
     Row(
@@ -176,7 +178,7 @@ ROWS = [
         "prefix",
         "Li and Liang 2021",
         "prefix networks",
-        lambda p: jp.prefix(VIRTUAL, p.keys, p.values, hidden=256),
+        lambda p: jp.prefix_tuning(VIRTUAL, p.keys, p.values, hidden=256),
         length=VIRTUAL,
         virtual="slots",
     ),
@@ -184,7 +186,7 @@ ROWS = [
         "p-tuning v2",
         "Liu et al. 2021",
         "deep prompts",
-        lambda p: jp.prefix(VIRTUAL, p.keys, p.values),
+        lambda p: jp.prefix_tuning(VIRTUAL, p.keys, p.values),
         length=VIRTUAL,
         virtual="slots",
     ),
@@ -210,17 +212,17 @@ def _faster(tx: Any, p: Places, steps: int) -> Any:
     empty = lambda: {path: jnp.zeros(site.shape) for path, site in p.kernels.items()}  # noqa: E731
     method = jp.lora(RANK, p.kernels)
     frozen, _ = jax.eval_shape(lambda: jp.split(method(jax.random.key(0), empty())))
-    return train.lora_plus(lambda rate: optax.chain(tx, optax.scale(rate)), 1.0, frozen, p.sites)
+    return optim.lora_plus(lambda rate: optax.chain(tx, optax.scale(rate)), 1.0, frozen, p.sites)
 
 
 def _of_one_task(mixture: Any) -> Any:
     """A mixture that is told once and for all of the one task that there is here."""
 
     def fill(x: Any) -> Any:
-        return x.fill(0) if isinstance(x, Hole) and x.name == "task" else x
+        return x.fill(0) if isinstance(x, Placeholder) and x.name == "task" else x
 
     def method(key: jax.Array, tree: Any) -> Any:
-        return jax.tree.map(fill, mixture(key, tree), is_leaf=lambda x: isinstance(x, Hole))
+        return jax.tree.map(fill, mixture(key, tree), is_leaf=lambda x: isinstance(x, Placeholder))
 
     return method
 
@@ -234,12 +236,12 @@ def adalora(rank: int) -> Row:
     def wrap(tx: Any, p: Places, steps: int) -> Any:
         matrices = sum(int(np.prod(site.stack)) for site in p.kernels.values())
         tenth, third = steps // 10, steps // 3
-        return train.rank_budget(
+        return optim.rank_allocator(
             tx, rank * matrices, steps=steps, warmup=tenth, final=third, every=5
         )
 
     def penalty(adapter: Any) -> Any:
-        return 0.1 * jp.orthogonality(adapter)
+        return 0.1 * jp.adapters.orthogonality_penalty(adapter)
 
     paper, own = "Zhang et al. 2023", dict(wrap=wrap, penalty=penalty)
     return _descendant("adalora", paper, make, "low rank", **own)
@@ -366,7 +368,7 @@ DESCENDANTS = [
     _descendant(
         "sparse",
         "Bhardwaj et al. 2024",
-        lambda p: jp.sparse(ENTRIES, p.kernels),
+        lambda p: jp.sparse_delta(ENTRIES, p.kernels),
         "entries",
     ),
     _descendant(

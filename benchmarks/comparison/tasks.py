@@ -16,8 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from comparison import files
-from jaxpeft.models import decoder, encoder
-from jaxpeft.train import heads
+from jaxpeft.models import decoder, encoder, heads
 
 #: The last is the longest sequence; a batch of shorter ones is cut to one of the others. Questions
 #: and commands have 12 tokens on average.
@@ -167,7 +166,7 @@ def _classes(name: str, parts: files.Parts) -> Task:
         return np.stack([right, np.ones_like(right)], axis=-1).astype(np.int32)
 
     test = split(parts.test)
-    head = heads.sequence(minilm.config.width, len(classes), pool=POOL)
+    head = heads.sequence_classification(minilm.config.width, len(classes), pool=POOL)
     return Task(
         name=name,
         base=minilm,
@@ -221,7 +220,7 @@ def snips() -> Task:
             rows.append(span_counts(said + ["O"] * (len(true) - len(said)), true))
         return np.asarray(rows, np.int32)
 
-    head = heads.tokens(minilm.config.width, len(tags))
+    head = heads.token_classification(minilm.config.width, len(tags))
     return Task(
         name="snips",
         base=minilm,

@@ -28,8 +28,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from jaxpeft.models import decoder
-from jaxpeft.train.loss import cross_entropy
-from jaxpeft.train.step import init, train_step
+from jaxpeft.train import cross_entropy, init, train_step
 
 BASE = Path(__file__).parent / "base"
 END = "<|endoftext|>"  # between documents; the end of a text in the demo, too

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpeft as jp
-from jaxpeft.io.adapter import load_adapter
+from jaxpeft.io import load_adapter
 from jaxpeft.models import decoder
 
 

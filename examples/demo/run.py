@@ -45,24 +45,21 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxpeft as jp
-from jaxpeft.io.adapter import save_adapter
+from jaxpeft._view import is_view
+from jaxpeft.data import Batches, Examples, TextTokenizer, read_examples
+from jaxpeft.io import save_adapter
 from jaxpeft.models import decoder
 from jaxpeft.quant import FORMATS
-from jaxpeft.serve.generate import generator
+from jaxpeft.serve import generator
 from jaxpeft.train import (
-    Batches,
     Evaluation,
-    Examples,
-    TextTokenizer,
     UserError,
     cross_entropy,
     evaluate,
     fit,
     one_line_errors,
-    read_examples,
     read_metrics,
 )
-from jaxpeft.weight import is_view
 
 HERE = Path(__file__).parent
 METHODS = ("lora", "full", "probe")
@@ -117,7 +114,7 @@ def method_for(name: str, model: Model, rank: int, format: str | None) -> tuple[
         quantized = name == "qlora"
         return model, jp.chain(quantizer(model, format), lora) if quantized else lora
     if name == "full":
-        return model, jp.full(model.sites)
+        return model, jp.full_finetuning(model.sites)
     model = untied(model)
     return model, jp.linear_probe(model.sites, "norm/scale", "head/kernel")
 

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import run
 
+from jaxpeft.data import TextTokenizer, read_examples
 from jaxpeft.models import decoder
-from jaxpeft.train import TextTokenizer, read_examples
 
 VALIDATION = ("fileinput", "linecache", "poplib", "queue", "reprlib", "selectors", "zipapp")
 GRID = {

@@ -1,1 +1,6 @@
-"""Files: checkpoints of the adapter, Hugging Face folders of models and of adapters."""
+"""Files: adapter folders, Hugging Face folders of models and of adapters."""
+
+from jaxpeft.io._adapter import Loaded, load_adapter, save_adapter
+from jaxpeft.io._description import UncheckedAdapterWarning
+
+__all__ = ["Loaded", "UncheckedAdapterWarning", "load_adapter", "save_adapter"]

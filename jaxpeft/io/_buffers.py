@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
-from jaxpeft.rules.sharding import acts_on_parts, field_specs
-from jaxpeft.weight import View, is_view
+from jaxpeft._rules.sharding import acts_on_parts, field_specs
+from jaxpeft._view import View, is_view
 
 __all__ = ["Layers", "Parts", "aligned", "build"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jaxpeft.io.safetensors import MAX_FAULTS, Tensor
+from jaxpeft.io._safetensors import MAX_FAULTS, Tensor
 
 __all__ = ["Stack", "folder_of", "refuse"]
 

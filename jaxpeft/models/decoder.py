@@ -35,15 +35,15 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxpeft.io import safetensors
-from jaxpeft.io.stacked import Formats, Stack
-from jaxpeft.models import folders
-from jaxpeft.models.layers import (
+from jaxpeft._schema import check_dtype_option
+from jaxpeft.io import _safetensors as safetensors
+from jaxpeft.io._stacked import Formats, Stack
+from jaxpeft.models import _hf_folder as folders
+from jaxpeft.models._layers import (
     Embed,
     Linear,
     RMSNorm,
     cast,
-    check_floating,
     check_remat,
     checkpointed,
 )
@@ -285,7 +285,7 @@ def _windows(hf: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
 # Attention ---------------------------------------------------------------------------------------
 
 
-_VIRTUAL = -1  # the segment that `jp.with_virtual` gives to virtual tokens
+_VIRTUAL = -1  # the segment that `jp.prompts.prepend_virtual_tokens` gives to virtual tokens
 
 
 class Place(NamedTuple):
@@ -480,9 +480,9 @@ class Decoder(nnx.Module):
         attention_fn: Callable[..., Array] = attention,
     ):
         check_remat(remat)
-        check_floating("param_dtype", param_dtype)
-        check_floating("dtype", dtype)
-        check_floating("logits_dtype", logits_dtype)
+        check_dtype_option("param_dtype", param_dtype)
+        check_dtype_option("dtype", dtype)
+        check_dtype_option("logits_dtype", logits_dtype)
         self.config, self.remat, self.unroll = config, remat, unroll
         self.logits_dtype = logits_dtype
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
@@ -535,7 +535,7 @@ class Decoder(nnx.Module):
             same segment, so padding on the left and packing need nothing more, and warns where
             there are more tokens than `Config.longest`.
           segment_ids: (B, T). Tokens see only their own segment, and segment -1 in front of all
-            (virtual tokens, see `jp.with_virtual`), whatever the window. 0 is padding.
+            (virtual tokens, see `jp.prompts.prepend_virtual_tokens`), whatever the window. 0 is padding.
           mask: (B, T), true for tokens, false for padding, on whichever side.
           cache: From `init_cache`, or from the call before. It must have T free slots,
             else there is an error, or under jit NaNs.
@@ -604,7 +604,7 @@ def pure(config: Config, call: str = "__call__", **options: Any) -> Callable[...
     Args:
       config: Shape of the model.
       call: The method to run, where it is not the whole: `"hidden"` gives what the head reads,
-        a trunk for the heads of `jaxpeft.train.heads`.
+        a trunk for the heads of `jaxpeft.models.heads`.
       **options: Those of `Decoder`.
     Returns:
       A function of the nested dict of arrays that `init` and `load` give, and of what
@@ -650,7 +650,7 @@ def init_cache(
     Raises:
       ValueError: More slots than that, or a dtype of no real floating-point numbers.
     """
-    check_floating("dtype", dtype)
+    check_dtype_option("dtype", dtype)
     if length > config.longest and not beyond_context:
         raise ValueError(
             f"A cache of {length} tokens is longer than the {config.longest} positions that this "

@@ -32,13 +32,13 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxpeft.io.stacked import Formats, Stack
-from jaxpeft.models import folders
-from jaxpeft.models.layers import (
+from jaxpeft._schema import check_dtype_option
+from jaxpeft.io._stacked import Formats, Stack
+from jaxpeft.models import _hf_folder as folders
+from jaxpeft.models._layers import (
     Embed,
     LayerNorm,
     Linear,
-    check_floating,
     check_remat,
     checkpointed,
 )
@@ -296,8 +296,8 @@ class Encoder(nnx.Module):
         attention_fn: Callable[..., Array] = attention,
     ):
         check_remat(remat)
-        check_floating("param_dtype", param_dtype)
-        check_floating("dtype", dtype)
+        check_dtype_option("param_dtype", param_dtype)
+        check_dtype_option("dtype", dtype)
         self.config, self.remat, self.unroll = config, remat, unroll
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.embed = Embed(config.vocab, config.width, rngs=rngs, **dtypes)

@@ -40,15 +40,15 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxpeft.io import safetensors
-from jaxpeft.io.stacked import Formats, Stack
-from jaxpeft.models import folders
-from jaxpeft.models.layers import (
+from jaxpeft._schema import check_dtype_option
+from jaxpeft.io import _safetensors as safetensors
+from jaxpeft.io._stacked import Formats, Stack
+from jaxpeft.models import _hf_folder as folders
+from jaxpeft.models._layers import (
     Embed,
     Linear,
     RMSNorm,
     cast,
-    check_floating,
     check_remat,
     checkpointed,
 )
@@ -456,9 +456,9 @@ class EncoderDecoder(nnx.Module):
         attention_fn: Callable[..., Array] = attention,
     ):
         check_remat(remat)
-        check_floating("param_dtype", param_dtype)
-        check_floating("dtype", dtype)
-        check_floating("logits_dtype", logits_dtype)
+        check_dtype_option("param_dtype", param_dtype)
+        check_dtype_option("dtype", dtype)
+        check_dtype_option("logits_dtype", logits_dtype)
         self.config, self.logits_dtype = config, logits_dtype
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         how = {"attention_fn": attention_fn, "remat": remat, "unroll": unroll}
@@ -635,7 +635,7 @@ def shapes(config: Config, dtype: Any = jnp.float32) -> Params:
 
 def init_cache(config: Config, rows: int, length: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache with `length` slots for the targets of each of `rows` rows."""
-    check_floating("dtype", dtype)
+    check_dtype_option("dtype", dtype)
     kv = (config.decoder_layers, rows, length, config.heads, config.head_dim)
     order, real = jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows, length), bool)
     return Cache(jnp.zeros(kv, dtype), jnp.zeros(kv, dtype), order, real, jnp.int32(0), None, None)

@@ -7,58 +7,32 @@ for batch in batches:
     state, metrics = step(state, frozen, batch, key)
 """
 
-from jaxpeft.train import heads
-from jaxpeft.train.adam8bit import adamw8bit, scale_by_adam8bit
-from jaxpeft.train.checkpoint import Checkpoints
-from jaxpeft.train.data import Batches, Chat, Completion, Examples, Text, read_examples
-from jaxpeft.train.errors import UserError, one_line_errors
-from jaxpeft.train.loop import Evaluation, Run, evaluate, fit
-from jaxpeft.train.lora_plus import lora_plus
-from jaxpeft.train.loss import cross_entropy, next_token
-from jaxpeft.train.loss_scale import LossScaleState, loss_scaled
-from jaxpeft.train.paging import paged, to_host
-from jaxpeft.train.pruning import masked_entries, pruned, rigl
-from jaxpeft.train.rank_budget import rank_budget
-from jaxpeft.train.report import loss_figure, read_metrics
-from jaxpeft.train.step import LossFn, Metrics, State, fill_float0, init, train_step
-from jaxpeft.train.text import TextTokenizer, Tokens
+from jaxpeft._errors import UserError, one_line_errors
+from jaxpeft._losses import cross_entropy, next_token
+from jaxpeft.train._checkpoint import Checkpoints
+from jaxpeft.train._loop import Evaluation, Run, evaluate, fit
+from jaxpeft.train._loss_scale import LossScaleState, loss_scaled
+from jaxpeft.train._report import loss_figure, read_metrics
+from jaxpeft.train._step import LossFn, Metrics, State, fill_float0, init, train_step
 
 __all__ = [
-    "Batches",
-    "Chat",
     "Checkpoints",
-    "Completion",
     "Evaluation",
-    "Examples",
     "LossFn",
     "LossScaleState",
     "Metrics",
     "Run",
     "State",
-    "Text",
-    "TextTokenizer",
-    "Tokens",
     "UserError",
-    "adamw8bit",
     "cross_entropy",
     "evaluate",
     "fill_float0",
     "fit",
-    "heads",
     "init",
-    "lora_plus",
     "loss_figure",
     "loss_scaled",
-    "masked_entries",
     "next_token",
     "one_line_errors",
-    "paged",
-    "pruned",
-    "rank_budget",
-    "read_examples",
     "read_metrics",
-    "rigl",
-    "scale_by_adam8bit",
-    "to_host",
     "train_step",
 ]

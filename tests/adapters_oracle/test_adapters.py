@@ -163,7 +163,7 @@ class Pair:
         frozen, start = jp.split(method(jax.random.key(0), self.params))
         shapes = {path: x.shape for path, x in start.items()}
         assert {path: x.shape for path, x in adapter.items()} == shapes
-        tokens, slots = jp.with_virtual(jnp.asarray(self.tokens), length)
+        tokens, slots = jp.prompts.prepend_virtual_tokens(jnp.asarray(self.tokens), length)
         rows = len(tokens)
         mask = np.concatenate([np.ones((rows, length), bool), self.mask], axis=1)
         positions = np.concatenate([np.arange(length), np.arange(LENGTH)])[None]
@@ -174,7 +174,7 @@ class Pair:
             mask=jnp.asarray(mask),
             positions=jnp.asarray(np.broadcast_to(positions, tokens.shape)),
         )
-        return np.asarray(jp.without_virtual(out, length))
+        return np.asarray(jp.prompts.drop_virtual_positions(out, length))
 
     def check(self, got, want):
         """Fails unless the two agree where there is no padding."""
@@ -283,7 +283,9 @@ only = functools.partial(pytest.mark.parametrize, "pair", indirect=True)
 
 def test_houlsby_behind_attention_and_feed_forward(pair):
     want, tensors = pair.theirs(adapters.DoubleSeqBnConfig())
-    method = jp.bottleneck(WIDTH // 16, pair.sites.match(OUT, DOWN), activation="silu", dtype=F8)
+    method = jp.bottleneck_adapter(
+        WIDTH // 16, pair.sites.match(OUT, DOWN), activation="silu", dtype=F8
+    )
     adapter = tensors.bottleneck(pair.kind.after_attention, OUT, OUT)
     adapter |= tensors.bottleneck(pair.kind.after_mlp, DOWN, DOWN)
     assert not tensors.left
@@ -292,7 +294,9 @@ def test_houlsby_behind_attention_and_feed_forward(pair):
 
 def test_pfeiffer_reads_the_sum(pair):
     want, tensors = pair.theirs(adapters.SeqBnConfig())
-    method = jp.bottleneck(WIDTH // 16, pair.sites.match(DOWN), reads="sum", dtype=F8, **pair.norms)
+    method = jp.bottleneck_adapter(
+        WIDTH // 16, pair.sites.match(DOWN), reads="sum", dtype=F8, **pair.norms
+    )
     adapter = tensors.bottleneck(pair.kind.after_mlp, DOWN, DOWN)
     assert not tensors.left
     pair.check(pair.ours(method, adapter), want)
@@ -300,7 +304,7 @@ def test_pfeiffer_reads_the_sum(pair):
 
 def test_a_scaled_parallel_adapter_reads_the_stream(pair):
     want, tensors = pair.theirs(adapters.ParBnConfig())
-    method = jp.bottleneck(
+    method = jp.bottleneck_adapter(
         WIDTH // 2, pair.sites.match(DOWN), reads="residual", scale=4.0, dtype=F8
     )
     adapter = tensors.bottleneck(pair.kind.after_mlp, DOWN, DOWN)
@@ -313,7 +317,7 @@ def test_a_scaled_parallel_adapter_goes_around_the_feed_forward_block(pair):
     """In BERT the stream is the input of the block; in Llama a norm lies between."""
     want, tensors = pair.theirs(adapters.ParBnConfig())
     up, down = pair.sites.match(UP), pair.sites.match(DOWN)
-    method = jp.parallel(WIDTH // 2, up, down, scale=4.0, dtype=F8)
+    method = jp.parallel_adapter(WIDTH // 2, up, down, scale=4.0, dtype=F8)
     adapter = tensors.bottleneck(pair.kind.after_mlp, UP, DOWN)
     pair.check(pair.ours(method, adapter), want)
 
@@ -333,8 +337,8 @@ def test_mix_and_match(pair, flat):
     else:  # as the package does, the adapter reads the stream, which is no input of the block
         first = DOWN
         method = jp.chain(
-            jp.prefix(length, keys, values, hidden=hidden, rope=pair.rope, dtype=F8),
-            jp.bottleneck(WIDTH // 2, down, reads="residual", scale=4.0, dtype=F8),
+            jp.prefix_tuning(length, keys, values, hidden=hidden, rope=pair.rope, dtype=F8),
+            jp.bottleneck_adapter(WIDTH // 2, down, reads="residual", scale=4.0, dtype=F8),
         )
     adapter = tensors.flat_prefix(length) if flat else tensors.encoded_prefix()
     adapter |= tensors.bottleneck(pair.kind.after_mlp, first, DOWN)

@@ -41,7 +41,7 @@ def test_pruning_ends_at_its_sparsity_and_leaves_the_rest_trained(task):
 def test_adalora_gives_ranks_up_until_the_budget_is_met(task):
     cell = Tuned(task("snips"), named.ADALORA, STEPS)
     adapter = cell.train(1e-2, 0).adapter
-    left = sum(int(x.sum()) for x in jp.ranks(adapter).values())
+    left = sum(int(x.sum()) for x in jp.adapters.effective_ranks(adapter).values())
     matrices = sum(int(np.prod(x.shape[:-1])) for p, x in adapter.items() if p.endswith("/values"))
     assert left == named.RANK * matrices
     # The penalty is in the loss that is trained with.
@@ -50,7 +50,9 @@ def test_adalora_gives_ranks_up_until_the_budget_is_met(task):
     far = {k: 3 * v if k.endswith("/a") else v for k, v in adapter.items()}
     total, weight = cell.loss(far, frozen, batch, None)
     plain, _ = super(Tuned, cell).loss(far, frozen, batch, None)
-    np.testing.assert_allclose((total - plain) / weight, 0.1 * jp.orthogonality(far), rtol=1e-4)
+    np.testing.assert_allclose(
+        (total - plain) / weight, 0.1 * jp.adapters.orthogonality_penalty(far), rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("score", ["magnitude", "snip", "grasp", "obs"])

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.methods.prefix import with_virtual, without_virtual
-from jaxpeft.tree import flatten
+from jaxpeft._tree import flatten
+from jaxpeft.prompts import drop_virtual_positions, prepend_virtual_tokens
 
 from .outcomes import DENSE, FAULTS, REFUSED
 
@@ -123,7 +123,7 @@ def _prefix(c: Client, dtype: Any) -> jp.Method:
     for name in names:
         mine = lambda site, name=name: c.slots(site.path) == name  # noqa: E731
         parts.append(
-            jp.prefix(LENGTH, keys.match(mine), values.match(mine), slots=name, dtype=dtype)
+            jp.prefix_tuning(LENGTH, keys.match(mine), values.match(mine), slots=name, dtype=dtype)
         )
     return jp.chain(*parts)
 
@@ -259,7 +259,7 @@ def _prefix_law(client: Client, frozen: Any, adapter: Any) -> tuple[float, float
     times = {plain_args[i].shape[1] + LENGTH for i in client.virtual}
 
     def trimmed(y):
-        return without_virtual(y, LENGTH) if y.shape[1] in times else y
+        return drop_virtual_positions(y, LENGTH) if y.shape[1] in times else y
 
     def given(adapter, fill=1):
         args, slots = virtual(client, fill)
@@ -280,7 +280,7 @@ def _prefix_law(client: Client, frozen: Any, adapter: Any) -> tuple[float, float
     other = worst(jax.jit(lambda a: given(a, 2))(adapter), jax.jit(given)(adapter))
     if other > client.tolerance:  # what the check is for, which a user runs on a new model
         args, slots = virtual(client, 1)
-        jp.check_prefix(
+        jp.prompts.check_prefix(
             fn, jp.combine(frozen, adapter, **slots), args[0], *slots.values(), *args[1:]
         )
     assert other <= client.tolerance, f"placeholders are read: outputs differ by {other:.2g}"
@@ -292,7 +292,7 @@ def virtual(client: Client, fill: int) -> tuple[tuple, dict[str, jax.Array]]:
     tokens, whose positions nothing can stand in front of."""
     args, slots = list(client.model.args), {}
     for i, name in client.virtual.items():
-        args[i], slots[name] = with_virtual(args[i], LENGTH, fill)
+        args[i], slots[name] = prepend_virtual_tokens(args[i], LENGTH, fill)
     if not slots:
         slots = {"virtual": jnp.zeros((len(real(args)[0]), LENGTH), jnp.int32)}
     return tuple(args), slots

@@ -204,7 +204,7 @@ DECODERS = [
         r"c_attn/kernel",
         r"mlp/c_proj/kernel",
         tables=r"embedding$",
-        scaled=lambda sites: sites.match("*c_attn/kernel").columns(2, 3),
+        scaled=lambda sites: sites.match("*c_attn/kernel").output_slice(2, 3),
         call=logits,
     ),
     client(
@@ -272,7 +272,7 @@ DECODERS = [
         r"query_key_value/kernel",
         r"dense_4h_to_h/kernel",
         tables=r"embedding$",
-        scaled=lambda sites: sites.match("*query_key_value/kernel").columns(2, 3, groups=2),
+        scaled=lambda sites: sites.match("*query_key_value/kernel").output_slice(2, 3, groups=2),
         call=logits,
     ),
     client(

@@ -95,7 +95,7 @@ def _olora(sites, dtype):
 
 
 def _sparse(sites, dtype):
-    return jp.sparse(0.3, sites.matrices, dtype=dtype)
+    return jp.sparse_delta(0.3, sites.matrices, dtype=dtype)
 
 
 def _under_a_mask(sites, dtype):
@@ -160,7 +160,7 @@ def _road(sites, dtype):
 
 
 def _bottleneck(sites, dtype):
-    return jp.bottleneck(3, sites.linear, dtype=dtype)
+    return jp.bottleneck_adapter(3, sites.linear, dtype=dtype)
 
 
 def _on_the_sum(sites, dtype):
@@ -168,24 +168,24 @@ def _on_the_sum(sites, dtype):
     down = sites.linear.match(re.compile(r"\bdown\b"))
     names = ("mlp_scale", "mlp_bias")
     norms = sites.match(*names) if "mlp_scale" in sites else None
-    return jp.bottleneck(3, down, reads="sum", norms=norms, dtype=dtype)
+    return jp.bottleneck_adapter(3, down, reads="sum", norms=norms, dtype=dtype)
 
 
 def _parallel(sites, dtype):
     first, last = (sites.match(re.compile(rf"\b{name}\b")) for name in ("up", "down"))
     first, last = first & sites.linear, last & sites.linear
-    return jp.parallel(3, first, last, scale=1.5, activation="tanh", dtype=dtype)
+    return jp.parallel_adapter(3, first, last, scale=1.5, activation="tanh", dtype=dtype)
 
 
 def _prefix(sites, dtype):
     """On keys and values; in a model that has none, on what keeps batch and time apart."""
     keys = sites.linear.match(re.compile(r"(^|/)(up|[kv]|(key|value)/kernel)\b"))
-    return jp.prefix(2, keys, keys - keys, dtype=dtype)
+    return jp.prefix_tuning(2, keys, keys - keys, dtype=dtype)
 
 
 def _encoded_prefix(sites, dtype):
     keys = sites.linear.match(re.compile(r"(^|/)(up|[kv]|(key|value)/kernel)\b"))
-    return jp.prefix(2, keys, keys - keys, hidden=5, embed=4, dtype=dtype)
+    return jp.prefix_tuning(2, keys, keys - keys, hidden=5, embed=4, dtype=dtype)
 
 
 def _mam(sites, dtype):
@@ -213,7 +213,7 @@ def _ia3_on_a_part(sites, dtype):
     Over LoRA, since one output of many does not always move those of the model.
     """
     parts = [
-        sites.match(path.replace("[", "[[]")).columns(1, _largest_prime(site, "out"))
+        sites.match(path.replace("[", "[[]")).output_slice(1, _largest_prime(site, "out"))
         for path, site in sites.linear.items()
     ]
     scaled = jp.ia3(functools.reduce(operator.or_, parts), dtype=dtype)
@@ -268,7 +268,7 @@ def _virtual_positions(args):
 
 
 def _prompt(sites, dtype):
-    return jp.prompt(2, sites.embedding or sites.match("table"), dtype=dtype)
+    return jp.prompt_tuning(2, sites.embedding or sites.match("table"), dtype=dtype)
 
 
 def _p_tuning(sites, dtype):
@@ -283,7 +283,7 @@ def _trainable_tokens(sites, dtype):
 def _virtual_ids(args, sites):
     """The two virtual tokens in the first example, one of them in the second."""
     (table,) = (sites.embedding or sites.match("table")).values()
-    first, second = jp.virtual_ids(table, 2)
+    first, second = jp.prompts.virtual_token_ids(table, 2)
     ids = args[-1].at[0, 1].set(second).at[0, 2].set(first).at[1, 4].set(second)
     return (*args[:-1], ids)
 

@@ -229,12 +229,12 @@ def test_what_would_be_wrong_is_refused_by_path(row, method):
         frozen, adapter = jp.split(method.make(sites, jnp.float64)(jax.random.key(1), case.params))
         if method.name == "prompt":  # what ids become is data: tracing alone cannot see it
             (table,) = (sites.embedding or sites.match("table")).values()
-            jp.check_prompt(case.fn, case.params, table, *case.args)
+            jp.prompts.check_prompt(case.fn, case.params, table, *case.args)
         given = method.given(args)
         tree = jp.combine(frozen, adapter, **given)
         jax.eval_shape(jp.lift(case.fn), tree, *args)
         if "virtual" in given and args[-1].ndim == 2:  # ids: who reads them is data, too
-            jp.check_prefix(case.fn, tree, args[-1], given["virtual"], *args[:-1])
+            jp.prompts.check_prefix(case.fn, tree, args[-1], given["virtual"], *args[:-1])
 
 
 def test_a_method_has_each_row_once():

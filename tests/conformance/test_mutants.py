@@ -12,7 +12,8 @@ import types
 import jax
 import pytest
 
-from jaxpeft.rules import RULES, contractions, control, gathers, scaling, sharding, views
+from jaxpeft._rules import contractions, control, gathers, scaling, sharding, views
+from jaxpeft._rules.registry import RULES
 
 from .methods import METHODS
 from .rows import ROWS

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("tokenizers", reason="the demo needs jaxpeft[train]")
 pytest.importorskip("grain", reason="the demo needs jaxpeft[train]")
 
+from jaxpeft.data import TextTokenizer  # noqa: E402
 from jaxpeft.models import decoder  # noqa: E402
-from jaxpeft.train import TextTokenizer  # noqa: E402
 from tests.demo import DEMO, corpus  # noqa: E402
 
 import pretrain  # noqa: E402  # isort: skip

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpeft as jp
-from jaxpeft.io.adapter import save_adapter
-from jaxpeft.io.description import FORMAT
+from jaxpeft.io import save_adapter
+from jaxpeft.io._description import FORMAT
 
 FOLDERS = Path(__file__).parent / "folders"
 KEY = jax.random.key(1)
@@ -275,32 +275,32 @@ def as_lora(method: Any) -> Callable[[Base], Any]:
     def make(b: Base) -> Any:
         own = method(b)
         frozen, start = jp.split(own(KEY, b.params))
-        plain, low = jp.as_lora(own, perturbed(start), start)
+        plain, low = jp.adapters.to_lora(own, perturbed(start), start)
         return plain, jp.split(plain(KEY, b.params))[0], low
 
     return make
 
 
 def _corda(b):
-    moments = jp.input_moments(b.fn, b.params, b.sites.linear, [b.args[0]])
+    moments = jp.calibration.input_moments(b.fn, b.params, b.sites.linear, [b.args[0]])
     return jp.corda(1, b.sites.linear, moments, dtype=FULL)
 
 
 def _eva(b):
-    moments = jp.input_moments(b.fn, b.params, b.sites.linear, [b.args[0]])
+    moments = jp.calibration.input_moments(b.fn, b.params, b.sites.linear, [b.args[0]])
     return jp.eva(1, b.sites.linear, moments, dtype=FULL)
 
 
 def _lora_ga(b):
     loss = lambda p, x: jnp.sum(b.fn(p, x) ** 2)  # noqa: E731
-    found = jp.mean_gradients(loss, b.params, b.sites.linear, [b.args[0]])
+    found = jp.calibration.mean_gradients(loss, b.params, b.sites.linear, [b.args[0]])
     return jp.lora_ga(1, b.sites.linear, found, dtype=FULL)
 
 
 def _for_task(b):
     method = jp.moelora(4, b.sites.linear, experts=2, tasks=3, width=5, dtype=FULL)
     _, start = jp.split(method(KEY, b.params))
-    plain, own = jp.for_task(method, perturbed(start), 1)
+    plain, own = jp.mixtures.select_task(method, perturbed(start), 1)
     return plain, jp.split(plain(KEY, b.params))[0], own
 
 
@@ -325,7 +325,7 @@ def qlora(format, **options):
 
 def virtual(b):
     (table,) = b.sites.match("table").values()
-    first, second = jp.virtual_ids(table, 2)
+    first, second = jp.prompts.virtual_token_ids(table, 2)
     return (b.args[0].at[0, 1].set(second).at[1, 2].set(first),)
 
 
@@ -381,9 +381,9 @@ CASES: dict[str, Case] = {
     "hra": on("mlp", lambda s: jp.hra(2, s.linear, dtype=FULL)),
     "road": on("mlp", lambda s: jp.road(s.linear, variant=2, dtype=FULL)),
     "ia3": on("mlp", lambda s: jp.ia3(s.match("up"), s.match("down"), dtype=FULL)),
-    "prompt": on("tied", lambda s: jp.prompt(2, s.embedding, dtype=FULL), args=virtual),
+    "prompt": on("tied", lambda s: jp.prompt_tuning(2, s.embedding, dtype=FULL), args=virtual),
     "prompt_of_ids": on(
-        "tied", lambda s: jp.prompt(2, s.embedding, init=[3, 1], dtype=FULL), args=virtual
+        "tied", lambda s: jp.prompt_tuning(2, s.embedding, init=[3, 1], dtype=FULL), args=virtual
     ),
     "p_tuning": on(
         "tied", lambda s: jp.p_tuning(2, s.embedding, hidden=3, embed=4, dtype=FULL), args=virtual
@@ -392,24 +392,26 @@ CASES: dict[str, Case] = {
         "tied", lambda s: jp.trainable_tokens([1, 4, 5], s.embedding, dtype=FULL)
     ),
     "prefix": on(
-        "layers", lambda s: jp.prefix(2, s.match("k"), s.match("v"), dtype=FULL), given=SLOTS
+        "layers", lambda s: jp.prefix_tuning(2, s.match("k"), s.match("v"), dtype=FULL), given=SLOTS
     ),
     "encoded_prefix": on(
         "layers",
-        lambda s: jp.prefix(2, s.match("k"), s.match("v"), hidden=3, embed=2, dtype=FULL),
+        lambda s: jp.prefix_tuning(2, s.match("k"), s.match("v"), hidden=3, embed=2, dtype=FULL),
         given=SLOTS,
     ),
     "bottleneck": on(
-        "mlp", lambda s: jp.bottleneck(3, s.linear, activation="tanh", scale=1.5, dtype=FULL)
+        "mlp",
+        lambda s: jp.bottleneck_adapter(3, s.linear, activation="tanh", scale=1.5, dtype=FULL),
     ),
     "bottleneck_on_the_sum": on(
         "layers",
-        lambda s: jp.bottleneck(
+        lambda s: jp.bottleneck_adapter(
             3, s.match("down"), reads="sum", norms=s.match("mlp_scale", "mlp_bias"), dtype=FULL
         ),
     ),
     "parallel": on(
-        "mlp", lambda s: jp.parallel(3, s.match("up"), s.match("down"), scale=1.5, dtype=FULL)
+        "mlp",
+        lambda s: jp.parallel_adapter(3, s.match("up"), s.match("down"), scale=1.5, dtype=FULL),
     ),
     "mam": on(
         "layers",
@@ -447,8 +449,8 @@ CASES: dict[str, Case] = {
         lambda s: jp.xlora(s.linear, {path: [2, 1] for path in s.linear}, width=5, dtype=FULL),
         given={**EXPERTS, "hidden": numbers("hidden", 5)},
     ),
-    "sparse": on("mlp", lambda s: jp.sparse(0.3, s.linear, dtype=FULL)),
-    "sparse_masks": on("mlp", lambda s: jp.sparse(_masks(s.linear), s.linear, dtype=FULL)),
+    "sparse": on("mlp", lambda s: jp.sparse_delta(0.3, s.linear, dtype=FULL)),
+    "sparse_masks": on("mlp", lambda s: jp.sparse_delta(_masks(s.linear), s.linear, dtype=FULL)),
     "prune": on("mlp", _pruned),
     "gates": on(
         "mlp",
@@ -464,7 +466,7 @@ CASES: dict[str, Case] = {
     "norm_tuning": on("layers", jp.norm_tuning),
     "linear_probe": on("conv", lambda s: jp.linear_probe(s, "head")),
     "last_layers": on("layers", lambda s: jp.last_layers(s, 1, "*")),
-    "full": on("mlp", jp.full),
+    "full": on("mlp", jp.full_finetuning),
     "unfreeze": on("mlp", lambda s: jp.unfreeze(s.match("*bias", "down"))),
     "chain": on("tied", lambda s: jp.chain(lora(s.linear), jp.norm_tuning(s), lora(s.embedding))),
     # One of each format; blocks so small that a weight has several, some cut short.
@@ -521,7 +523,7 @@ CASES: dict[str, Case] = {
     "lora_on_parts": on(
         "fused",
         lambda s: jp.chain(
-            lora(s.match("qkv").columns(0, 3)), lora(s.match("heads").columns(1, 2, 3))
+            lora(s.match("qkv").output_slice(0, 3)), lora(s.match("heads").output_slice(1, 2, 3))
         ),
     ),
     "lora_on_heads": on("fused", lambda s: lora(s.match("heads", "o", "head"))),

@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxpeft as jp
-from jaxpeft.io.adapter import factories, load_adapter, save_adapter
-from jaxpeft.method import Method
+from jaxpeft._method import FACTORIES, Method
+from jaxpeft.io import load_adapter, save_adapter
 
 ROOT = Path(__file__).parents[2]
 KEY = jax.random.key(1)
@@ -46,12 +46,12 @@ def methods():
         "lora": jp.lora({"up": 3, "*": 2}, sites.linear, alpha=5.0, dtype=jnp.bfloat16),
         "qlora": jp.chain(jp.quantize("int8", sites.linear), jp.lora(2, sites.linear)),
         "loftq": jp.loftq(2, sites.linear, format="nf4", block=2, start="principal"),
-        "part": jp.lora(2, up.columns(1, 2), dropout=0.1),
+        "part": jp.lora(2, up.output_slice(1, 2), dropout=0.1),
         "ia3": jp.ia3(up, down),
-        "bottleneck": jp.bottleneck(4, up, activation="tanh"),
-        "parallel": jp.parallel(4, up, down, scale=2.0),
+        "bottleneck": jp.bottleneck_adapter(4, up, activation="tanh"),
+        "parallel": jp.parallel_adapter(4, up, down, scale=2.0),
         "bitfit": jp.bitfit(sites),
-        "full": jp.full(sites),
+        "full": jp.full_finetuning(sites),
     }
 
 
@@ -77,7 +77,7 @@ def test_a_new_process_needs_only_the_folder_and_the_base(tmp_path):
     np.savez(tmp_path / "base.npz", **p)
     code = (
         "import jax, numpy as np, sys; jax.config.update('jax_enable_x64', True)\n"
-        "from jaxpeft.io.adapter import load_adapter; import jaxpeft as jp\n"
+        "from jaxpeft.io._adapter import load_adapter; import jaxpeft as jp\n"
         "import jax.numpy as jnp\n"
         "p = {k: jnp.asarray(v) for k, v in np.load(sys.argv[1] + '/base.npz').items()}\n"
         "l = load_adapter(sys.argv[1], p)\n"
@@ -149,14 +149,14 @@ def test_every_factory_of_the_readme_may_be_named():
     first = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
     named = {name for cell in first for name in re.findall(r"`([\w.]+)`", cell)}
     of_training = {name for name in named if name.startswith("train.")}
-    assert set(factories()) == named - of_training | {"chain"}
+    assert set(FACTORIES) == named - of_training | {"chain"}
 
 
 def test_every_method_that_the_package_makes_may_be_named():
     """Whatever its factory says that it returns."""
     source = "".join(path.read_text() for path in (ROOT / "jaxpeft").rglob("*.py"))
     made = set(re.findall(r"\b(?:Method|low_rank)\(\s*\"(\w+)\"", source))
-    assert {"lora", "dora", "chain", "quantize", "loftq"} <= made <= set(factories())
+    assert {"lora", "dora", "chain", "quantize", "loftq"} <= made <= set(FACTORIES)
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,10 @@ def calibrated(name, sites):
     """A method that starts from what data did, and so holds arrays."""
     x = jax.random.normal(jax.random.key(2), (8, 6))
     if name == "corda":
-        return jp.corda(1, sites, jp.input_moments(model, params(), sites, [x]))
-    found = jp.mean_gradients(lambda p, x: jnp.sum(model(p, x) ** 2), params(), sites, [x])
+        return jp.corda(1, sites, jp.calibration.input_moments(model, params(), sites, [x]))
+    found = jp.calibration.mean_gradients(
+        lambda p, x: jnp.sum(model(p, x) ** 2), params(), sites, [x]
+    )
     return jp.lora_ga(1, sites, found)
 
 
@@ -200,11 +202,11 @@ def test_arrays_in_options_are_refused_and_as_lora_is_the_way_out(
     with pytest.raises(
         ValueError,
         match=rf"`{name}\({option}=\.\.\.\)` holds an array, float64 of "
-        rf"shape {re.escape(shape)}.*`as_lora`",
+        rf"shape {re.escape(shape)}.*`to_lora`",
     ):
         save_adapter(folder, adapter, method, p, key=key)
     assert not folder.exists()
-    plain, low = jp.as_lora(own, adapter, start)
+    plain, low = jp.adapters.to_lora(own, adapter, start)
     save_adapter(folder, low, jp.chain(quantize, plain) if quantized else plain, p, key=key)
     loaded = load_adapter(folder, p)
     x = jnp.ones((2, 6))

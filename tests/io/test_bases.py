@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.io.adapter import load_adapter, save_adapter
-from jaxpeft.io.fingerprint import _leaf_fingerprint
+from jaxpeft.io import load_adapter, save_adapter
+from jaxpeft.io._fingerprint import _leaf_fingerprint
 from tests.io.saved import FOLDERS, KEY, V, layers, mlp, perturbed, tied
 
 SITES = mlp().sites
@@ -42,7 +42,7 @@ METHODS = {
     "qlora": jp.chain(
         jp.quantize("nf4", SITES.linear, block=2), jp.lora_fa(2, SITES.linear, **RANK)
     ),
-    "full": jp.full(SITES),
+    "full": jp.full_finetuning(SITES),
     "pissa": jp.pissa(1, SITES.linear, **RANK),
     "olora": jp.chain(jp.olora(1, SITES.linear, **RANK), jp.bitfit(SITES)),
     "loftq": jp.loftq(1, SITES.linear, format="nf4", block=2, dtype=jnp.float64),
@@ -289,7 +289,7 @@ def test_layers_that_the_adapter_has_do_not_matter(tmp_path):
 
 def test_a_prompt_needs_every_row_of_its_table(tmp_path):
     base = tied()
-    method = jp.prompt(2, base.sites.embedding, dtype=jnp.float64)
+    method = jp.prompt_tuning(2, base.sites.embedding, dtype=jnp.float64)
     adapter = perturbed(jp.split(method(KEY, base.params))[1])
     save_adapter(tmp_path, adapter, method, base.params, key=KEY)
     for row in range(V):

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft as jp
-from jaxpeft.io import safetensors
+from jaxpeft.io import _safetensors as safetensors
 from jaxpeft.models import decoder
 from jaxpeft.quant import nf4
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from jaxpeft.io.adapter import load_adapter, save_adapter
-from jaxpeft.io.description import written
-from jaxpeft.method import to_json
+from jaxpeft._method import to_json
+from jaxpeft.io import load_adapter, save_adapter
+from jaxpeft.io._description import written
 from tests.io.saved import BASES, CASES, FOLDERS, KEY, made, mlp
 
 ABOUT = "adapter.json"

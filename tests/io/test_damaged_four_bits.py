@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.io import safetensors
+from jaxpeft.io import _safetensors as safetensors
 from jaxpeft.models import decoder
 from tests.io.test_damage import JUNK
 

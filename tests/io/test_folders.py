@@ -6,8 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from jaxpeft.io.adapter import factories, load_adapter
-from jaxpeft.quant.quantize import FORMATS
+from jaxpeft._method import FACTORIES
+from jaxpeft.io import load_adapter
+from jaxpeft.quant import FORMATS
 from tests.io.saved import BASES, CASES, FOLDERS, outputs
 
 #: Of each kind of weight, of format and of sites one; `make conformance` has the others.
@@ -47,7 +48,7 @@ def test_every_method_and_every_format_has_a_folder():
     """A new one needs its case in `tests/io/saved.py`, and that to be run."""
     text = "".join((f / "adapter.json").read_text() for f in FOLDERS.glob("format*/*"))
     text = " ".join(text.split())
-    missing = {name for name in factories() if f'"method": "{name}"' not in text}
+    missing = {name for name in FACTORIES if f'"method": "{name}"' not in text}
     # What starts from data, of which no folder has any, is saved as LoRA, and the selections
     # as what they select; their cases are there all the same.
     assert missing == {"corda", "eva", "lora_ga"} | {
@@ -74,7 +75,7 @@ def test_the_adapter_of_a_folder_does_something(name):
     ("name", "method"),
     [("unfreeze", "unfreeze"), ("trainable_tokens", "trainable_tokens"), ("int8", "quantize")],
 )
-@pytest.mark.filterwarnings("ignore::jaxpeft.io.adapter.UncheckedAdapterWarning")
+@pytest.mark.filterwarnings("ignore::jaxpeft.io._adapter.UncheckedAdapterWarning")
 def test_a_part_that_format_1_passed_over_is_passed_over(name, method, tmp_path):
     """Methods that refuse a part of a weight today acted on all of it."""
     case, folder = CASES[name], shutil.copytree(FOLDERS / "format1" / name, tmp_path / name)

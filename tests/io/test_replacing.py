@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpeft.io import adapter as module
-from jaxpeft.io import description, replacing
-from jaxpeft.io.adapter import UncheckedAdapterWarning, load_adapter, save_adapter
+from jaxpeft.io import UncheckedAdapterWarning, load_adapter, save_adapter
+from jaxpeft.io import _adapter as module
+from jaxpeft.io import _description as description
+from jaxpeft.io import _replacing as replacing
 from tests.io.saved import CASES, FOLDERS, KEY, made, mlp
 
 METHOD, _, ADAPTER = made(CASES["ia3"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxpeft.io import safetensors as folders
+from jaxpeft.io import _safetensors as folders
 
 CONFIG = {"model_type": "toy"}
 

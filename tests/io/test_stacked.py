@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpeft.io import _buffers
-from jaxpeft.io import safetensors as folders
-from jaxpeft.io.stacked import Stack, assemble, disassemble
+from jaxpeft.io import _safetensors as folders
+from jaxpeft.io._stacked import Stack, assemble, disassemble
 
 # The largest crosses the strips in which matrices are transposed.
 PLAN = {

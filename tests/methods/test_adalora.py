@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import train
+from jaxpeft import optim, train
 
 from .stack import model, normal, params
 
@@ -24,19 +24,21 @@ TOTAL = R * (2 * L + 1)
 def loss(adapter, frozen, batch, key):
     del batch, key
     y = jp.lift(model)(jp.combine(frozen, adapter), X)
-    return jnp.sum((y - TARGET) ** 2) + 0.1 * jp.orthogonality(adapter), X.shape[0]
+    return jnp.sum((y - TARGET) ** 2) + 0.1 * jp.adapters.orthogonality_penalty(adapter), X.shape[0]
 
 
 def fitted(steps=30, budget=6, **options):
     method = jp.adalora(R, SITES, alpha=6.0, dtype=jnp.float64)
     frozen, adapter = jp.split(method(KEY, PARAMS))
     options = {"steps": steps, "warmup": 4, "final": 6, "every": 3} | options
-    tx = train.rank_budget(optax.adam(3e-2), budget, **options)
+    tx = optim.rank_allocator(optax.adam(3e-2), budget, **options)
     state, counts = train.init(adapter, tx), []
     step = jax.jit(train.train_step(loss, tx))
     for _ in range(steps):
         state, _ = step(state, frozen, X, None)
-        counts.append(sum(int(np.sum(x)) for x in jp.ranks(state.adapter).values()))
+        counts.append(
+            sum(int(np.sum(x)) for x in jp.adapters.effective_ranks(state.adapter).values())
+        )
     return method, frozen, state, counts
 
 
@@ -54,7 +56,7 @@ def test_ranks_fall_along_the_cubic_schedule_to_the_budget_and_stay():
 def test_what_is_least_important_is_given_up():
     """A triplet whose gradient and value are large is kept, one without a gradient is not."""
     adapter = {"w/a": normal(0, 4, 3), "w/values": jnp.ones(3), "w/b": normal(1, 3, 5)}
-    tx = train.rank_budget(optax.sgd(0.0), 1, steps=4, warmup=0, final=1, every=1)
+    tx = optim.rank_allocator(optax.sgd(0.0), 1, steps=4, warmup=0, final=1, every=1)
     state = tx.init(adapter)
     slope = jax.tree.map(jnp.zeros_like, adapter)
     for sign in (1.0, -1.0, 1.0):
@@ -68,7 +70,7 @@ def test_what_is_least_important_is_given_up():
 
 def test_shrinking_takes_zeros_out_and_changes_no_output():
     method, frozen, state, _ = fitted()
-    smaller, adapter = jp.shrunk(method, state.adapter)
+    smaller, adapter = jp.adapters.drop_pruned_ranks(method, state.adapter)
     assert sum(x.size for x in adapter.values()) < sum(x.size for x in state.adapter.values())
     again, start = jp.split(smaller(KEY, PARAMS))
     assert {k: x.shape for k, x in start.items()} == {k: x.shape for k, x in adapter.items()}
@@ -85,7 +87,7 @@ def test_shrinking_keeps_what_other_methods_have_trained():
     adapter = {k: x + normal(i, *x.shape) for i, (k, x) in enumerate(adapter.items())}
     adapter["layers/down/values"] *= jnp.array([0, 1, 0])
     adapter["layers/up/values"] *= 0
-    smaller, kept = jp.shrunk(method, adapter)
+    smaller, kept = jp.adapters.drop_pruned_ranks(method, adapter)
     assert {k: x.shape for k, x in kept.items()} == {
         "layers/down/a": (L, F, 1),
         "layers/down/values": (L, 1),
@@ -103,20 +105,20 @@ def test_values_of_another_matrix_do_not_count():
     _, adapter = jp.split(jp.chain(first, second)(KEY, PARAMS))
     adapter["head/values"] += 1
     with pytest.raises(ValueError, match="all values of this adapter are zero"):
-        jp.shrunk(first, adapter)
+        jp.adapters.drop_pruned_ranks(first, adapter)
 
 
 def test_orthogonality_is_the_sum_of_squared_distances():
     adapter = {"w/a": normal(0, 4, 3), "w/values": jnp.ones(3), "w/b": normal(1, 3, 5)}
     a, b = adapter["w/a"], adapter["w/b"]
     want = np.sum((a.T @ a - np.eye(3)) ** 2) + np.sum((b @ b.T - np.eye(3)) ** 2)
-    np.testing.assert_allclose(jp.orthogonality(adapter), want)
+    np.testing.assert_allclose(jp.adapters.orthogonality_penalty(adapter), want)
 
 
 def test_the_values_of_the_budget_do_not_touch_other_arrays():
     adapter = {"w/a": normal(0, 4, 3), "w/values": jnp.ones(3), "w/b": normal(1, 3, 5)}
     adapter["other/bias"] = jnp.ones(2)
-    tx = train.rank_budget(optax.sgd(1.0), 1, steps=3, warmup=0, final=1, every=1)
+    tx = optim.rank_allocator(optax.sgd(1.0), 1, steps=3, warmup=0, final=1, every=1)
     state = tx.init(adapter)
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, adapter), state, adapter)
     np.testing.assert_array_equal(updates["other/bias"], [-1, -1])
@@ -131,27 +133,49 @@ BUDGET = {"steps": 9, "warmup": 2, "final": 2}
     [
         (lambda: jp.adalora(7, SITES)(KEY, PARAMS), r"rank=7\)` needs 1 <= rank"),
         (lambda: jp.adalora(R, SITES, std=0.0), r"std=0.0\)`: factors of zero"),
-        (lambda: jp.adalora(R, SITES.columns(0, 2)), "`adalora`: a part of the columns of 'head'"),
-        (lambda: jp.orthogonality(PLAIN), r"nothing of `adalora` is among \['w/a', 'w/b'\]"),
-        (lambda: jp.shrunk(jp.lora(R, SITES), PLAIN), "`adalora` made; this one is of 'lora'"),
         (
-            lambda: jp.shrunk(jp.chain(jp.adalora(R, SITES)), PLAIN),
+            lambda: jp.adalora(R, SITES.output_slice(0, 2)),
+            "`adalora`: a part of the columns of 'head'",
+        ),
+        (
+            lambda: jp.adapters.orthogonality_penalty(PLAIN),
+            r"nothing of `adalora` is among \['w/a', 'w/b'\]",
+        ),
+        (
+            lambda: jp.adapters.drop_pruned_ranks(jp.lora(R, SITES), PLAIN),
+            "`adalora` made; this one is of 'lora'",
+        ),
+        (
+            lambda: jp.adapters.drop_pruned_ranks(jp.chain(jp.adalora(R, SITES)), PLAIN),
             "this one is of 'chain'. Of a chain, give that method in it",
         ),
-        (lambda: jp.shrunk(len, PLAIN), "this one is of '<built-in function len>'"),
         (
-            lambda: jp.shrunk(jp.adalora(R, SITES.match("head")), PLAIN | {"head/a": X}),
+            lambda: jp.adapters.drop_pruned_ranks(len, PLAIN),
+            "this one is of '<built-in function len>'",
+        ),
+        (
+            lambda: jp.adapters.drop_pruned_ranks(
+                jp.adalora(R, SITES.match("head")), PLAIN | {"head/a": X}
+            ),
             r"lacks \['head/b', 'head/values'\].* it has \['head/a', 'w/a', 'w/b'\]. Give the adap",
         ),
         (
-            lambda: jp.shrunk(m := jp.adalora(R, SITES), jp.split(m(KEY, PARAMS))[1]),
+            lambda: jp.adapters.drop_pruned_ranks(
+                m := jp.adalora(R, SITES), jp.split(m(KEY, PARAMS))[1]
+            ),
             "all values of this adapter are zero",
         ),
-        (lambda: train.rank_budget(optax.sgd(1), 1, steps=4, warmup=2, final=2), "fewer than all"),
-        (lambda: train.rank_budget(optax.sgd(1), 0, **BUDGET), "every=10, budget=0.*at least 1"),
-        (lambda: train.rank_budget(optax.sgd(1), 1, beta2=1.0, **BUDGET), r"beta2=1.0\)`: a decay"),
         (
-            lambda: train.rank_budget(optax.sgd(1), 99, **BUDGET).init(
+            lambda: optim.rank_allocator(optax.sgd(1), 1, steps=4, warmup=2, final=2),
+            "fewer than all",
+        ),
+        (lambda: optim.rank_allocator(optax.sgd(1), 0, **BUDGET), "every=10, budget=0.*at least 1"),
+        (
+            lambda: optim.rank_allocator(optax.sgd(1), 1, beta2=1.0, **BUDGET),
+            r"beta2=1.0\)`: a decay",
+        ),
+        (
+            lambda: optim.rank_allocator(optax.sgd(1), 99, **BUDGET).init(
                 jp.split(jp.adalora(R, SITES)(KEY, PARAMS))[1]
             ),
             f"budget=99.*has {TOTAL} singular values in 3 arrays",
@@ -165,7 +189,7 @@ def test_what_cannot_be_is_refused(make, message):
 
 def test_an_update_without_parameters_is_refused():
     adapter = {"w/a": normal(0, 4, 3), "w/values": jnp.ones(3), "w/b": normal(1, 3, 5)}
-    tx = train.rank_budget(optax.sgd(1.0), 1, **BUDGET)
+    tx = optim.rank_allocator(optax.sgd(1.0), 1, **BUDGET)
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(adapter, tx.init(adapter))
 

@@ -15,7 +15,7 @@ F8 = jnp.float64
 def adapted(fn, p, x):
     """Outputs of `fn` with a bottleneck behind its kernel `w`, and the adapter."""
     sites = jp.sites(fn, p, x)
-    method = jp.bottleneck(2, sites.match("w"), dtype=F8)
+    method = jp.bottleneck_adapter(2, sites.match("w"), dtype=F8)
     frozen, adapter = jp.split(method(jax.random.key(0), p))
     adapter = toy.perturbed(adapter)
     return jax.jit(jp.lift(fn))(jp.combine(frozen, adapter), x), adapter

@@ -22,7 +22,7 @@ EPS = 0.1
 def adapted(fn, params, x, target, rows=None, **options):
     """Outputs under an adapter away from its init, the adapter, and the tree for more calls."""
     sites = jp.sites(fn, params, x if rows is None else rows)
-    method = jp.bottleneck(M, sites.match(target), dtype=F8, **options)
+    method = jp.bottleneck_adapter(M, sites.match(target), dtype=F8, **options)
     frozen, adapter = jp.split(method(KEY, params))
     adapter = perturbed(adapter)
     return jax.jit(jp.lift(fn))(jp.combine(frozen, adapter), x), adapter
@@ -105,7 +105,9 @@ def test_an_adapter_reads_what_it_is_told_to(reads, fn):
 
 def test_a_norm_that_is_trained_is_the_one_that_the_adapter_reads_through():
     p, sites = layers(), jp.sites(postnorm, layers(), INPUT)
-    behind = jp.bottleneck(M, sites.match("down/kernel"), dtype=F8, **option("sum, normed", sites))
+    behind = jp.bottleneck_adapter(
+        M, sites.match("down/kernel"), dtype=F8, **option("sum, normed", sites)
+    )
     frozen, adapter = jp.split(jp.chain(behind, jp.norm_tuning(sites))(KEY, p))
     adapter = perturbed(adapter)
     x = INPUT
@@ -251,7 +253,7 @@ def test_an_adapter_on_the_stream_stands_on_codes_and_on_lora_under_vmap_and_gra
     p = {"u": normal(0, D, F), "w": normal(1, F, D), "b": normal(2, D)}
     x, w = normal(3, T, D), jp.sites(plain, p, normal(3, T, D)).match("w")
     below = jp.chain(jp.quantize("int8", w), jp.lora(2, w, dtype=F8))
-    method = jp.chain(below, jp.bottleneck(M, w, reads=reads, dtype=F8))
+    method = jp.chain(below, jp.bottleneck_adapter(M, w, reads=reads, dtype=F8))
     frozen, adapter = jp.split(method(KEY, p))
     adapter = perturbed(adapter)
     factors = {f"w/{name}": adapter[f"w/w/{name}"] for name in "ab"}
@@ -278,7 +280,7 @@ def test_a_model_in_bfloat16_keeps_its_dtype(reads, rows):
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), p)
     x = normal(3, rows, D).astype(jnp.bfloat16)
     sites = jp.sites(plain, half, normal(4, T, D).astype(jnp.bfloat16))
-    method = jp.bottleneck(M, sites.match("w"), reads=reads)
+    method = jp.bottleneck_adapter(M, sites.match("w"), reads=reads)
     frozen, adapter = jp.split(method(KEY, half))
     assert {a.dtype for a in adapter.values()} == {jnp.dtype(jnp.float32)}
     adapter = perturbed(adapter)
@@ -346,7 +348,7 @@ LOST = {
 def test_a_stream_that_is_not_found_is_an_error_that_says_what_happens_instead(case, reads):
     fn, message = LOST[case]
     p, x = {"w": normal(0, D, D)}, normal(1, T, D)
-    method = jp.bottleneck(M, jp.sites(fn, p, x).match("w"), reads=reads)
+    method = jp.bottleneck_adapter(M, jp.sites(fn, p, x).match("w"), reads=reads)
     with pytest.raises(ValueError, match=rf"adapter at 'w' reads the residual stream.*{message}"):
         jp.lift(fn)(start(method, p), x)
 
@@ -361,8 +363,10 @@ def test_a_stream_that_is_not_found_is_an_error_that_says_what_happens_instead(c
 )
 def test_a_product_that_has_no_stream_beside_it_is_an_error(fn, shape):
     p, x = {"w": normal(0, *shape)}, normal(1, T, D)
-    method = jp.bottleneck(M, jp.sites(fn, p, x).match("w"), reads="residual")
-    with pytest.raises(jp.NotAMatrixError, match=r"Bottleneck at 'w' .* `dot_general` .*test_bott"):
+    method = jp.bottleneck_adapter(M, jp.sites(fn, p, x).match("w"), reads="residual")
+    with pytest.raises(
+        jp.NotMergeableError, match=r"Bottleneck at 'w' .* `dot_general` .*test_bott"
+    ):
         jp.lift(fn)(start(method, p), x)
 
 
@@ -372,7 +376,7 @@ def test_a_product_that_has_no_stream_beside_it_is_an_error(fn, shape):
 @pytest.mark.parametrize("reads", READ)
 def test_training_starts_at_the_model_with_2md_d_m_numbers(reads):
     p, sites = layers(), jp.sites(postnorm, layers(), INPUT)
-    method = jp.bottleneck(M, sites.match("down/kernel"), dtype=F8, **option(reads, sites))
+    method = jp.bottleneck_adapter(M, sites.match("down/kernel"), dtype=F8, **option(reads, sites))
     frozen, adapter = jp.split(method(KEY, p))
     assert sum(a.size for a in adapter.values()) == L * (2 * M * D + D + M)
     close(jp.lift(postnorm)(jp.combine(frozen, adapter), INPUT), postnorm(p, INPUT))
@@ -386,7 +390,7 @@ def wide():
 
 def test_down_is_drawn_with_variance_one_over_d():
     p, sites = wide()
-    _, adapter = jp.split(jp.bottleneck(16, sites.match("w"))(KEY, p))
+    _, adapter = jp.split(jp.bottleneck_adapter(16, sites.match("w"))(KEY, p))
     down = np.asarray(adapter["w/down"])
     assert down.shape == (2, 256, 16)
     assert abs(down.std() * 16 - 1) < 0.05 and abs(down.mean()) < 0.01
@@ -396,7 +400,7 @@ def test_down_is_drawn_with_variance_one_over_d():
 def test_normal_starts_near_the_model():
     """Houlsby: Normal(0, 0.01 ** 2), cut off at two deviations, which leaves 0.8796 of it."""
     p, sites = wide()
-    _, adapter = jp.split(jp.bottleneck(16, sites.match("w"), init="normal")(KEY, p))
+    _, adapter = jp.split(jp.bottleneck_adapter(16, sites.match("w"), init="normal")(KEY, p))
     for name in ("down", "up"):
         drawn = np.asarray(adapter[f"w/{name}"])
         assert np.abs(drawn).max() <= 0.02 and abs(drawn.std() / 0.008796 - 1) < 0.05
@@ -404,7 +408,7 @@ def test_normal_starts_near_the_model():
     assert np.abs(adapter["w/down"].ravel() - adapter["w/up"].ravel()).max() > 0.01
     assert not any(jnp.abs(adapter[f"w/{n}"]).max() for n in ("down_bias", "up_bias"))
     p, sites = layers(), jp.sites(postnorm, layers(), INPUT)
-    method = jp.bottleneck(M, sites.match("down/kernel"), init="normal")
+    method = jp.bottleneck_adapter(M, sites.match("down/kernel"), init="normal")
     off = jnp.abs(jp.lift(postnorm)(start(method, p), INPUT) - postnorm(p, INPUT)).max()
     assert 0 < off < 0.02
 
@@ -422,7 +426,9 @@ def test_dropout_draws_a_mask_of_its_own_for_every_layer_and_weight():
     rate, big = 0.25, (40, D)
     p, x = {"a": jnp.zeros((L, D, D)), "b": jnp.zeros((L, D, D))}, jnp.zeros(big)
     sites = jp.sites(steps, p, x)
-    frozen, adapter = jp.split(jp.bottleneck(M, sites.linear, dropout=rate, dtype=F8)(KEY, p))
+    frozen, adapter = jp.split(
+        jp.bottleneck_adapter(M, sites.linear, dropout=rate, dtype=F8)(KEY, p)
+    )
     adapter |= {name: jnp.ones_like(a) for name, a in adapter.items() if name.endswith("up_bias")}
     call = lambda **key: np.stack(jp.lift(steps)(jp.combine(frozen, adapter, **key), x))  # noqa: E731
     assert (call() == 1).all()
@@ -445,42 +451,45 @@ def kernels(sites):
 
 
 REFUSED = {
-    "width": (lambda s: jp.bottleneck(0, kernels(s)), r"bottleneck\(width=0\)"),
+    "width": (lambda s: jp.bottleneck_adapter(0, kernels(s)), r"bottleneck\(width=0\)"),
     "activation": (
-        lambda s: jp.bottleneck(M, kernels(s), activation="elu"),
+        lambda s: jp.bottleneck_adapter(M, kernels(s), activation="elu"),
         r"bottleneck\(activation='elu'\)`: choose of \['gelu', 'relu', 'silu', 'tanh'\]",
     ),
-    "dropout": (lambda s: jp.bottleneck(M, kernels(s), dropout=1.0), r"bottleneck\(dropout=1.0\)"),
+    "dropout": (
+        lambda s: jp.bottleneck_adapter(M, kernels(s), dropout=1.0),
+        r"bottleneck\(dropout=1.0\)",
+    ),
     "reads": (
-        lambda s: jp.bottleneck(M, kernels(s), reads="input"),
+        lambda s: jp.bottleneck_adapter(M, kernels(s), reads="input"),
         r"bottleneck\(reads='input', init='zero'\)`: .*'output', 'sum', 'residual'",
     ),
     "init": (
-        lambda s: jp.bottleneck(M, kernels(s), init="ones"),
+        lambda s: jp.bottleneck_adapter(M, kernels(s), init="ones"),
         r"bottleneck\(reads='output', init='ones'\)`: .*'zero' or 'normal'",
     ),
     "norms of too few": (
-        lambda s: jp.bottleneck(M, kernels(s), reads="sum", norms=s.match("first/norm/*")),
+        lambda s: jp.bottleneck_adapter(M, kernels(s), reads="sum", norms=s.match("first/norm/*")),
         r"one scale and one bias for each of \['first/down/kernel', 'second/down/kernel'\], but "
         r"got \['first/norm/scale'\] and \['first/norm/bias'\]",
     ),
     "norms without biases": (
-        lambda s: jp.bottleneck(M, kernels(s), reads="sum", norms=s.match("*/norm/scale")),
+        lambda s: jp.bottleneck_adapter(M, kernels(s), reads="sum", norms=s.match("*/norm/scale")),
         r"but got \['first/norm/scale', 'second/norm/scale'\] and \[\]",
     ),
     "norms for what reads none": (
-        lambda s: jp.bottleneck(M, kernels(s), reads="residual", norms=s.match("*/norm/*")),
+        lambda s: jp.bottleneck_adapter(M, kernels(s), reads="residual", norms=s.match("*/norm/*")),
         r"bottleneck\(reads='residual', norms=...\)`: an adapter that reads the 'sum'",
     ),
     "norms of another size": (
-        lambda s: jp.bottleneck(
+        lambda s: jp.bottleneck_adapter(
             M, s.match("first/up/kernel"), reads="sum", norms=s.match("first/norm/*")
         ),
         r"'first/norm/scale' of shape \(8,\) does not have one number for each of the 12 outputs "
         r"of 'first/up/kernel', in its stack \(\)",
     ),
     "nothing": (
-        lambda s: jp.bottleneck(M, kernels(s) - kernels(s)),
+        lambda s: jp.bottleneck_adapter(M, kernels(s) - kernels(s)),
         "`bottleneck` selects no parameter",
     ),
 }

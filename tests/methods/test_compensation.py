@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.methods.compensation import compensate
+from jaxpeft.sparsity import sparsegpt_update
 
 from .stack import model, normal, params
 
@@ -16,8 +16,10 @@ PARAMS = params(L, D, F, OUT)
 X = normal(3, 40, D) @ (jnp.eye(D) + 0.8 * normal(4, D, D))  # correlated
 SITES = jp.sites(model, PARAMS, X).linear
 HEAD = SITES.match("head")
-MOMENTS = jp.input_moments(model, PARAMS, SITES, [X])
-MASKS = jp.keep(jp.magnitude(PARAMS, SITES), SITES, 0.5, scope="matrix")
+MOMENTS = jp.calibration.input_moments(model, PARAMS, SITES, [X])
+MASKS = jp.sparsity.topk_mask(
+    jp.sparsity.magnitude_scores(PARAMS, SITES), SITES, 0.5, scope="matrix"
+)
 
 
 def linear(p, x):
@@ -27,7 +29,7 @@ def linear(p, x):
 def one(w, x):
     """The tree, sites and moments of one product."""
     sites = jp.sites(linear, {"w": w}, x).linear
-    return {"w": w}, sites, jp.input_moments(linear, {"w": w}, sites, [x])
+    return {"w": w}, sites, jp.calibration.input_moments(linear, {"w": w}, sites, [x])
 
 
 def by_hand(w, mask, second, damping):
@@ -55,7 +57,7 @@ def flat(tree):
 
 
 def test_every_matrix_of_a_stack_is_that_of_the_formula():
-    tree = compensate(PARAMS, SITES, MASKS, MOMENTS, damping=0.05)
+    tree = sparsegpt_update(PARAMS, SITES, MASKS, MOMENTS, damping=0.05)
     got, old = flat(tree), flat(PARAMS)
     want = by_hand(old["head"], MASKS["head"], MOMENTS["head"].second, 0.05)
     np.testing.assert_allclose(got["head"], want, rtol=1e-8, atol=1e-12)
@@ -70,7 +72,7 @@ def test_what_comes_first_is_made_up_for_by_the_least_squares_solution():
     w, lost = normal(7, D, OUT), [1, 3, 0, 2, 5]
     mask = np.arange(D)[:, None] >= np.array(lost)[None]  # the first so many of each column
     tree, sites, moments = one(w, X)
-    got = compensate(tree, sites, {"w": jnp.asarray(mask)}, moments, damping=1e-12)["w"]
+    got = sparsegpt_update(tree, sites, {"w": jnp.asarray(mask)}, moments, damping=1e-12)["w"]
     for j, k in enumerate(lost):
         best = np.linalg.lstsq(np.asarray(X[:, k:]), np.asarray(X @ w[:, j]), rcond=None)[0]
         np.testing.assert_allclose(got[k:, j], best, rtol=1e-7)
@@ -82,8 +84,8 @@ def test_outputs_are_nearer_than_without_compensation():
     _, sites, moments = one(normal(3, 32, OUT), x)
     for seed in range(3, 6):
         tree = {"w": normal(seed, 32, OUT)}
-        masks = jp.keep(jp.magnitude(tree, sites), sites, 0.5)
-        off = np.asarray(tree["w"] - compensate(tree, sites, masks, moments)["w"])
+        masks = jp.sparsity.topk_mask(jp.sparsity.magnitude_scores(tree, sites), sites, 0.5)
+        off = np.asarray(tree["w"] - sparsegpt_update(tree, sites, masks, moments)["w"])
         plain = np.where(masks["w"], 0, tree["w"])
         assert ((x @ off) ** 2).sum() < 0.75 * ((x @ plain) ** 2).sum()
         # Not because it is nearer to the weight.
@@ -94,7 +96,7 @@ def test_outputs_are_nearer_than_without_compensation():
 def test_zeros_are_exact_and_arrays_keep_their_dtypes(dtype):
     tree = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
     sites = SITES if dtype == jnp.float64 else HEAD
-    got = compensate(tree, sites, MASKS, MOMENTS)
+    got = sparsegpt_update(tree, sites, MASKS, MOMENTS)
     assert jax.tree.structure(got) == jax.tree.structure(tree)
     for path in sites:
         w = flat(got)[path]
@@ -107,16 +109,16 @@ def test_narrow_weights_are_computed_in_wide_ones():
     tree, sites, moments = one(w, X)
     assert moments["w"].second.dtype == jnp.float32
     mask = jnp.asarray(np.random.default_rng(0).random((D, OUT)) < 0.5)
-    got = compensate(tree, sites, {"w": mask}, moments)["w"]
+    got = sparsegpt_update(tree, sites, {"w": mask}, moments)["w"]
     want = by_hand(w, mask, moments["w"].second, 0.01)
     np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=2**-8, atol=1e-5)
 
 
 def test_what_is_kept_whole_or_not_selected_stays():
     whole = {path: jnp.ones(site.shape, bool) for path, site in SITES.items()}
-    for path, w in flat(compensate(PARAMS, SITES, whole, MOMENTS)).items():
+    for path, w in flat(sparsegpt_update(PARAMS, SITES, whole, MOMENTS)).items():
         np.testing.assert_array_equal(w, flat(PARAMS)[path])
-    got = compensate(PARAMS, HEAD, MASKS, MOMENTS)
+    got = sparsegpt_update(PARAMS, HEAD, MASKS, MOMENTS)
     assert got["layers"]["up"] is PARAMS["layers"]["up"]
 
 
@@ -126,9 +128,9 @@ def test_kernels_of_several_axes_are_those_of_their_matrices():
 
     tree = {"q": normal(0, D, 3, 2), "o": normal(1, 5, 3, 2)}  # outputs come first in `o`
     sites = jp.sites(heads, tree, X).linear
-    moments = jp.input_moments(heads, tree, sites, [X])
-    masks = jp.keep(jp.magnitude(tree, sites), sites, 0.5)
-    got = compensate(tree, sites, masks, moments)
+    moments = jp.calibration.input_moments(heads, tree, sites, [X])
+    masks = jp.sparsity.topk_mask(jp.sparsity.magnitude_scores(tree, sites), sites, 0.5)
+    got = sparsegpt_update(tree, sites, masks, moments)
     assert got["q"].shape == (D, 3, 2) and got["o"].shape == (5, 3, 2)
     w, mask = (x["q"].reshape(D, 6) for x in (tree, masks))
     want = by_hand(w, mask, moments["q"].second, 0.01)
@@ -141,9 +143,9 @@ def test_kernels_of_several_axes_are_those_of_their_matrices():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: compensate(PARAMS, HEAD, MASKS, {}), "no moments of the inputs of 'head'"),
+        (lambda: sparsegpt_update(PARAMS, HEAD, MASKS, {}), "no moments of the inputs of 'head'"),
         (
-            lambda: compensate(
+            lambda: sparsegpt_update(
                 PARAMS,
                 HEAD,
                 MASKS,
@@ -152,19 +154,19 @@ def test_kernels_of_several_axes_are_those_of_their_matrices():
             r"moments of 'head' have shape \(5, 5\), should be \(6, 6\)",
         ),
         (
-            lambda: compensate(PARAMS, HEAD, {}, MOMENTS),
-            "`compensate`: the mask of 'head' has shape None",
+            lambda: sparsegpt_update(PARAMS, HEAD, {}, MOMENTS),
+            "`sparsegpt_update`: the mask of 'head' has shape None",
         ),
         (
-            lambda: compensate(PARAMS, HEAD, {"head": MASKS["head"].T}, MOMENTS),
+            lambda: sparsegpt_update(PARAMS, HEAD, {"head": MASKS["head"].T}, MOMENTS),
             r"mask of 'head' has shape \(5, 6\), should be \(6, 5\)",
         ),
         (
-            lambda: compensate(PARAMS, HEAD, MASKS, MOMENTS, damping=0.0),
+            lambda: sparsegpt_update(PARAMS, HEAD, MASKS, MOMENTS, damping=0.0),
             r"damping=0.0\)`: a positive share",
         ),
         (
-            lambda: compensate(
+            lambda: sparsegpt_update(
                 PARAMS,
                 HEAD,
                 MASKS,
@@ -173,16 +175,16 @@ def test_kernels_of_several_axes_are_those_of_their_matrices():
             r"moments of 'head' cannot be inverted in float64.*larger damping",
         ),
         (
-            lambda: compensate(jp.quantize("int8", HEAD)(KEY, PARAMS), HEAD, MASKS, MOMENTS),
-            "`compensate`: 'head' is no plain array",
+            lambda: sparsegpt_update(jp.quantize("int8", HEAD)(KEY, PARAMS), HEAD, MASKS, MOMENTS),
+            "`sparsegpt_update`: 'head' is no plain array",
         ),
         (
-            lambda: compensate({**PARAMS, "head": PARAMS["head"].T}, HEAD, MASKS, MOMENTS),
+            lambda: sparsegpt_update({**PARAMS, "head": PARAMS["head"].T}, HEAD, MASKS, MOMENTS),
             r"'head' has shape \(5, 6\), but had \(6, 5\)",
         ),
         (
-            lambda: compensate(PARAMS, HEAD.columns(0, 5), MASKS, MOMENTS),
-            "`compensate`: a part of the columns of 'head'",
+            lambda: sparsegpt_update(PARAMS, HEAD.output_slice(0, 5), MASKS, MOMENTS),
+            "`sparsegpt_update`: a part of the columns of 'head'",
         ),
     ],
 )

@@ -89,13 +89,13 @@ def test_it_starts_at_the_base_model_and_is_its_formula_afterwards(name):
 @each
 def test_virtual_tokens_get_no_change(name):
     params, sites = base()
-    virtual = jp.virtual_ids(sites["table"], 2)
+    virtual = jp.prompts.virtual_token_ids(sites["table"], 2)
     ids = IDS.at[0, :2].set(jnp.asarray(virtual))
 
     def lookup(tree):
         return jp.lift(lambda p, ids: p["table"][ids])(tree, ids)
 
-    prompt = jp.prompt(2, sites.embedding, dtype=F8)
+    prompt = jp.prompt_tuning(2, sites.embedding, dtype=F8)
     frozen, adapter = jp.split(jp.chain(prompt, METHODS[name](sites.embedding))(KEY, params))
     moved = toy.perturbed(adapter) | {k: x for k, x in adapter.items() if k.endswith("rows")}
     rows, others = lookup(jp.combine(frozen, adapter)), lookup(jp.combine(frozen, moved))
@@ -247,7 +247,7 @@ def test_what_cannot_be_is_refused_by_name(call, message):
 def test_a_part_of_the_columns_is_refused(name):
     _, sites = base()
     with pytest.raises(ValueError, match=rf"`{name}`.*columns of 'up' .*\(Part\(index=1, of=2"):
-        getattr(jp, name)(2, sites.match("up").columns(1, 2))
+        getattr(jp, name)(2, sites.match("up").output_slice(1, 2))
 
 
 def test_a_convolution_is_refused_by_lokr():

@@ -69,7 +69,9 @@ def test_gradients_take_the_lengths_for_constants():
 def test_a_column_of_zeros_stays_one():
     """As pruning by outputs leaves them: it has no direction, and 0 / 0 would be all there is."""
     sites, p = jp.sites(model, params(), X).linear, params()
-    masks = jp.keep(jp.magnitude(p, sites), sites, 0.5, structure="output", scope="matrix")
+    masks = jp.sparsity.topk_mask(
+        jp.sparsity.magnitude_scores(p, sites), sites, 0.5, structure="output", scope="matrix"
+    )
     method = jp.chain(jp.prune(masks, sites), jp.dora(3, sites, dtype=jnp.float64))
     frozen, adapter = jp.split(method(KEY, p))
 
@@ -90,7 +92,7 @@ def test_a_column_of_zeros_stays_one():
 def test_a_part_of_the_columns_is_refused():
     sites = jp.sites(model, params(), X)
     with pytest.raises(ValueError, match=r"columns of 'up' is selected \(Part\(index=1, of=2"):
-        jp.dora(2, sites.match("up").columns(1, 2))
+        jp.dora(2, sites.match("up").output_slice(1, 2))
 
 
 def test_a_base_that_is_trained_is_refused():

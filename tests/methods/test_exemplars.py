@@ -53,7 +53,7 @@ def test_ia3_scales_outputs_with_their_biases_and_inputs_of_the_feed_forward(sit
 
 
 def test_a_bottleneck_sees_the_bias_and_adds_behind_it(sites):
-    method = jp.bottleneck(4, sites.match("*/o/kernel", "*/down/kernel"), dtype=F8)
+    method = jp.bottleneck_adapter(4, sites.match("*/o/kernel", "*/down/kernel"), dtype=F8)
     frozen, adapter = jp.split(method(KEY, toy.params()))
     start = lifted(frozen, adapter, toy.ids())
     np.testing.assert_allclose(start, toy.model(toy.params(), toy.ids()), rtol=1e-12)
@@ -74,7 +74,9 @@ def test_a_bottleneck_sees_the_bias_and_adds_behind_it(sites):
 def test_a_bottleneck_follows_a_bias_that_is_trained_too(sites):
     """The adapter reads the trained bias, not a copy of where it started."""
     p = toy.params()
-    method = jp.chain(jp.bitfit(sites), jp.bottleneck(4, sites.match("*/o/kernel"), dtype=F8))
+    method = jp.chain(
+        jp.bitfit(sites), jp.bottleneck_adapter(4, sites.match("*/o/kernel"), dtype=F8)
+    )
     frozen, adapter = jp.split(method(KEY, p))
     adapter = toy.perturbed(adapter)
     for name in ("q", "k", "v", "o", "up", "down"):
@@ -90,7 +92,7 @@ def test_a_bottleneck_follows_a_bias_that_is_trained_too(sites):
 
 
 def test_a_parallel_adapter_goes_around_the_feed_forward_block(sites):
-    method = jp.parallel(
+    method = jp.parallel_adapter(
         4, sites.match("*/up/kernel"), sites.match("*/down/kernel"), scale=2.0, dtype=F8
     )
     frozen, adapter = jp.split(method(KEY, toy.params()))
@@ -117,7 +119,7 @@ def test_a_parallel_adapter_meets_itself_across_a_remat_but_not_across_a_loop():
         return h @ p["down"]
 
     sites = jp.sites(across_remat, p, x)
-    method = jp.parallel(3, sites.match("up"), sites.match("down"), dtype=F8)
+    method = jp.parallel_adapter(3, sites.match("up"), sites.match("down"), dtype=F8)
     frozen, adapter = jp.split(method(KEY, p))
     adapter = toy.perturbed(adapter)
     tree = jp.combine(frozen, adapter)
@@ -133,10 +135,10 @@ def test_a_parallel_adapter_meets_itself_across_a_remat_but_not_across_a_loop():
 def test_prompts_are_rows_beyond_the_table_and_get_no_logits(sites):
     n = 4
     frozen, adapter = jp.split(
-        jp.prompt(n, sites.embedding & sites.match("embed"))(KEY, toy.params())
+        jp.prompt_tuning(n, sites.embedding & sites.match("embed"))(KEY, toy.params())
     )
     adapter = toy.perturbed({k: v.astype(F8) for k, v in adapter.items()})
-    virtual = jp.virtual_ids(sites["embed"], n)
+    virtual = jp.prompts.virtual_token_ids(sites["embed"], n)
     ids = jnp.concatenate([jnp.broadcast_to(virtual, (toy.B, n)), toy.ids()], axis=1)
     p = toy.params()
     longer = p | {"embed": jnp.concatenate([p["embed"], adapter["embed/rows"]])}
@@ -151,12 +153,12 @@ def test_prompts_are_rows_beyond_the_table_and_get_no_logits(sites):
 
 
 def test_an_id_without_a_prompt_is_nan_and_named(sites):
-    tree = jp.combine(*jp.split(jp.prompt(2, sites.match("embed"))(KEY, toy.params())))
+    tree = jp.combine(*jp.split(jp.prompt_tuning(2, sites.match("embed"))(KEY, toy.params())))
     ids = toy.ids().at[0, 0].set(toy.V + 2)
     assert jnp.isnan(jp.lift(toy.model)(tree, ids)[0]).all()
-    jp.check_ids(tree, sites["embed"], ids.at[0, 0].set(toy.V + 1))
+    jp.prompts.check_token_ids(tree, sites["embed"], ids.at[0, 0].set(toy.V + 1))
     with pytest.raises(ValueError, match=r"id 52 has no row: 'embed' has 50 rows and 2 virtual"):
-        jp.check_ids(tree, sites["embed"], ids)
+        jp.prompts.check_token_ids(tree, sites["embed"], ids)
 
 
 @pytest.mark.parametrize(
@@ -178,26 +180,26 @@ def test_a_model_that_does_more_with_ids_is_found_out(read):
 
     sites = jp.sites(fn, p, toy.ids())
     with pytest.raises(ValueError, match="does more with ids than look them up in 'embed'"):
-        jp.check_prompt(fn, p, sites["embed"], toy.ids())
+        jp.prompts.check_prompt(fn, p, sites["embed"], toy.ids())
 
 
 def test_a_model_that_only_looks_ids_up_passes(sites):
-    jp.check_prompt(toy.model, toy.params(), sites["embed"], toy.ids())
+    jp.prompts.check_prompt(toy.model, toy.params(), sites["embed"], toy.ids())
 
 
 def test_a_one_hot_product_has_no_virtual_tokens():
     p = {"embed": toy.normal(0, toy.V, 8)}
     sites = jp.sites(lambda p, ids: jax.nn.one_hot(ids, toy.V, dtype=F8) @ p["embed"], p, toy.ids())
     with pytest.raises(ValueError, match="uses 'embed' as linear, one-hot"):
-        jp.prompt(2, sites.match("embed"))(KEY, p)
+        jp.prompt_tuning(2, sites.match("embed"))(KEY, p)
 
 
 def test_a_prefix_is_keys_and_values_before_the_input(sites):
     n = 4
     keys, values = sites.match("*/k/kernel"), sites.match("*/v/kernel")
-    frozen, adapter = jp.split(jp.prefix(n, keys, values, dtype=F8)(KEY, toy.params()))
+    frozen, adapter = jp.split(jp.prefix_tuning(n, keys, values, dtype=F8)(KEY, toy.params()))
     adapter = toy.perturbed(adapter)
-    ids, slots = jp.with_virtual(toy.ids(), n)
+    ids, slots = jp.prompts.prepend_virtual_tokens(toy.ids(), n)
 
     def before(k, v, i):
         rows = [adapter[f"layers/{name}/kernel/rows"][i] for name in "kv"]
@@ -207,11 +209,11 @@ def test_a_prefix_is_keys_and_values_before_the_input(sites):
         return *(jnp.concatenate([r, x], axis=1) for r, x in zip(rows, (k, v), strict=True)), n
 
     by_hand = toy.by_hand(toy.params(), toy.ids(), first=n, prefix=before)
-    out = jp.without_virtual(lifted(frozen, adapter, ids, virtual=slots), n)
+    out = jp.prompts.drop_virtual_positions(lifted(frozen, adapter, ids, virtual=slots), n)
     close(out, by_hand)
     # Real tokens read nothing that the placeholders are.
     other = lifted(frozen, adapter, ids.at[:, :n].set(7), virtual=slots)
-    np.testing.assert_allclose(jp.without_virtual(other, n), out, rtol=1e-12)
+    np.testing.assert_allclose(jp.prompts.drop_virtual_positions(other, n), out, rtol=1e-12)
 
 
 def test_a_prefix_refuses_a_model_that_merges_batch_and_time():
@@ -222,8 +224,8 @@ def test_a_prefix_refuses_a_model_that_merges_batch_and_time():
 
     sites = jp.sites(flat, p, toy.ids())
     none = sites.match("k") - sites.match("k")
-    frozen, adapter = jp.split(jp.prefix(2, sites.match("k"), none, dtype=F8)(KEY, p))
-    ids, slots = jp.with_virtual(toy.ids(), 2)
+    frozen, adapter = jp.split(jp.prefix_tuning(2, sites.match("k"), none, dtype=F8)(KEY, p))
+    ids, slots = jp.prompts.prepend_virtual_tokens(toy.ids(), 2)
     with pytest.raises(ValueError, match=r"prefix at 'k' is told of virtual positions \(3, 8\)"):
         jp.lift(flat)(jp.combine(frozen, adapter, virtual=slots), ids)
     one = jax.vmap(
@@ -261,16 +263,24 @@ def test_int8_is_within_half_a_step_of_the_weight_and_under_lora(sites):
             lambda s: jp.chain(jp.quantize("int8", s.linear), jp.quantize("int8", s.linear)),
             "is Columns already",
         ),
-        (lambda s: jp.chain(jp.full(s), jp.quantize("int8", s.linear)), "is trained"),
-        (lambda s: jp.chain(jp.quantize("int8", s.linear), jp.full(s)), "no array of real numbers"),
-        (lambda s: jp.bottleneck(0, s.linear), r"width=0"),
-        (lambda s: jp.bottleneck(2, s.linear, activation="step"), r"activation='step'"),
-        (lambda s: jp.parallel(2, s.linear, s.match("*/q/kernel")), "pairs the first and the last"),
-        (lambda s: jp.prompt(0, s.embedding), r"length=0"),
-        (lambda s: jp.prefix(0, s.linear, s.linear), r"length=0"),
-        (lambda s: jp.prefix(2, s.embedding, s.linear), "is no projection"),
+        (lambda s: jp.chain(jp.full_finetuning(s), jp.quantize("int8", s.linear)), "is trained"),
         (
-            lambda s: jp.prefix(2, s.match("*/k/kernel"), s.match("*/v/kernel"), rope=[1, 1, 1]),
+            lambda s: jp.chain(jp.quantize("int8", s.linear), jp.full_finetuning(s)),
+            "no array of real numbers",
+        ),
+        (lambda s: jp.bottleneck_adapter(0, s.linear), r"width=0"),
+        (lambda s: jp.bottleneck_adapter(2, s.linear, activation="step"), r"activation='step'"),
+        (
+            lambda s: jp.parallel_adapter(2, s.linear, s.match("*/q/kernel")),
+            "pairs the first and the last",
+        ),
+        (lambda s: jp.prompt_tuning(0, s.embedding), r"length=0"),
+        (lambda s: jp.prefix_tuning(0, s.linear, s.linear), r"length=0"),
+        (lambda s: jp.prefix_tuning(2, s.embedding, s.linear), "is no projection"),
+        (
+            lambda s: jp.prefix_tuning(
+                2, s.match("*/k/kernel"), s.match("*/v/kernel"), rope=[1, 1, 1]
+            ),
             r"3 frequencies.*has 16 outputs",
         ),
     ],
@@ -281,8 +291,12 @@ def test_refusals_name_the_thing(sites, make, message):
 
 
 def test_a_weight_that_is_no_matrix_can_be_neither_merged_nor_formed(sites):
-    tree = jp.combine(*jp.split(jp.bottleneck(2, sites.match("*/o/kernel"))(KEY, toy.params())))
-    with pytest.raises(jp.NotAMatrixError, match="Bottleneck at 'layers/o/kernel' is no matrix"):
+    tree = jp.combine(
+        *jp.split(jp.bottleneck_adapter(2, sites.match("*/o/kernel"))(KEY, toy.params()))
+    )
+    with pytest.raises(jp.NotMergeableError, match="Bottleneck at 'layers/o/kernel' is no matrix"):
         jp.merge(tree)
-    with pytest.raises(jp.NotAMatrixError, match="Bottleneck at 'layers/o/kernel'.*`tanh`.*test_"):
+    with pytest.raises(
+        jp.NotMergeableError, match="Bottleneck at 'layers/o/kernel'.*`tanh`.*test_"
+    ):
         jp.lift(lambda p: jnp.tanh(p["layers"]["o"]["kernel"]))(tree)

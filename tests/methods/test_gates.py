@@ -11,8 +11,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft as jp
-from jaxpeft.method import from_json, to_json
-from jaxpeft.methods.gates import Gated, gate_values, gates, open_gates, openness
+from jaxpeft._method import from_json, to_json
+from jaxpeft._methods.gates import Gated, gates
+from jaxpeft.sparsity import expected_density, gate_masks
+from jaxpeft.sparsity._gates import gate_values
 
 from .stack import normal
 
@@ -149,7 +151,7 @@ def test_gates_are_those_of_the_formula(mix, kind, sharpness):
 @each_structure_or_two
 def test_masks_and_openness_are_those_of_the_formula(structure, kind):
     method, _, adapter = made(structure, kind)
-    masks = open_gates(method, adapter)
+    masks = gate_masks(method, adapter)
     assert list(masks) == list(SITES)
     chances, hard = [], []
     for path, mask in masks.items():
@@ -163,13 +165,13 @@ def test_masks_and_openness_are_those_of_the_formula(structure, kind):
             chance = sigmoid(2.5 * logits)
         chances.append(over_entries(structure, path, chance).ravel())
     given = 2.5 if kind == "sigmoid" else None
-    share = openness(method, adapter, sharpness=given)
+    share = expected_density(method, adapter, sharpness=given)
     np.testing.assert_allclose(share, np.concatenate(chances).mean(), rtol=1e-6)
     if kind == "sigmoid":
         np.testing.assert_allclose(
-            openness(method, adapter), np.concatenate(hard).mean(), rtol=1e-6
+            expected_density(method, adapter), np.concatenate(hard).mean(), rtol=1e-6
         )
-    some = open_gates(method, adapter, TABLE)
+    some = gate_masks(method, adapter, TABLE)
     assert list(some) == ["embed"] and (some["embed"] == masks["embed"]).all()
 
 
@@ -218,7 +220,7 @@ def test_the_share_of_open_draws_is_the_openness():
     shares = jax.jit(jax.vmap(share))(jax.random.split(KEY, count))
     error = 4 * float(jnp.std(shares)) / math.sqrt(count)
     assert 0.3 < float(shares.mean()) < 0.9 and error < 0.01
-    np.testing.assert_allclose(openness(method, adapter), shares.mean(), atol=error)
+    np.testing.assert_allclose(expected_density(method, adapter), shares.mean(), atol=error)
 
 
 # Training ---------------------------------------------------------------------------------------
@@ -254,7 +256,7 @@ def test_a_lifted_model_and_its_gradients_are_those_of_the_merged_one(kind, call
 @each_kind
 def test_the_openness_asks_every_gate_to_close(kind):
     method, _, adapter = made("input", kind, TABLE)
-    price = lambda a: openness(method, a, 1.5 if kind == "sigmoid" else None)  # noqa: E731
+    price = lambda a: expected_density(method, a, 1.5 if kind == "sigmoid" else None)  # noqa: E731
     (slope,) = jax.grad(price)(adapter).values()
     (logits,) = adapter.values()
     sharp, shift = (1.5, 0) if kind == "sigmoid" else (1, -2 / 3 * np.log(0.1 / 1.1))
@@ -303,14 +305,14 @@ def test_training_closes_the_gates_of_inputs_that_do_not_matter(kind):
 
         def loss(a):
             off = jp.lift(linear)(jp.combine(frozen, a, **call), x) - y
-            return jnp.mean(off**2) + 0.02 * openness(method, a, call.get("sharpness"))
+            return jnp.mean(off**2) + 0.02 * expected_density(method, a, call.get("sharpness"))
 
         updates, state = tx.update(jax.grad(loss)(adapter), state, adapter)
         return (optax.apply_updates(adapter, updates), state), None
 
     carry = adapter, tx.init(adapter)
     (adapter, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(steps)))(carry)
-    masks = open_gates(method, adapter)
+    masks = gate_masks(method, adapter)
     np.testing.assert_array_equal(masks["w"], jnp.array([[True], [False]] * 3) & jnp.ones(2, bool))
     # What is pruned is the merged matrix but for the values of the gates that stay.
     gated = jp.merge(jp.combine(frozen, adapter))
@@ -332,7 +334,7 @@ def test_gates_stand_over_and_under_other_methods(below, structure):
     params, x = {"w": normal(1, V, D)}, normal(0, 3, V)
     sites = jp.sites(linear, params, x)
     low = {"lora": jp.lora, "dora": jp.dora}
-    under = {"full": jp.full(sites), "int8": jp.quantize("int8", sites)}
+    under = {"full": jp.full_finetuning(sites), "int8": jp.quantize("int8", sites)}
     under |= {name: f(2, sites, dtype=jnp.float64) for name, f in low.items()}
     own = gates(sites, structure=structure, dtype=jnp.float64)
     method = jp.chain(under[below], own, jp.lora(1, sites, dtype=jnp.float64))
@@ -344,7 +346,7 @@ def test_gates_stand_over_and_under_other_methods(below, structure):
     tree = jp.combine(frozen, adapter, gates=KEY)
     got = jax.jit(jp.lift(linear, materialize="error"))(tree, x)
     np.testing.assert_allclose(got, linear(jax.jit(jp.merge)(tree), x), rtol=1e-5)
-    assert 0 < jp.density(open_gates(own, adapter))[""] < 1
+    assert 0 < jp.sparsity.mask_density(gate_masks(own, adapter))[""] < 1
 
 
 def test_inputs_and_outputs_of_one_weight_may_have_gates():
@@ -416,8 +418,8 @@ def test_a_method_survives_its_description(structure, start):
     adapter = {k: normal(0, *v.shape) for k, v in adapter.items()}
     got = [merged(f, adapter, gates=KEY)["embed"] for f in (frozen, other)]
     np.testing.assert_array_equal(*got)
-    for path, mask in open_gates(again, adapter).items():
-        np.testing.assert_array_equal(mask, open_gates(method, adapter)[path])
+    for path, mask in gate_masks(again, adapter).items():
+        np.testing.assert_array_equal(mask, gate_masks(method, adapter)[path])
 
 
 @pytest.mark.parametrize(
@@ -436,7 +438,7 @@ def test_a_method_survives_its_description(structure, start):
         (lambda: gates(TABLE, structure=(4, 1)), "Blocks of 4 x 1 do not.*'embed', which is 6 x 4"),
         (lambda: gates(TABLE, structure="ring"), "no structure 'ring'; there are entry"),
         (lambda: gates(SITES - SITES)(KEY, PARAMS), "`gates` selects no parameter"),
-        (lambda: gates(TABLE.columns(0, 2)), "`gates`: a part of the columns of 'embed'"),
+        (lambda: gates(TABLE.output_slice(0, 2)), "`gates`: a part of the columns of 'embed'"),
         (
             lambda: jp.chain(
                 jp.moelora(2, SITES.match("*q"), experts=1, tasks=2), gates(SITES.match("*q"))
@@ -444,19 +446,25 @@ def test_a_method_survives_its_description(structure, start):
             r"structure='entry'\)`: 'layers/q' holds Mixture, which is no matrix",
         ),
         (
-            lambda: open_gates(jp.prune({}, SITES - SITES), {}),
-            "`open_gates` takes.*this one is 'pr",
+            lambda: gate_masks(jp.prune({}, SITES - SITES), {}),
+            "`gate_masks` takes.*this one is 'pr",
         ),
-        (lambda: openness(jp.chain(gates(TABLE)), {}), "`openness` takes.*this one is 'chain'"),
         (
-            lambda: openness(gates(TABLE), {"embed/gates/input": jnp.ones(6)}),
+            lambda: expected_density(jp.chain(gates(TABLE)), {}),
+            "`expected_density` takes.*this one is 'chain'",
+        ),
+        (
+            lambda: expected_density(gates(TABLE), {"embed/gates/input": jnp.ones(6)}),
             r"no 'embed/gates/entry', the logits.*\['embed/gates/input'\]",
         ),
         (
-            lambda: open_gates(gates(TABLE), {}, SITES),
-            r"`open_gates`: \['layers/o', 'layers/q'\] have no gates.*at \['embed'\]",
+            lambda: gate_masks(gates(TABLE), {}, SITES),
+            r"`gate_masks`: \['layers/o', 'layers/q'\] have no gates.*at \['embed'\]",
         ),
-        (lambda: openness(gates(TABLE), {}, sharpness=3), r"sharpness=3\)`: gates of kind 'hard"),
+        (
+            lambda: expected_density(gates(TABLE), {}, sharpness=3),
+            r"sharpness=3\)`: gates of kind 'hard",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(call, message):

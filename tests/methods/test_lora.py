@@ -80,7 +80,7 @@ def test_the_adapter_keeps_its_dtype_and_the_base_product_its_own():
 def test_a_part_of_the_outputs_is_that_block_in_each_group(groups):
     """The value third of a fused qkv kernel, plain and interleaved by heads."""
     w = toy.normal(0, 8, 12)
-    chosen = sites_of((8, 12)).linear.columns(2, 3, groups)
+    chosen = sites_of((8, 12)).linear.output_slice(2, 3, groups)
     frozen, adapter = make(jp.lora(2, chosen, dtype=F8), w)
     assert adapter["w/b"].shape == (2, 4)
     columns = np.arange(12).reshape(groups, 3, -1)[:, 2].ravel()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.io.adapter import load_adapter, save_adapter
+from jaxpeft.io import load_adapter, save_adapter
 
 from .stack import model, normal, params
 
@@ -57,7 +57,7 @@ def test_every_example_has_its_own_task(name):
 def test_one_tasks_mixture_is_plain_lora(name, tmp_path):
     method, frozen, adapter = trained(name)
     for task in range(3):
-        plain, own = jp.for_task(method, adapter, task)
+        plain, own = jp.mixtures.select_task(method, adapter, task)
         save_adapter(tmp_path, own, plain, PARAMS, key=KEY)
         loaded = load_adapter(tmp_path, PARAMS)
         want = run(frozen, adapter, task=jnp.array(task))
@@ -120,7 +120,7 @@ def test_one_tasks_mixture_keeps_what_other_methods_have_trained(name):
     }[name]()
     frozen, adapter = jp.split(jp.chain(method, head)(KEY, PARAMS))
     adapter = {k: v + normal(i, *v.shape) for i, (k, v) in enumerate(adapter.items())}
-    plain, own = jp.for_task(method, adapter, 1)
+    plain, own = jp.mixtures.select_task(method, adapter, 1)
     again, start = jp.split(jp.chain(plain, head)(KEY, PARAMS))
     assert own.keys() == start.keys()
     want = run(frozen, adapter, task=1)
@@ -144,7 +144,10 @@ def test_tasks_of_another_batch_are_refused(name):
         ),
         (lambda: jp.moelora(4, SITES, experts=2, tasks=0), r"tasks=0, experts=2.*tasks nobody"),
         (lambda: jp.poly(4, SITES, skills=0, tasks=2), r"tasks=2, skills=0.*nothing to weigh"),
-        (lambda: jp.poly(4, SITES.columns(0, 1), skills=1, tasks=1), "`poly`: a part of the col"),
+        (
+            lambda: jp.poly(4, SITES.output_slice(0, 1), skills=1, tasks=1),
+            "`poly`: a part of the col",
+        ),
         (
             lambda: jp.moelora(0, SITES, experts=2, tasks=2),
             r"`moelora\(rank=0\)` needs .* 'head' of shape \(5, 4\) is 5 x 4",
@@ -156,17 +159,23 @@ def test_tasks_of_another_batch_are_refused(name):
             r"`moelora\(width=0\)`: .*cannot tell tasks apart.*at least 1",
         ),
         (
-            lambda: jp.for_task(jp.lora(2, SITES), {}, 0),
+            lambda: jp.mixtures.select_task(jp.lora(2, SITES), {}, 0),
             "`moelora` or `poly` made; this one is of 'lora'",
         ),
-        (lambda: jp.for_task(jp.chain(MAKE["poly"]()), {}, 0), "'chain'. Of a chain, give that m"),
-        (lambda: jp.for_task(len, {}, 0), "this one is of '<built-in function len>'"),
         (
-            lambda: jp.for_task(MAKE["moelora"](), {"head/a": X}, 0),
+            lambda: jp.mixtures.select_task(jp.chain(MAKE["poly"]()), {}, 0),
+            "'chain'. Of a chain, give that m",
+        ),
+        (lambda: jp.mixtures.select_task(len, {}, 0), "this one is of '<built-in function len>'"),
+        (
+            lambda: jp.mixtures.select_task(MAKE["moelora"](), {"head/a": X}, 0),
             r"lacks \['head/b', 'head/gate', 'head/tasks', 'lay.* it has \['head/a'\]. Give",
         ),
-        (lambda: jp.for_task(MAKE["poly"](), {}, 0), r"lacks \['head/a', 'head/b', 'head/logits'"),
-        (lambda: jp.for_task(MAKE["poly"](), {}, 3), "task=3.*there are 3 tasks"),
+        (
+            lambda: jp.mixtures.select_task(MAKE["poly"](), {}, 0),
+            r"lacks \['head/a', 'head/b', 'head/logits'",
+        ),
+        (lambda: jp.mixtures.select_task(MAKE["poly"](), {}, 3), "task=3.*there are 3 tasks"),
     ],
 )
 def test_what_cannot_be_is_refused(make, message):
@@ -199,6 +208,6 @@ def test_a_convolution_in_groups_has_the_mixture_in_each(name):
     adapter = {k: v + normal(i, *v.shape) for i, (k, v) in enumerate(adapter.items())}
     got = jp.lift(convolve)(jp.combine(frozen, adapter, task=jnp.array([1, 0])), x)
     for example, task in enumerate((1, 0)):
-        plain, own = jp.for_task(method, adapter, task)
+        plain, own = jp.mixtures.select_task(method, adapter, task)
         merged = jp.merge(jp.combine(jp.split(plain(KEY, params))[0], own))
         np.testing.assert_allclose(got[example], convolve(merged, x)[example], rtol=1e-10)

@@ -70,7 +70,7 @@ def test_lora_everywhere_is_the_merged_model(sites, params, ids):
 def test_a_prefix_holds_keys_after_the_rotation(sites, params, ids):
     """Against attention that is handed the trained rows as keys and values of its own."""
     frequencies = CONFIG.rope.frequencies(CONFIG.head_dim)
-    method = jp.prefix(
+    method = jp.prefix_tuning(
         N,
         sites.match("*/k/kernel"),
         sites.match("*/v/kernel"),
@@ -79,10 +79,10 @@ def test_a_prefix_holds_keys_after_the_rotation(sites, params, ids):
     )
     frozen, adapter = jp.split(method(jax.random.key(0), params))
     adapter = toy.perturbed(adapter, 0.5)
-    virtual, slots = jp.with_virtual(ids, N)
+    virtual, slots = jp.prompts.prepend_virtual_tokens(ids, N)
     lifted = jp.lift(decoder.pure(CONFIG))
     out = lifted(jp.combine(frozen, adapter, virtual=slots), virtual)
-    out = jp.without_virtual(out, N)
+    out = jp.prompts.drop_virtual_positions(out, N)
 
     layer = iter(range(CONFIG.layers))
 
@@ -136,7 +136,7 @@ def unrolled(params, x, positions, attend):
 
 
 def test_generation_runs_on_the_lifted_model_through_the_cache(sites, params, ids):
-    from jaxpeft.serve.generate import generator
+    from jaxpeft.serve import generator
 
     method = jp.lora(2, sites.linear, dtype=jnp.float64)
     frozen, adapter = jp.split(method(jax.random.key(0), params))

@@ -24,7 +24,7 @@ def fused(p, x):
 
 SITES = jp.sites(fused, PARAMS, X)
 W, OUT = SITES.match("w"), SITES.match("o")
-MIDDLE = W.columns(1, 3)
+MIDDLE = W.output_slice(1, 3)
 
 
 def trained(method, params=PARAMS):
@@ -39,7 +39,7 @@ def trained(method, params=PARAMS):
     "part, columns", [((1, 3), [2, 3]), ((2, 3), [4, 5]), ((1, 3, 2), [1, 4]), ((0, 2), [0, 1, 2])]
 )
 def test_ia3_scales_the_outputs_of_the_part_and_their_biases(part, columns):
-    frozen, adapter = trained(jp.ia3(W.columns(*part), dtype=F8))
+    frozen, adapter = trained(jp.ia3(W.output_slice(*part), dtype=F8))
     (scale,) = adapter.values()
     w, b = np.array(PARAMS["w"]), np.array(PARAMS["b"])
     w[:, columns] *= scale
@@ -48,12 +48,12 @@ def test_ia3_scales_the_outputs_of_the_part_and_their_biases(part, columns):
     tree = jp.combine(frozen, adapter)
     np.testing.assert_allclose(jp.lift(fused)(tree, X), want, rtol=1e-12)
     np.testing.assert_allclose(jp.merge(tree)["w"], w, rtol=1e-12)
-    _, start = jp.split(jp.ia3(W.columns(*part))(KEY, PARAMS))
+    _, start = jp.split(jp.ia3(W.output_slice(*part))(KEY, PARAMS))
     assert [x.tolist() for x in start.values()] == [[1.0] * len(columns)]
 
 
 def test_ia3_of_keys_and_of_values_in_one_fused_kernel_are_a_chain():
-    method = jp.chain(jp.ia3(MIDDLE, dtype=F8), jp.ia3(W.columns(2, 3), OUT, dtype=F8))
+    method = jp.chain(jp.ia3(MIDDLE, dtype=F8), jp.ia3(W.output_slice(2, 3), OUT, dtype=F8))
     frozen, adapter = trained(method)
     assert {k: v.shape for k, v in adapter.items()} == {
         "w/scale_1_of_3": (2,),
@@ -69,7 +69,9 @@ def test_ia3_of_keys_and_of_values_in_one_fused_kernel_are_a_chain():
 def test_ia3_scales_a_part_of_each_layer_of_a_stack_and_of_a_tied_table():
     p = {"w": toy.normal(0, 3, 4, 4)}
     stacked = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]  # noqa: E731
-    frozen, adapter = trained(jp.ia3(jp.sites(stacked, p, X).match("w").columns(1, 2), dtype=F8), p)
+    frozen, adapter = trained(
+        jp.ia3(jp.sites(stacked, p, X).match("w").output_slice(1, 2), dtype=F8), p
+    )
     scale = jnp.concatenate([jnp.ones((3, 2)), adapter["w/scale_1_of_2"]], axis=1)
     got = jp.lift(stacked)(jp.combine(frozen, adapter), X)
     np.testing.assert_allclose(got, stacked({"w": p["w"] * scale[:, None]}, X), rtol=1e-12)
@@ -77,7 +79,9 @@ def test_ia3_scales_a_part_of_each_layer_of_a_stack_and_of_a_tied_table():
     p = {"t": toy.normal(0, 7, 4)}
     tied = lambda p, ids: jnp.tanh(p["t"][ids]) @ p["t"].T  # noqa: E731
     ids = jnp.array([[1, 6]])
-    frozen, adapter = trained(jp.ia3(jp.sites(tied, p, ids).match("t").columns(0, 4), dtype=F8), p)
+    frozen, adapter = trained(
+        jp.ia3(jp.sites(tied, p, ids).match("t").output_slice(0, 4), dtype=F8), p
+    )
     scaled = p["t"].at[:, 0].multiply(adapter["t/scale_0_of_4"][0])
     got = jp.lift(tied)(jp.combine(frozen, adapter), ids)
     np.testing.assert_allclose(got, tied({"t": scaled}, ids), rtol=1e-12)
@@ -100,7 +104,7 @@ def thirds(p, x):
 @pytest.mark.filterwarnings("ignore::jaxpeft.MaterializedWarning")
 def test_a_part_of_a_kernel_that_is_cut_before_its_use_is_formed(fn, part, make):
     """The cuts need not fall where the part's columns begin and end."""
-    found = jp.sites(fn, PARAMS, X).match("w").columns(*part)
+    found = jp.sites(fn, PARAMS, X).match("w").output_slice(*part)
     tree = jp.combine(*trained(make(found)))
     merged = jp.merge(tree)
     np.testing.assert_allclose(jp.lift(fn)(tree, X), fn(merged, X), rtol=1e-12)
@@ -113,21 +117,21 @@ TABLE = {"t": toy.normal(3, 7, 6), "o": PARAMS["o"]}
 TABLE_PART = (
     jp.sites(lambda p, ids: p["t"][ids] @ p["o"], TABLE, jnp.zeros((1, 3), int))
     .match("t")
-    .columns(1, 3)
+    .output_slice(1, 3)
 )
 MASKS = {"w": np.ones((4, 6), bool)}
 
 
 def moments():
-    return jp.input_moments(fused, PARAMS, MIDDLE, [X])
+    return jp.calibration.input_moments(fused, PARAMS, MIDDLE, [X])
 
 
 #: Each method on a part, and the tree that it stands on.
 ON_A_PART = {
     "adalora": lambda: jp.adalora(1, MIDDLE),
-    "bank": lambda: jp.bank([(jp.lora(1, MIDDLE), {})] * 2),
+    "bank": lambda: jp.mixtures.stack_adapters([(jp.lora(1, MIDDLE), {})] * 2),
     "boft": lambda: jp.boft(2, MIDDLE),
-    "bottleneck": lambda: jp.bottleneck(2, MIDDLE),
+    "bottleneck": lambda: jp.bottleneck_adapter(2, MIDDLE),
     "corda": lambda: jp.corda(1, MIDDLE, moments()),
     "dora": lambda: jp.dora(1, MIDDLE),
     "eva": lambda: jp.eva(1, MIDDLE, moments()),
@@ -149,15 +153,15 @@ ON_A_PART = {
     "olora": lambda: jp.olora(1, MIDDLE),
     "oft": lambda: jp.oft(2, MIDDLE),
     "p_tuning": lambda: jp.p_tuning(2, TABLE_PART),
-    "parallel": lambda: jp.parallel(2, MIDDLE, OUT),
+    "parallel": lambda: jp.parallel_adapter(2, MIDDLE, OUT),
     "pissa": lambda: jp.pissa(1, MIDDLE),
     "poly": lambda: jp.poly(1, MIDDLE, skills=1, tasks=1),
-    "prefix": lambda: jp.prefix(2, MIDDLE, OUT - OUT),
-    "prompt": lambda: jp.prompt(2, TABLE_PART),
+    "prefix": lambda: jp.prefix_tuning(2, MIDDLE, OUT - OUT),
+    "prompt": lambda: jp.prompt_tuning(2, TABLE_PART),
     "prune": lambda: jp.prune(MASKS, MIDDLE),
     "quantize": lambda: jp.quantize("int8", MIDDLE),
     "road": lambda: jp.road(MIDDLE),
-    "sparse": lambda: jp.sparse(0.5, MIDDLE),
+    "sparse": lambda: jp.sparse_delta(0.5, MIDDLE),
     "trainable_tokens": lambda: jp.trainable_tokens([1], TABLE_PART),
     "unfreeze": lambda: jp.unfreeze(MIDDLE),
     "unipelt": lambda: jp.unipelt(MIDDLE, W, OUT, OUT, rank=1, length=2, width=2),
@@ -199,15 +203,18 @@ def test_no_method_is_missing_here():
     "make, message",
     [
         (
-            lambda: MIDDLE | W.columns(2, 3),
+            lambda: MIDDLE | W.output_slice(2, 3),
             "`|` of two selections with different columns of 'w': Part(index=1, of=3, groups=1) "
             "and Part(index=2, of=3, groups=1)",
         ),
         (lambda: SITES.linear & MIDDLE, "`&` of two selections with different columns of 'w': all"),
         (lambda: SITES.linear - MIDDLE, "`-` of two selections with different columns of 'w': all"),
-        (lambda: MIDDLE.columns(1, 2), "Of 'w', Part(index=1, of=3, groups=1) is selected already"),
         (
-            lambda: jp.prefix(2, MIDDLE, W.columns(2, 3)),
+            lambda: MIDDLE.output_slice(1, 2),
+            "Of 'w', Part(index=1, of=3, groups=1) is selected already",
+        ),
+        (
+            lambda: jp.prefix_tuning(2, MIDDLE, W.output_slice(2, 3)),
             "`prefix`: ['w'] are among the keys and among the values",
         ),
     ],
@@ -218,5 +225,5 @@ def test_selections_do_not_forget_columns(make, message):
 
 
 def test_a_part_is_united_with_other_weights_and_with_itself():
-    assert (MIDDLE | OUT)["w"].part == (MIDDLE | MIDDLE)["w"].part == jp.Part(1, 3)
+    assert (MIDDLE | OUT)["w"].part == (MIDDLE | MIDDLE)["w"].part == jp.OutputSlice(1, 3)
     assert list((MIDDLE | OUT) - MIDDLE) == ["o"]

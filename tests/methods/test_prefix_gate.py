@@ -57,12 +57,14 @@ def test_a_prefix_is_a_gate_between_attention_to_the_input_and_to_the_prefix(cau
         return attention(p, ids, causal)
 
     sites = jp.sites(model, p, ids)
-    method = jp.prefix(LENGTH, sites.match("k/kernel"), sites.match("v/kernel"), dtype=jnp.float64)
+    method = jp.prefix_tuning(
+        LENGTH, sites.match("k/kernel"), sites.match("v/kernel"), dtype=jnp.float64
+    )
     frozen, adapter = jp.split(method(jax.random.key(0), p))
     adapter = {name: normal(40 + i, *adapter[name].shape) * 3 for i, name in enumerate(adapter)}
-    tokens, slots = jp.with_virtual(ids, LENGTH)
+    tokens, slots = jp.prompts.prepend_virtual_tokens(ids, LENGTH)
     out = jp.lift(model)(jp.combine(frozen, adapter, virtual=slots), tokens)
-    out = jp.without_virtual(out, LENGTH)
+    out = jp.prompts.drop_virtual_positions(out, LENGTH)
 
     x = np.asarray(p["embed"])[ids]
     q, k, v = (np.asarray(project(x, p[name])) for name in "qkv")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.io.adapter import load_adapter, save_adapter
+from jaxpeft.io import load_adapter, save_adapter
 from jaxpeft.models import decoder, encoder, encoder_decoder
-from jaxpeft.serve.generate import generator
+from jaxpeft.serve import generator
 
 from . import toy
 
@@ -77,7 +77,7 @@ def split(method, p=None):
 def prefixed(length, **options):
     """A prefix with rows so large that it is felt."""
     options = dict(rope=ROPE, dtype=F8) | options
-    frozen, adapter = split(jp.prefix(length, *projections(), **options))
+    frozen, adapter = split(jp.prefix_tuning(length, *projections(), **options))
     return frozen, toy.perturbed(adapter, 1.0)
 
 
@@ -100,7 +100,7 @@ TASKS = np.array([2, 0, 1])
 @functools.cache
 def mixed():
     """(frozen, adapter, tokens, slots, mask) of three tasks, the last padded at the left."""
-    tokens, slots, mask = jp.with_prefixes(ids(), LENGTHS, TASKS)
+    tokens, slots, mask = jp.prompts.prepend_prefixes(ids(), LENGTHS, TASKS)
     real = jnp.arange(T) >= jnp.array([[0], [0], [2]])
     mask = mask & jnp.concatenate([jnp.ones((B, 3), bool), real], axis=1)
     return *prefixed(LENGTHS), tokens, slots, mask
@@ -111,11 +111,11 @@ def alone(adapter, example):
     task = int(TASKS[example])
     frozen, _ = prefixed(LENGTHS[task])
     own = ids()[example : example + 1, 2 if example == 2 else 0 :]
-    return frozen, rows_of(adapter, task), *jp.with_virtual(own, LENGTHS[task])
+    return frozen, rows_of(adapter, task), *jp.prompts.prepend_virtual_tokens(own, LENGTHS[task])
 
 
 def test_slots_of_tasks_stand_one_behind_the_other_and_next_to_the_input():
-    tokens, slots, mask = jp.with_prefixes(jnp.full((3, 2), 5), LENGTHS, TASKS, fill=9)
+    tokens, slots, mask = jp.prompts.prepend_prefixes(jnp.full((3, 2), 5), LENGTHS, TASKS, fill=9)
     assert tokens.tolist() == [[9, 9, 9, 5, 5]] * 3
     assert slots.tolist() == [[-1, 4, 5, -1, -1], [-1, -1, 0, -1, -1], [1, 2, 3, -1, -1]]
     assert mask.tolist() == [[False, *[True] * 4], [False, False, *[True] * 3], [True] * 5]
@@ -127,7 +127,9 @@ def test_each_example_of_several_tasks_is_the_one_behind_its_own_prefix():
     out = lifted(frozen, adapter, slots, tokens, mask)
     for i in range(B):
         base, own, one, at = alone(adapter, i)
-        want = jp.without_virtual(lifted(base, own, at, one, None), LENGTHS[TASKS[i]])
+        want = jp.prompts.drop_virtual_positions(
+            lifted(base, own, at, one, None), LENGTHS[TASKS[i]]
+        )
         close(out[i, -want.shape[1] :], want[0])
         plain = FORWARD(params(), one[:, LENGTHS[TASKS[i]] :])[0]
         assert np.abs(plain - want[0])[-1].max() > 0.1
@@ -180,8 +182,8 @@ def test_prefixes_of_several_tasks_are_trained_together_and_then_one_by_one():
     base, fresh = prefixed(LENGTHS[1])
     start = rows_of(adapter, 1)
     assert {k: v.shape for k, v in start.items()} == {k: v.shape for k, v in fresh.items()}
-    one, at = jp.with_virtual(ids()[:1], LENGTHS[1])
-    both, where, seen = jp.with_prefixes(ids()[:1], LENGTHS, np.array([1]))
+    one, at = jp.prompts.prepend_virtual_tokens(ids()[:1], LENGTHS[1])
+    both, where, seen = jp.prompts.prepend_prefixes(ids()[:1], LENGTHS, np.array([1]))
     close(lifted(base, start, at, one, None), lifted(frozen, adapter, where, both, seen))
 
 
@@ -190,7 +192,7 @@ def test_an_encoded_prefix_folds_into_plain_rows():
     frozen, adapter = prefixed(LENGTHS, hidden=5, embed=4)
     keys = {f"layers/attn/k/kernel/{n}" for n in ("table", "down", "down_bias", "up", "up_bias")}
     assert adapter.keys() == keys | {f"layers/attn/v/kernel/{n}" for n in ("up", "up_bias")}
-    plain, rows = jp.fold(frozen, adapter)
+    plain, rows = jp.adapters.drop_reparameterization(frozen, adapter)
     again, start = prefixed(LENGTHS)
     assert {k: v.shape for k, v in rows.items()} == {k: v.shape for k, v in start.items()}
     _, _, tokens, slots, mask = mixed()
@@ -204,7 +206,7 @@ def test_an_encoded_prefix_folds_into_plain_rows():
 @pytest.mark.parametrize("hidden", [None, 5], ids=["rows", "encoded"])
 def test_keys_and_values_come_back_from_a_file(tmp_path, hidden):
     """A selection in a file knows only its own parameters, and their biases."""
-    method = jp.prefix(LENGTHS, *projections(), hidden=hidden, rope=ROPE, dtype=F8)
+    method = jp.prefix_tuning(LENGTHS, *projections(), hidden=hidden, rope=ROPE, dtype=F8)
     frozen, adapter = split(method)
     adapter = toy.perturbed(adapter, 1.0)
     save_adapter(tmp_path, adapter, method, params(), key=KEY)
@@ -219,7 +221,7 @@ def test_keys_and_values_come_back_from_a_file(tmp_path, hidden):
 def test_a_prefix_over_codes_is_one_over_what_they_say(format):
     """The biases behind keys and values stay as they are, and are not added to the rows."""
     quantize = jp.quantize(format, sites().linear, **({"block": 4} if format == "nf4" else {}))
-    prefix = jp.prefix(LENGTHS, *projections(), rope=ROPE, dtype=F8)
+    prefix = jp.prefix_tuning(LENGTHS, *projections(), rope=ROPE, dtype=F8)
     _, adapter, tokens, slots, mask = mixed()
     coded, _ = split(jp.chain(quantize, prefix))
     decoded, _ = split(prefix, jp.merge(quantize(KEY, params())))
@@ -230,7 +232,7 @@ def test_a_prefix_over_codes_is_one_over_what_they_say(format):
 
 def test_a_slot_without_a_row_is_nan():
     frozen, adapter = prefixed(2)
-    tokens, slots = jp.with_virtual(ids(), 3)
+    tokens, slots = jp.prompts.prepend_virtual_tokens(ids(), 3)
     out = lifted(frozen, adapter, slots.at[1, 2].set(1).at[2, 2].set(-1), tokens, None)
     assert jnp.isnan(out[0, 3:]).all() and jnp.isfinite(out[1:]).all()
 
@@ -257,9 +259,9 @@ def test_a_prefix_of_an_encoder_takes_no_place_where_positions_are_given():
     forward = encoder.pure(config)
     found = jp.sites(forward, p, tokens)
     keys, values = (found.match(f"layers/attn/{name}/kernel") for name in "kv")
-    frozen, adapter = split(jp.prefix(n, keys, values, dtype=F8), p)
+    frozen, adapter = split(jp.prefix_tuning(n, keys, values, dtype=F8), p)
     adapter = toy.perturbed(adapter, 1.0)
-    longer, slots = jp.with_virtual(tokens, n)
+    longer, slots = jp.prompts.prepend_virtual_tokens(tokens, n)
     tree = jp.combine(frozen, adapter, virtual=slots)
     real = jnp.arange(T) < jnp.array([[T], [4], [5]])
     mask = jnp.concatenate([jnp.ones((B, n), bool), real], axis=1)
@@ -272,7 +274,7 @@ def test_a_prefix_of_an_encoder_takes_no_place_where_positions_are_given():
         return encoder.attention(q, *in_front(rows, k, v), mask=whole)
 
     want = encoder.pure(config, attention_fn=attend)(p, tokens, mask=real)
-    close(jp.without_virtual(out, n)[real], want[real])
+    close(jp.prompts.drop_virtual_positions(out, n)[real], want[real])
     assert np.abs(want - forward(p, tokens, mask=real))[real].max() > 0.1
     # Left to itself, the model has no room for more virtual tokens than it has positions.
     with pytest.raises(ValueError, match=f"{n + T} tokens do not fit in the {T + 1} positions"):
@@ -302,18 +304,18 @@ def test_an_encoder_decoder_has_a_prefix_before_inputs_and_one_before_targets():
     where = ("encoder/layers/attn", "decoder/layers/attn", "decoder/layers/cross")
     pairs = [[found.match(f"{at}/{name}/kernel") for name in "kv"] for at in where]
     method = jp.chain(
-        jp.prefix(n, *pairs[0], dtype=F8),
-        jp.prefix(m, *pairs[1], slots="virtual_targets", dtype=F8),
-        jp.prefix(n, *pairs[2], dtype=F8),
+        jp.prefix_tuning(n, *pairs[0], dtype=F8),
+        jp.prefix_tuning(m, *pairs[1], slots="virtual_targets", dtype=F8),
+        jp.prefix_tuning(n, *pairs[2], dtype=F8),
     )
     frozen, adapter = split(method, p)
     adapter = toy.perturbed(adapter, 1.0)
-    xs, slots = jp.with_virtual(inputs, n)
-    ys, target_slots = jp.with_virtual(targets, m)
+    xs, slots = jp.prompts.prepend_virtual_tokens(inputs, n)
+    ys, target_slots = jp.prompts.prepend_virtual_tokens(targets, m)
     tree = jp.combine(frozen, adapter, virtual=slots, virtual_targets=target_slots)
     real = jnp.arange(T) < jnp.array([[T], [4], [5]])
     mask = jnp.concatenate([jnp.ones((B, n), bool), real], axis=1)
-    out = jp.without_virtual(jp.lift(forward)(tree, xs, ys, mask=mask), m)
+    out = jp.prompts.drop_virtual_positions(jp.lift(forward)(tree, xs, ys, mask=mask), m)
 
     calls = iter(where)
 
@@ -340,7 +342,7 @@ def test_an_encoder_decoder_has_a_prefix_before_inputs_and_one_before_targets():
     for at in where:  # Each of the three is felt.
         silent = {k: -x if k.startswith(at) else x for k, x in adapter.items()}
         tree = jp.combine(frozen, silent, virtual=slots, virtual_targets=target_slots)
-        other = jp.without_virtual(jp.lift(forward)(tree, xs, ys, mask=mask), m)
+        other = jp.prompts.drop_virtual_positions(jp.lift(forward)(tree, xs, ys, mask=mask), m)
         assert np.abs(other - want)[:, -1].max() > 1e-2
     with pytest.raises(KeyError, match="Nothing is given for 'virtual_targets'"):
         jp.combine(frozen, adapter, virtual=slots)
@@ -356,36 +358,56 @@ def on_toy():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda k, v: jp.prefix(0, k, v), "`prefix(length=0)`: at least one virtual position"),
-        (lambda k, v: jp.prefix([2, 0], k, v), "`prefix(length=[2, 0])`: at least one"),
-        (lambda k, v: jp.prefix([], k, v), "`prefix(length=[])`: at least one"),
-        (lambda k, v: jp.prefix(2, k, v, hidden=0), "`prefix(hidden=0, embed=None)`: widths are"),
-        (lambda k, v: jp.prefix(2, k, v, hidden=4, embed=0), "`prefix(hidden=4, embed=0)`"),
-        (lambda k, v: jp.prefix(2, k, v, embed=4), "`prefix(hidden=None, embed=4)`: widths are"),
-        (lambda k, v: jp.prefix(2, k, k | v), "['layers/k/kernel'] are among the keys and among"),
         (
-            lambda k, v: jp.prefix(2, k, v, rope=[0.1] * 3),
-            "`prefix(rope=...)` has 3 frequencies, one per pair, so heads of size 6, but "
+            lambda k, v: jp.prefix_tuning(0, k, v),
+            "`prefix_tuning(length=0)`: at least one virtual position",
+        ),
+        (
+            lambda k, v: jp.prefix_tuning([2, 0], k, v),
+            "`prefix_tuning(length=[2, 0])`: at least one",
+        ),
+        (lambda k, v: jp.prefix_tuning([], k, v), "`prefix_tuning(length=[])`: at least one"),
+        (
+            lambda k, v: jp.prefix_tuning(2, k, v, hidden=0),
+            "`prefix_tuning(hidden=0, embed=None)`: widths are",
+        ),
+        (
+            lambda k, v: jp.prefix_tuning(2, k, v, hidden=4, embed=0),
+            "`prefix_tuning(hidden=4, embed=0)`",
+        ),
+        (
+            lambda k, v: jp.prefix_tuning(2, k, v, embed=4),
+            "`prefix_tuning(hidden=None, embed=4)`: widths are",
+        ),
+        (
+            lambda k, v: jp.prefix_tuning(2, k, k | v),
+            "['layers/k/kernel'] are among the keys and among",
+        ),
+        (
+            lambda k, v: jp.prefix_tuning(2, k, v, rope=[0.1] * 3),
+            "`prefix_tuning(rope=...)` has 3 frequencies, one per pair, so heads of size 6, but "
             "'layers/k/kernel' has 16 outputs",
         ),
         (
-            lambda k, v: jp.prefix(2, k.columns(0, 2), v),
+            lambda k, v: jp.prefix_tuning(2, k.output_slice(0, 2), v),
             "`prefix`: a part of the columns of 'layers/k/kernel' is selected",
         ),
         (
-            lambda k, v: jp.chain(jp.prefix(2, k, v), jp.lora(2, v), jp.prefix(3, v, v - v)),
+            lambda k, v: jp.chain(
+                jp.prefix_tuning(2, k, v), jp.lora(2, v), jp.prefix_tuning(3, v, v - v)
+            ),
             "`prefix`: 'layers/v/kernel' has a prefix at the positions 'virtual' already",
         ),
         (
-            lambda k, v: jp.prefix(2, on_toy().match("embed"), v),
+            lambda k, v: jp.prefix_tuning(2, on_toy().match("embed"), v),
             "`prefix`: 'embed' is no projection but ['embedding', 'head', 'linear']",
         ),
         (
-            lambda k, v: jp.prefix(2, on_toy().match("positions"), v),
+            lambda k, v: jp.prefix_tuning(2, on_toy().match("positions"), v),
             "`prefix`: 'positions' is no projection but ['embedding']",
         ),
         (
-            lambda k, v: jp.prefix(2, on_toy().match("*/q/bias"), v),
+            lambda k, v: jp.prefix_tuning(2, on_toy().match("*/q/bias"), v),
             "'layers/q/bias' of shape (3, 16)",
         ),
     ],
@@ -406,11 +428,13 @@ def test_prefixes_say_what_is_wrong(make, message):
 )
 def test_tasks_without_a_prefix_are_named(tasks, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        jp.with_prefixes(ids(), LENGTHS, np.array(tasks))
+        jp.prompts.prepend_prefixes(ids(), LENGTHS, np.array(tasks))
 
 
 def test_tasks_may_be_traced():
-    got = jax.jit(lambda tasks: jp.with_prefixes(ids(), LENGTHS, tasks))(TASKS)
-    jax.tree.map(np.testing.assert_array_equal, got, jp.with_prefixes(ids(), LENGTHS, TASKS))
+    got = jax.jit(lambda tasks: jp.prompts.prepend_prefixes(ids(), LENGTHS, tasks))(TASKS)
+    jax.tree.map(
+        np.testing.assert_array_equal, got, jp.prompts.prepend_prefixes(ids(), LENGTHS, TASKS)
+    )
     with pytest.raises(ValueError, match=r"tasks \(2,\) of 3 examples"):
-        jax.jit(lambda tasks: jp.with_prefixes(ids(), LENGTHS, tasks))(TASKS[:2])
+        jax.jit(lambda tasks: jp.prompts.prepend_prefixes(ids(), LENGTHS, tasks))(TASKS[:2])

@@ -10,9 +10,9 @@ import optax
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.io.adapter import load_adapter, save_adapter
+from jaxpeft.io import load_adapter, save_adapter
 from jaxpeft.models import decoder
-from jaxpeft.serve.generate import generator
+from jaxpeft.serve import generator
 
 from . import toy
 
@@ -46,7 +46,7 @@ def close(a, b, by=1e-10):
 
 def behind(site, length, start, ids):
     """Ids behind the virtual tokens `start`, `start` + 1, ..."""
-    virtual = jp.virtual_ids(site, length, start)
+    virtual = jp.prompts.virtual_token_ids(site, length, start)
     return jnp.concatenate([jnp.broadcast_to(virtual, (len(ids), length)), ids], axis=1)
 
 
@@ -76,14 +76,16 @@ class Tokenizer:
     "length, ids", [(2, [7, 3]), (3, [7, 3, 41]), (7, [7, 3, 41, 7, 3, 41, 7])]
 )
 def test_a_text_gives_the_embeddings_of_its_tokens_cut_or_repeated(table, tokenizer, length, ids):
-    _, adapter = made(jp.prompt(length, table, text="good or bad", tokenizer=tokenizer, dtype=F8))
+    _, adapter = made(
+        jp.prompt_tuning(length, table, text="good or bad", tokenizer=tokenizer, dtype=F8)
+    )
     np.testing.assert_array_equal(adapter["embed/rows"], toy.params()["embed"][jnp.array(ids)])
-    _, same = made(jp.prompt(length, table, init=np.array([7, 3, 41]), dtype=F8))
+    _, same = made(jp.prompt_tuning(length, table, init=np.array([7, 3, 41]), dtype=F8))
     np.testing.assert_array_equal(adapter["embed/rows"], same["embed/rows"])
 
 
 def test_rows_of_the_vocabulary_are_drawn_anew_by_each_key(table):
-    method = jp.prompt(40, table, init="vocabulary", dtype=F8)
+    method = jp.prompt_tuning(40, table, init="vocabulary", dtype=F8)
     p = np.asarray(toy.params()["embed"])
     drawn = []
     for key in (KEY, jax.random.key(1)):
@@ -93,7 +95,7 @@ def test_rows_of_the_vocabulary_are_drawn_anew_by_each_key(table):
 
 
 def test_random_rows_have_the_deviation_they_are_given(table):
-    _, adapter = made(jp.prompt(4000, table, std=0.5))
+    _, adapter = made(jp.prompt_tuning(4000, table, std=0.5))
     rows = adapter["embed/rows"]
     assert rows.shape == (4000, toy.D) and rows.dtype == jnp.float32
     assert abs(float(rows.std()) - 0.5) < 0.01 and abs(float(rows.mean())) < 0.01
@@ -104,10 +106,12 @@ def test_rows_start_at_the_table_as_it_is_under_other_methods(sites, table, belo
     methods = {
         "lora": jp.lora(2, table, dtype=F8),
         "int8": jp.quantize("int8", table),
-        "prompt": jp.prompt(2, table, dtype=F8),
+        "prompt": jp.prompt_tuning(2, table, dtype=F8),
         "full": jp.unfreeze(table),
     }
-    _, adapter = made(jp.chain(methods[below], jp.prompt(3, table, init=[9, 8, 7], dtype=F8)))
+    _, adapter = made(
+        jp.chain(methods[below], jp.prompt_tuning(3, table, init=[9, 8, 7], dtype=F8))
+    )
     want = toy.params()["embed"]
     if below == "int8":  # The others start at the table.
         want = jp.merge(methods[below](KEY, toy.params()))["embed"]
@@ -119,7 +123,7 @@ def test_rows_start_at_the_table_as_it_is_under_other_methods(sites, table, belo
 
 def test_prompts_of_three_tasks_mix_in_one_batch(table):
     """Of lengths 1, 2 and 3, each example behind its own alone; the shorter ones are padded."""
-    frozen, adapter = made(jp.prompt(6, table, dtype=F8))
+    frozen, adapter = made(jp.prompt_tuning(6, table, dtype=F8))
     adapter = toy.perturbed(adapter)
     rows, tasks = adapter["embed/rows"], ((1, 0), (2, 1), (3, 3))  # length, start
     ids = [behind(table["embed"], *task, toy.ids()[i : i + 1]) for i, task in enumerate(tasks)]
@@ -139,7 +143,7 @@ def test_prompts_of_three_tasks_mix_in_one_batch(table):
 
 
 def test_a_second_prompt_stands_behind_the_first(sites, table):
-    both = jp.chain(jp.prompt(2, table, dtype=F8), jp.prompt(3, table, dtype=F8))
+    both = jp.chain(jp.prompt_tuning(2, table, dtype=F8), jp.prompt_tuning(3, table, dtype=F8))
     frozen, adapter = made(both)
     adapter = toy.perturbed(adapter)
     assert adapter.keys() == {"embed/w/rows", "embed/rows"}
@@ -147,9 +151,9 @@ def test_a_second_prompt_stands_behind_the_first(sites, table):
     ids = behind(table["embed"], 5, 0, toy.ids())
     close(lifted(frozen, adapter, ids), by_hand(toy.params(), rows, ids))
     tree = jp.combine(frozen, adapter)
-    jp.check_ids(tree, table["embed"], ids)
+    jp.prompts.check_token_ids(tree, table["embed"], ids)
     with pytest.raises(ValueError, match="Token id 55 has no row: 'embed' has 50 rows and 5 virt"):
-        jp.check_ids(tree, table["embed"], ids + 1)
+        jp.prompts.check_token_ids(tree, table["embed"], ids + 1)
 
 
 def p_tuned(table, lengths=(2, 3), **options):
@@ -185,20 +189,22 @@ def test_two_tasks_train_one_encoder_jointly_and_their_own_tables(table):
 def test_an_lstm_reads_the_table_of_one_task_at_a_time(table):
     """A task's rows are those that it has alone, whatever the other's table."""
     _, frozen, adapter = p_tuned(table)
-    rows = jp.fold(frozen, adapter)[1]["embed/rows"]
+    rows = jp.adapters.drop_reparameterization(frozen, adapter)[1]["embed/rows"]
     for part in (slice(0, 2), slice(2, 5)):
         _, alone, fresh = p_tuned(table, part.stop - part.start)
         own = adapter | {"embed/rows": adapter["embed/rows"][part]}
         assert fresh.keys() == own.keys()
-        close(jp.fold(alone, own)[1]["embed/rows"], rows[part], by=1e-14)
+        close(
+            jp.adapters.drop_reparameterization(alone, own)[1]["embed/rows"], rows[part], by=1e-14
+        )
 
 
 @pytest.mark.parametrize("encoder", ["lstm", "mlp"])
 def test_an_encoder_folds_into_the_rows_of_a_plain_prompt(table, encoder):
     _, frozen, adapter = p_tuned(table, encoder=encoder)
     ids = behind(table["embed"], 5, 0, toy.ids())
-    folded, rows = jp.fold(frozen, adapter)
-    again, start = made(jp.prompt(5, table, dtype=F8))
+    folded, rows = jp.adapters.drop_reparameterization(frozen, adapter)
+    again, start = made(jp.prompt_tuning(5, table, dtype=F8))
     assert {k: v.shape for k, v in rows.items()} == {k: v.shape for k, v in start.items()}
     want = lifted(frozen, adapter, ids)
     close(lifted(folded, rows, ids), want, by=1e-12)
@@ -229,7 +235,7 @@ def test_training_of_an_encoder_goes_on_from_a_file(table, tmp_path):
 
 
 def test_many_prompts_share_one_base_under_vmap(table):
-    frozen, adapter = made(jp.prompt(3, table, dtype=F8))
+    frozen, adapter = made(jp.prompt_tuning(3, table, dtype=F8))
     many = [toy.perturbed(adapter, size) for size in (0.1, 0.5, 1.0)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *many)
     ids = behind(table["embed"], 3, 0, toy.ids())
@@ -248,19 +254,25 @@ def test_a_prompt_over_codes_is_one_over_what_they_say(sites, table, format, enc
     """The table, which is the head as well, and all layers are in codes."""
     options = {"block": 8} if format == "nf4" else {}
     quantize = jp.quantize(format, sites.matrices, **options)
-    method = jp.p_tuning(3, table, hidden=4, dtype=F8) if encoded else jp.prompt(3, table, dtype=F8)
+    method = (
+        jp.p_tuning(3, table, hidden=4, dtype=F8)
+        if encoded
+        else jp.prompt_tuning(3, table, dtype=F8)
+    )
     frozen, adapter = made(jp.chain(quantize, method))
     adapter = toy.perturbed(adapter)
     decoded = jp.merge(quantize(KEY, toy.params()))
     assert np.abs(decoded["embed"] - toy.params()["embed"]).max() > 1e-3
-    rows = (jp.fold(frozen, adapter)[1] if encoded else adapter)["embed/rows"]
+    rows = (jp.adapters.drop_reparameterization(frozen, adapter)[1] if encoded else adapter)[
+        "embed/rows"
+    ]
     ids = behind(table["embed"], 3, 0, toy.ids())
     close(lifted(frozen, adapter, ids), by_hand(decoded, rows, ids))
 
 
 def test_a_prompt_over_lora_on_the_tied_table_and_everywhere_else(sites, table):
     lora = jp.lora(2, sites.matrices, dtype=F8)
-    frozen, adapter = made(jp.chain(lora, jp.prompt(3, table, dtype=F8)))
+    frozen, adapter = made(jp.chain(lora, jp.prompt_tuning(3, table, dtype=F8)))
     adapter = toy.perturbed(adapter)
     below, low = made(lora)
     names = {"embed/a": "embed/w/a", "embed/b": "embed/w/b"}
@@ -289,9 +301,11 @@ def test_generation_is_that_of_a_model_with_the_rows_in_its_table():
     frozen, adapter = made(jp.p_tuning(3, table, hidden=4, dtype=F8), p)
     adapter = toy.perturbed(adapter, 1.0)
     tree = jp.combine(frozen, adapter)
-    rows = jp.fold(frozen, adapter)[1]["embed/embedding/rows"]
+    rows = jp.adapters.drop_reparameterization(frozen, adapter)[1]["embed/embedding/rows"]
     longer = p | {"embed": {"embedding": jnp.concatenate([p["embed"]["embedding"], rows])}}
-    fill = jp.template(jp.virtual_ids(site, 2), "{x}", jp.virtual_ids(site, 1, 2))
+    fill = jp.prompts.prompt_template(
+        jp.prompts.virtual_token_ids(site, 2), "{x}", jp.prompts.virtual_token_ids(site, 1, 2)
+    )
     full = [fill(x=tokens[0]), fill(x=tokens[1, :4])]
     assert [len(x) for x in full] == [11, 7]
     padded = jnp.stack([jnp.pad(jnp.asarray(x), (11 - len(x), 0)) for x in full])
@@ -311,18 +325,20 @@ def test_generation_is_that_of_a_model_with_the_rows_in_its_table():
 
 
 def test_a_template_puts_pieces_where_they_stand():
-    fill = jp.template("good {x} or", [100, 101], "{y}", np.array([102]), "bad", tokenizer=words)
+    fill = jp.prompts.prompt_template(
+        "good {x} or", [100, 101], "{y}", np.array([102]), "bad", tokenizer=words
+    )
     got = fill(x="bad bad", y=[5, 6])
     assert got.tolist() == [7, 41, 41, 3, 100, 101, 5, 6, 102, 41] and got.dtype == np.int32
     assert fill(y=np.array([9]), x=()).tolist() == [7, 3, 100, 101, 9, 102, 41]
-    assert jp.template([4], [])().tolist() == [4]
+    assert jp.prompts.prompt_template([4], [])().tolist() == [4]
     # As in the paper: [h0 .. hi; e(x); hi+1 .. hm; e(y)], the same input twice.
-    twice = jp.template([50], "{x}", [51, 52], "{x}")
+    twice = jp.prompts.prompt_template([50], "{x}", [51, 52], "{x}")
     assert twice(x=jnp.array([1, 2])).tolist() == [50, 1, 2, 51, 52, 1, 2]
 
 
 def test_a_template_of_a_tokenizer_adds_no_special_tokens():
-    assert jp.template("good", tokenizer=Tokenizer())().tolist() == [7]
+    assert jp.prompts.prompt_template("good", tokenizer=Tokenizer())().tolist() == [7]
 
 
 @pytest.mark.parametrize(
@@ -336,12 +352,12 @@ def test_a_template_of_a_tokenizer_adds_no_special_tokens():
 )
 def test_a_template_names_what_is_missing(pieces, inputs, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        jp.template(*pieces)(**inputs)
+        jp.prompts.prompt_template(*pieces)(**inputs)
 
 
 def test_a_template_with_text_needs_its_tokenizer_at_once():
     with pytest.raises(ValueError, match="The text 'It was ' of a `template` needs the model's"):
-        jp.template("It was {x}")
+        jp.prompts.prompt_template("It was {x}")
 
 
 # Refusals ----------------------------------------------------------------------------------------
@@ -350,25 +366,34 @@ def test_a_template_with_text_needs_its_tokenizer_at_once():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda t: jp.prompt(0, t), "`prompt(length=0)`: at least one virtual token"),
-        (lambda t: jp.prompt(2, t, init="zeros"), "`prompt(init='zeros')`: rows start at"),
-        (lambda t: jp.prompt(2, t, init=[]), "`prompt(init=...)` is told of no token"),
+        (lambda t: jp.prompt_tuning(0, t), "`prompt_tuning(length=0)`: at least one virtual token"),
         (
-            lambda t: jp.prompt(2, t, init=[3, 50]),
-            "`prompt(init=[3, 50]...)` starts at ids that 'embed' with its 50 rows does not have",
-        ),
-        (lambda t: jp.prompt(2, t, init=[-1]), "`prompt(init=[-1]...)` starts at ids"),
-        (
-            lambda t: jp.prompt(2, t, init="vocabulary", text="good", tokenizer=words),
-            "`prompt(text=..., init='vocabulary')`: rows start at a text or elsewhere.",
+            lambda t: jp.prompt_tuning(2, t, init="zeros"),
+            "`prompt_tuning(init='zeros')`: rows start at",
         ),
         (
-            lambda t: jp.prompt(2, t, text="good or bad"),
-            "`prompt(text='good or bad')` needs the model's tokenizer",
+            lambda t: jp.prompt_tuning(2, t, init=[]),
+            "`prompt_tuning(init=...)` is told of no token",
         ),
         (
-            lambda t: jp.prompt(2, t, text="", tokenizer=words),
-            "`prompt(text='')`: the tokenizer makes no token of it.",
+            lambda t: jp.prompt_tuning(2, t, init=[3, 50]),
+            "`prompt_tuning(init=[3, 50]...)` starts at ids that 'embed' with its 50 rows does not have",
+        ),
+        (
+            lambda t: jp.prompt_tuning(2, t, init=[-1]),
+            "`prompt_tuning(init=[-1]...)` starts at ids",
+        ),
+        (
+            lambda t: jp.prompt_tuning(2, t, init="vocabulary", text="good", tokenizer=words),
+            "`prompt_tuning(text=..., init='vocabulary')`: rows start at a text or elsewhere.",
+        ),
+        (
+            lambda t: jp.prompt_tuning(2, t, text="good or bad"),
+            "`prompt_tuning(text='good or bad')` needs the model's tokenizer",
+        ),
+        (
+            lambda t: jp.prompt_tuning(2, t, text="", tokenizer=words),
+            "`prompt_tuning(text='')`: the tokenizer makes no token of it.",
         ),
         (lambda t: jp.p_tuning(0, t), "`p_tuning(length=0, hidden=None, layers=2, embed=None)`"),
         (lambda t: jp.p_tuning([2, 0], t), "`p_tuning(length=[2, 0], hidden=None"),
@@ -401,22 +426,22 @@ def test_only_a_table_that_is_read_by_id_has_virtual_tokens(sites, name):
 
 def test_ids_without_a_row_are_named_whatever_the_tree(sites, table):
     site, p = table["embed"], toy.params()
-    tree = jp.combine(*made(jp.prompt(2, table)))
-    jp.check_ids(tree, site, [[0, 51]])
-    jp.check_ids(tree, site, [])
+    tree = jp.combine(*made(jp.prompt_tuning(2, table)))
+    jp.prompts.check_token_ids(tree, site, [[0, 51]])
+    jp.prompts.check_token_ids(tree, site, [])
     with pytest.raises(ValueError, match="Token id -3 has no row: 'embed' has 50 rows and 2 virt"):
-        jp.check_ids(tree, site, [[5, -3]])
+        jp.prompts.check_token_ids(tree, site, [[5, -3]])
     for bare in (p, jp.combine(*made(jp.lora(2, sites.match("*/q/kernel"))))):
-        jp.check_ids(bare, site, [[0, 49]])
+        jp.prompts.check_token_ids(bare, site, [[0, 49]])
         with pytest.raises(ValueError, match="Token id 50 .* 50 rows and 0 virtual.* up to 49"):
-            jp.check_ids(bare, site, [[0, 50]])
+            jp.prompts.check_token_ids(bare, site, [[0, 50]])
 
 
 def test_virtual_tokens_keep_their_rows_under_a_lora_of_the_table():
     table = jax.random.normal(jax.random.key(0), (7, 5))
     f = lambda p, ids: p["table"][ids]  # noqa: E731
     sites = jp.sites(f, {"table": table}, jnp.zeros((2,), int))
-    method = jp.chain(jp.prompt(2, sites.embedding), jp.lora(2, sites.embedding))
+    method = jp.chain(jp.prompt_tuning(2, sites.embedding), jp.lora(2, sites.embedding))
     frozen, adapter = jp.split(method(jax.random.key(1), {"table": table}))
     adapter = {n: v + 1 for n, v in adapter.items()}
     ids = jnp.array([6, 7, 8])

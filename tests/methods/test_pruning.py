@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.io.adapter import load_adapter, save_adapter
-from jaxpeft.methods.calibration import Moments
-from jaxpeft.methods.masks import packed, unpacked
+from jaxpeft.calibration import Moments
+from jaxpeft.io import load_adapter, save_adapter
+from jaxpeft.sparsity._masks import packed, unpacked
 
 from .stack import model, normal, params
 
@@ -65,7 +65,7 @@ def by_hand(rule):
 
 @pytest.mark.parametrize("rule", ["snip", "taylor", "fisher", "grasp"])
 def test_scores_are_those_of_the_formula(rule):
-    got = jp.saliency(rule, loss, PARAMS, HEAD, BATCHES)["head"]
+    got = jp.sparsity.saliency_scores(rule, loss, PARAMS, HEAD, BATCHES)["head"]
     np.testing.assert_allclose(got, by_hand(rule), rtol=1e-9)
 
 
@@ -80,7 +80,7 @@ def test_grasp_takes_the_gradient_of_all_batches_and_all_weights_together():
 
     g = jax.grad(total)(chosen)
     h = jax.hessian(total)(chosen)
-    got = jp.saliency("grasp", loss, PARAMS, SITES, iter(BATCHES))
+    got = jp.sparsity.saliency_scores("grasp", loss, PARAMS, SITES, iter(BATCHES))
     for path, w in chosen.items():
         product = sum(jnp.tensordot(h[path][other], g[other], g[other].ndim) for other in g)
         np.testing.assert_allclose(got[path], w * product, rtol=1e-8)
@@ -91,7 +91,8 @@ def test_a_base_in_bf16_is_scored_by_as_many_batches_as_there_are(rule):
     """A sum in bfloat16 stops growing after some hundred equal terms."""
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (PARAMS, BATCHES[0]))
     few, many = (
-        jp.saliency(rule, loss, narrow[0], HEAD, [narrow[1]] * n, key=KEY)["head"] for n in (1, 600)
+        jp.sparsity.saliency_scores(rule, loss, narrow[0], HEAD, [narrow[1]] * n, key=KEY)["head"]
+        for n in (1, 600)
     )
     assert many.dtype == jnp.float32
     if rule != "obd":  # whose signs differ by batch
@@ -100,15 +101,15 @@ def test_a_base_in_bf16_is_scored_by_as_many_batches_as_there_are(rule):
 
 def test_the_diagonal_of_the_hessian_is_estimated_without_bias():
     many = [batch for _ in range(300) for batch in BATCHES]
-    got = jp.saliency("obd", loss, PARAMS, HEAD, many, key=KEY)["head"]
+    got = jp.sparsity.saliency_scores("obd", loss, PARAMS, HEAD, many, key=KEY)["head"]
     want = by_hand("obd")
     np.testing.assert_allclose(got, want, atol=0.1 * float(want.max()))
     assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.99
 
 
 def test_obs_is_the_error_of_the_best_column_without_the_entry():
-    moments = jp.input_moments(lambda p, b: model(p, b[0]), PARAMS, HEAD, BATCHES[:1])
-    got = jp.obs(PARAMS, HEAD, moments, damping=1e-9)["head"]
+    moments = jp.calibration.input_moments(lambda p, b: model(p, b[0]), PARAMS, HEAD, BATCHES[:1])
+    got = jp.sparsity.obs_scores(PARAMS, HEAD, moments, damping=1e-9)["head"]
     h = np.asarray(moments["head"].second)
     for i, j in ((0, 0), (2, 1), (3, 2)):
         w = np.asarray(PARAMS["head"][:, j])
@@ -120,7 +121,7 @@ def test_obs_is_the_error_of_the_best_column_without_the_entry():
 
 def test_magnitudes_are_absolute():
     np.testing.assert_array_equal(
-        jp.magnitude(PARAMS, SITES)["layers/up"], jnp.abs(PARAMS["layers"]["up"])
+        jp.sparsity.magnitude_scores(PARAMS, SITES)["layers/up"], jnp.abs(PARAMS["layers"]["up"])
     )
 
 
@@ -128,14 +129,14 @@ def test_magnitudes_are_absolute():
 
 
 def test_the_largest_of_all_are_kept_or_of_each_matrix():
-    scores = jp.magnitude(PARAMS, SITES)
+    scores = jp.sparsity.magnitude_scores(PARAMS, SITES)
     every = np.concatenate([np.ravel(x) for x in scores.values()])
-    masks = jp.keep(scores, SITES, 0.25)
+    masks = jp.sparsity.topk_mask(scores, SITES, 0.25)
     limit = np.sort(every)[::-1][int(0.25 * every.size) - 1]
     for path, mask in masks.items():
         np.testing.assert_array_equal(mask, scores[path] >= limit)
-    assert jp.density(masks)[""] == pytest.approx(0.25, abs=1 / every.size)
-    masks = jp.keep(scores, SITES, 0.5, scope="matrix")
+    assert jp.sparsity.mask_density(masks)[""] == pytest.approx(0.25, abs=1 / every.size)
+    masks = jp.sparsity.topk_mask(scores, SITES, 0.5, scope="matrix")
     assert {int(x.sum()) for x in masks["layers/up"]} == {D * F // 2}
 
 
@@ -144,7 +145,9 @@ def test_the_largest_of_all_are_kept_or_of_each_matrix():
     [("input", (1, 3)), ("output", (4, 1)), ((2, 3), (2, 3)), ((None, 1), (4, 1))],
 )
 def test_groups_are_kept_together(structure, sides):
-    mask = jp.keep(jp.magnitude(PARAMS, HEAD), HEAD, 0.5, structure=structure)["head"]
+    mask = jp.sparsity.topk_mask(
+        jp.sparsity.magnitude_scores(PARAMS, HEAD), HEAD, 0.5, structure=structure
+    )["head"]
     rows, columns = sides
     blocks = mask.reshape(D // rows, rows, 3 // columns, columns).transpose(0, 2, 1, 3)
     means = np.abs(PARAMS["head"]).reshape(D // rows, rows, 3 // columns, columns).mean((1, 3))
@@ -159,7 +162,7 @@ def test_whole_layers_are_kept():
         path: jnp.stack([jnp.ones(s.shape[1:]), 2 * jnp.ones(s.shape[1:])])
         for path, s in layers.items()
     }
-    masks = jp.keep(scores, layers, 0.5, structure="matrix", empty=True)
+    masks = jp.sparsity.topk_mask(scores, layers, 0.5, structure="matrix", empty=True)
     assert all(not mask[0].any() and mask[1].all() for mask in masks.values())
 
 
@@ -170,7 +173,7 @@ def test_masks_of_a_kernel_by_heads_follow_its_layout():
     params = {"q": normal(0, D, 3, 2)}
     sites = jp.sites(heads, params, X).linear
     scores = {"q": jnp.broadcast_to(jnp.array([1.0, 3, 2])[:, None], (D, 3, 2))}
-    mask = jp.keep(scores, sites, 1 / 3, structure=(None, 2))["q"]
+    mask = jp.sparsity.topk_mask(scores, sites, 1 / 3, structure=(None, 2))["q"]
     assert mask[:, 1].all() and mask.sum() == 2 * D
 
 
@@ -183,62 +186,89 @@ def test_masks_survive_the_text():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda s: jp.keep(s, SITES, 0.0), r"density=0.0\)`: a share in"),
-        (lambda s: jp.keep(s, SITES, 0.5, scope="row"), "scope='row'.*choose 'all' or 'matrix'"),
+        (lambda s: jp.sparsity.topk_mask(s, SITES, 0.0), r"density=0.0\)`: a share in"),
         (
-            lambda s: jp.keep(s, SITES, 0.5, structure="ring"),
+            lambda s: jp.sparsity.topk_mask(s, SITES, 0.5, scope="row"),
+            "scope='row'.*choose 'all' or 'matrix'",
+        ),
+        (
+            lambda s: jp.sparsity.topk_mask(s, SITES, 0.5, structure="ring"),
             "no structure 'ring'; there are entry",
         ),
         (
-            lambda s: jp.keep(s, HEAD, 0.5, structure=(2,)),
+            lambda s: jp.sparsity.topk_mask(s, HEAD, 0.5, structure=(2,)),
             r"structure=\(2,\) has 1 numbers, should have two, \(rows, columns\)",
         ),
         (
-            lambda s: jp.keep(s, HEAD, 0.5, structure=(3, 1)),
+            lambda s: jp.sparsity.topk_mask(s, HEAD, 0.5, structure=(3, 1)),
             "Blocks of 3 x 1 do not.*'head'.*4 x 3",
         ),
-        (lambda s: jp.keep({}, HEAD, 0.5), r"scores of 'head' have shape None, should be \(4, 3\)"),
-        (lambda s: jp.keep({"head": s["head"] / 0}, HEAD, 0.5), "'head' are not all finite"),
         (
-            lambda s: jp.keep({**s, "head": 0 * s["head"]}, SITES, 0.3),
+            lambda s: jp.sparsity.topk_mask({}, HEAD, 0.5),
+            r"scores of 'head' have shape None, should be \(4, 3\)",
+        ),
+        (
+            lambda s: jp.sparsity.topk_mask({"head": s["head"] / 0}, HEAD, 0.5),
+            "'head' are not all finite",
+        ),
+        (
+            lambda s: jp.sparsity.topk_mask({**s, "head": 0 * s["head"]}, SITES, 0.3),
             "leaves no entry of 'head'.*scope='matrix'",
         ),
         (
-            lambda s: jp.keep({"layers/up": s["layers/up"].at[1].set(0)}, SITES.match("*up"), 0.3),
+            lambda s: jp.sparsity.topk_mask(
+                {"layers/up": s["layers/up"].at[1].set(0)}, SITES.match("*up"), 0.3
+            ),
             "leaves no entry of matrix 1 of 'layers/up'",
         ),
-        (lambda s: jp.keep({}, SITES - SITES, 0.5), "`keep` selects no parameter"),
+        (lambda s: jp.sparsity.topk_mask({}, SITES - SITES, 0.5), "`keep` selects no parameter"),
         (lambda s: jp.prune(s, HEAD), "`prune`: the mask of 'head' has dtype float64, should be b"),
         (lambda s: jp.prune({}, HEAD), r"`prune`: the mask of 'head' has shape None, should be"),
-        (lambda s: jp.sparse(0.0, HEAD), r"sparse\(0.0\)`: a share of entries"),
+        (lambda s: jp.sparse_delta(0.0, HEAD), r"sparse\(0.0\)`: a share of entries"),
         (
-            lambda s: jp.sparse({"head": jnp.zeros((D, 3), bool)}, HEAD)(KEY, PARAMS),
+            lambda s: jp.sparse_delta({"head": jnp.zeros((D, 3), bool)}, HEAD)(KEY, PARAMS),
             "mask of 'head' has no entry. Leave",
         ),
-        (lambda s: jp.saliency("snap", loss, PARAMS, HEAD, BATCHES), "choose one of snip, taylor"),
-        (lambda s: jp.saliency("obd", loss, PARAMS, HEAD, BATCHES), "give it a key"),
-        (lambda s: jp.saliency("snip", loss, PARAMS, HEAD, []), "ran dry after 0 of at least one"),
-        (lambda s: jp.obs(PARAMS, HEAD, {}, damping=0.0), r"damping=0.0\)`: a positive share"),
         (
-            lambda s: jp.obs(PARAMS, HEAD, {"head": Moments(jnp.zeros((D, D)), X[0], 5)}),
+            lambda s: jp.sparsity.saliency_scores("snap", loss, PARAMS, HEAD, BATCHES),
+            "choose one of snip, taylor",
+        ),
+        (
+            lambda s: jp.sparsity.saliency_scores("obd", loss, PARAMS, HEAD, BATCHES),
+            "give it a key",
+        ),
+        (
+            lambda s: jp.sparsity.saliency_scores("snip", loss, PARAMS, HEAD, []),
+            "ran dry after 0 of at least one",
+        ),
+        (
+            lambda s: jp.sparsity.obs_scores(PARAMS, HEAD, {}, damping=0.0),
+            r"damping=0.0\)`: a positive share",
+        ),
+        (
+            lambda s: jp.sparsity.obs_scores(
+                PARAMS, HEAD, {"head": Moments(jnp.zeros((D, D)), X[0], 5)}
+            ),
             "moments of 'head' cannot be inverted.*all zero, leave the weight out",
         ),
         (
-            lambda s: jp.chain(jp.full(HEAD), jp.prune(random_masks(), HEAD))(KEY, PARAMS),
+            lambda s: jp.chain(jp.full_finetuning(HEAD), jp.prune(random_masks(), HEAD))(
+                KEY, PARAMS
+            ),
             "`prune`: 'head' is trained as a whole already",
         ),
     ],
 )
 def test_what_cannot_be_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
-        call(jp.magnitude(PARAMS, SITES))
+        call(jp.sparsity.magnitude_scores(PARAMS, SITES))
 
 
 @pytest.mark.parametrize(
     "second, name",
     [
         (jp.prune(random_masks(), SITES), "prune"),
-        (jp.sparse(0.5, SITES), "sparse"),
+        (jp.sparse_delta(0.5, SITES), "sparse"),
         (jp.hira(1, SITES), "hira"),
         (jp.gates(SITES), "gates"),
     ],
@@ -275,7 +305,7 @@ def test_lora_on_a_pruned_base_merges_under_the_mask():
 def test_only_entries_of_the_mask_are_trained(dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
     masks = random_masks(0.3)
-    frozen, adapter = jp.split(jp.sparse(masks, SITES)(KEY, params))
+    frozen, adapter = jp.split(jp.sparse_delta(masks, SITES)(KEY, params))
     assert adapter["head/values"].shape == (int(masks["head"].sum()),)
     widest = max(int(m.sum()) for m in masks["layers/up"])
     assert adapter["layers/up/values"].shape == (L, widest)
@@ -296,7 +326,7 @@ def test_only_entries_of_the_mask_are_trained(dtype):
 
 
 def test_random_entries_are_as_many_in_every_matrix_and_none_twice():
-    frozen, adapter = jp.split(jp.sparse(0.5, SITES)(KEY, PARAMS))
+    frozen, adapter = jp.split(jp.sparse_delta(0.5, SITES)(KEY, PARAMS))
     assert {k: v.shape for k, v in adapter.items()} == {
         "layers/up/values": (L, D * F // 2),
         "layers/down/values": (L, D * F // 2),
@@ -309,7 +339,7 @@ def test_random_entries_are_as_many_in_every_matrix_and_none_twice():
 
 def test_a_file_holds_the_masks_too(tmp_path):
     masks = random_masks(0.3)
-    method = jp.sparse(masks, SITES, dtype=jnp.float64)
+    method = jp.sparse_delta(masks, SITES, dtype=jnp.float64)
     frozen, adapter = jp.split(method(KEY, PARAMS))
     adapter = {path: x + 0.1 for path, x in adapter.items()}
     save_adapter(tmp_path, adapter, method, PARAMS, key=KEY)

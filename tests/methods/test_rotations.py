@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft as jp
-from jaxpeft.methods.oft import rotations
+from jaxpeft._methods.oft import rotations
 
 KEY = jax.random.key(0)
 N, F, M = 12, 16, 10
@@ -306,10 +306,10 @@ def test_nothing_of_the_size_of_the_inputs_squared_is_formed():
             lambda s: jp.road(s, group=4),
             r"road\(group=4\)`: 'down' .* 10 outputs.*blocks: 2, 5, 10;",
         ),
-        (lambda s: jp.oft(2, s.columns(0, 2)), r"`oft`.*part of the columns of 'down'"),
-        (lambda s: jp.boft(2, s.columns(0, 2)), r"`boft`.*part of the columns of 'down'"),
-        (lambda s: jp.hra(2, s.columns(0, 2)), r"`hra`.*part of the columns of 'down'"),
-        (lambda s: jp.road(s.columns(0, 2)), r"`road`.*part of the columns of 'down'"),
+        (lambda s: jp.oft(2, s.output_slice(0, 2)), r"`oft`.*part of the columns of 'down'"),
+        (lambda s: jp.boft(2, s.output_slice(0, 2)), r"`boft`.*part of the columns of 'down'"),
+        (lambda s: jp.hra(2, s.output_slice(0, 2)), r"`hra`.*part of the columns of 'down'"),
+        (lambda s: jp.road(s.output_slice(0, 2)), r"`road`.*part of the columns of 'down'"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(make, message):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.io.adapter import save_adapter
+from jaxpeft.io import save_adapter
 from tests.conformance.methods import METHODS
 from tests.conformance.rows import ROWS
 from tests.conformance.rows.row import D, F, H, L, N, paths
@@ -63,7 +63,7 @@ import jax
 import numpy as np
 jax.config.update("jax_enable_x64", True)
 import jaxpeft as jp
-from jaxpeft.io.adapter import load_adapter
+from jaxpeft.io._adapter import load_adapter
 from tests.conformance.methods import METHODS
 from tests.methods.test_saved import row_of
 
@@ -153,7 +153,7 @@ NUMBERS = {
 @each
 def test_it_trains_as_many_numbers_as_its_paper_says(method):
     s = at(method)
-    counts = jp.count(s.frozen, s.adapter)
+    counts = jp.count_params(s.frozen, s.adapter)
     assert counts.trainable == sum(x.size for x in s.adapter.values()) == NUMBERS[method.name]
 
 
@@ -175,7 +175,7 @@ def test_a_step_moves_every_array_of_the_adapter_and_nothing_else(method):
     ):
         np.testing.assert_array_equal(a, b)
     if method.keeps_base:
-        for path, x in paths(jp.base(tree)).items():
+        for path, x in paths(jp.base_params(tree)).items():
             np.testing.assert_array_equal(x, before[path])
 
 

@@ -63,7 +63,7 @@ def test_norms_heads_and_everything(sites):
 
     assert trained(jp.norm_tuning(sites)) == ["layers/norm1/scale", "layers/norm2/scale"]
     assert trained(jp.linear_probe(sites, "embed")) == ["embed"]
-    assert trained(jp.full(sites.linear)) == sorted(sites)
+    assert trained(jp.full_finetuning(sites.linear)) == sorted(sites)
     with pytest.raises(ValueError, match="'head' matches none of the 16"):
         jp.linear_probe(sites, "head")
 
@@ -82,7 +82,7 @@ def test_the_last_layers_of_a_stack_are_cut_off_and_joined_again(sites):
     with pytest.raises(ValueError, match="k=4.*3 layers"):
         jp.last_layers(sites, 4)
     with pytest.raises(ValueError, match="trained in part"):
-        jp.labels(jp.last_layers(sites, 2)(KEY, p))
+        jp.param_labels(jp.last_layers(sites, 2)(KEY, p))
 
 
 def test_the_last_layers_with_paths_of_their_own():

@@ -38,8 +38,8 @@ def test_a_bottleneck_on_partial_sums_is_refused(mesh):
     """act(a + b) is not act(a) + act(b): each device would adapt its part of the sum."""
     fn, p, x = row_parallel(mesh), {"w": toy.normal(0, 8, 6)}, toy.normal(1, 3, 8)
     sites = jp.sites(fn, p, x)
-    tree = jp.combine(*jp.split(jp.bottleneck(2, sites.linear, dtype=F8)(KEY, p)))
-    with pytest.raises(jp.NotAMatrixError, match="Bottleneck at 'w'.*sharding that the weight"):
+    tree = jp.combine(*jp.split(jp.bottleneck_adapter(2, sites.linear, dtype=F8)(KEY, p)))
+    with pytest.raises(jp.NotMergeableError, match="Bottleneck at 'w'.*sharding that the weight"):
         jp.lift(fn)(tree, x)
 
 
@@ -74,8 +74,10 @@ def test_a_prompt_behind_a_sharded_vocabulary_is_refused(mesh):
 
     p, ids = {"embed": toy.normal(0, 48, 6)}, jnp.arange(5)[None]
     sites = jp.sites(fn, p, ids)
-    tree = jp.combine(*jp.split(jp.prompt(2, sites.embedding, dtype=F8)(KEY, p)))
-    with pytest.raises(jp.NotAMatrixError, match="SoftPrompt at 'embed'.*sharding that the weight"):
+    tree = jp.combine(*jp.split(jp.prompt_tuning(2, sites.embedding, dtype=F8)(KEY, p)))
+    with pytest.raises(
+        jp.NotMergeableError, match="SoftPrompt at 'embed'.*sharding that the weight"
+    ):
         jp.lift(fn)(tree, ids)
 
 
@@ -98,7 +100,7 @@ def test_a_bottleneck_on_a_gathered_weight_is_the_bottleneck_on_the_whole_one(me
     fn = gathering(mesh)
     p, x = {"up": toy.normal(0, 8, 12), "down": toy.normal(1, 12, 8)}, toy.normal(2, 4, 8)
     sites = jp.sites(fn, p, x)
-    method = jp.bottleneck(3, sites.match("down"), dtype=F8)
+    method = jp.bottleneck_adapter(3, sites.match("down"), dtype=F8)
     frozen, adapter = jp.split(method(KEY, p))
     adapter = toy.perturbed(adapter)
     y = jnp.tanh(x @ p["up"]) @ p["down"]

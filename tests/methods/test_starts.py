@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.io.adapter import load_adapter, save_adapter
-from jaxpeft.methods.pissa import leading
+from jaxpeft._methods.pissa import leading
+from jaxpeft.io import load_adapter, save_adapter
 
 from .stack import model, params
 
@@ -30,12 +30,12 @@ def loss(params, batch):
 
 @functools.cache
 def moments():
-    return jp.input_moments(model, PARAMS, SITES.linear, BATCHES)
+    return jp.calibration.input_moments(model, PARAMS, SITES.linear, BATCHES)
 
 
 @functools.cache
 def gradients():
-    return jp.mean_gradients(loss, PARAMS, SITES.linear, BATCHES)
+    return jp.calibration.mean_gradients(loss, PARAMS, SITES.linear, BATCHES)
 
 
 METHODS = {
@@ -81,7 +81,8 @@ def test_moments_over_codes_are_those_of_their_values():
     quantized = jp.quantize("int8", LAYERS)(KEY, PARAMS)
     dense = jax.tree.map(jnp.asarray, jp.merge(quantized))
     codes, values = (
-        jp.input_moments(model, tree, SITES.linear, BATCHES[:1]) for tree in (quantized, dense)
+        jp.calibration.input_moments(model, tree, SITES.linear, BATCHES[:1])
+        for tree in (quantized, dense)
     )
     for path in SITES.linear:
         np.testing.assert_allclose(codes[path].second, values[path].second, rtol=1e-6)
@@ -90,8 +91,8 @@ def test_moments_over_codes_are_those_of_their_values():
 def test_padding_does_not_count_whatever_it_holds():
     batch = BATCHES[0].at[:, 4:].set(1e3)
     counted = lambda batch: jnp.broadcast_to(jnp.arange(6) < 4, (4, 6)).astype(float)  # noqa: E731
-    got = jp.input_moments(model, PARAMS, SITES.linear, [batch], counted=counted)
-    want = jp.input_moments(model, PARAMS, SITES.linear, [BATCHES[0][:, :4]])
+    got = jp.calibration.input_moments(model, PARAMS, SITES.linear, [batch], counted=counted)
+    want = jp.calibration.input_moments(model, PARAMS, SITES.linear, [BATCHES[0][:, :4]])
     for path, own in want.items():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), got[path], own)
 
@@ -104,7 +105,9 @@ def test_gradients_are_averaged_over_batches():
 def test_gradients_of_a_base_in_bf16_are_averaged_over_all_batches():
     """A sum in bfloat16 stops growing after some hundred equal terms."""
     narrow, batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (PARAMS, BATCHES[0]))
-    few, many = (jp.mean_gradients(loss, narrow, SITES.linear, [batch] * n) for n in (1, 600))
+    few, many = (
+        jp.calibration.mean_gradients(loss, narrow, SITES.linear, [batch] * n) for n in (1, 600)
+    )
     for path in few:
         np.testing.assert_allclose(many[path], few[path], rtol=1e-4)
 
@@ -112,8 +115,8 @@ def test_gradients_of_a_base_in_bf16_are_averaged_over_all_batches():
 def test_batches_that_run_dry_are_refused():
     spent = iter(BATCHES)
     list(spent)
-    for find in (jp.input_moments, jp.mean_gradients):
-        f = loss if find is jp.mean_gradients else model
+    for find in (jp.calibration.input_moments, jp.calibration.mean_gradients):
+        f = loss if find is jp.calibration.mean_gradients else model
         with pytest.raises(ValueError, match="ran dry after 3 of 5"):
             find(f, PARAMS, LAYERS, BATCHES, steps=5)
         with pytest.raises(ValueError, match="ran dry after 0 of at least one"):
@@ -124,18 +127,18 @@ def test_batches_that_run_dry_are_refused():
 
 def test_only_as_many_batches_are_taken_as_are_asked_for():
     stream = iter(BATCHES)
-    jp.input_moments(model, PARAMS, LAYERS, stream, steps=2)
+    jp.calibration.input_moments(model, PARAMS, LAYERS, stream, steps=2)
     assert len(list(stream)) == 1
 
 
 def test_inputs_that_are_not_finite_are_named_with_their_batch():
     batches = [BATCHES[0], BATCHES[1].at[0, 0, 0].set(jnp.nan)]
     with pytest.raises(ValueError, match=r"inputs of 'layers/(up|down)'.* in batch 1 are not fin"):
-        jp.input_moments(model, PARAMS, LAYERS, batches)
+        jp.calibration.input_moments(model, PARAMS, LAYERS, batches)
     with pytest.raises(
         ValueError, match="gradient of 'layers/down', 'layers/up' in batch 1 are not finite"
     ):
-        jp.mean_gradients(loss, PARAMS, LAYERS, batches)
+        jp.calibration.mean_gradients(loss, PARAMS, LAYERS, batches)
 
 
 def test_what_has_no_inputs_of_its_own_is_refused():
@@ -145,7 +148,7 @@ def test_what_has_no_inputs_of_its_own_is_refused():
     params = {"table": jnp.ones((7, 4))}
     sites = jp.sites(embedded, params, jnp.zeros((2, 3), int))
     with pytest.raises(ValueError, match="'table' is used as embedding; only the inputs of plain"):
-        jp.input_moments(embedded, params, sites.embedding, [jnp.zeros((2, 3), int)])
+        jp.calibration.input_moments(embedded, params, sites.embedding, [jnp.zeros((2, 3), int)])
 
 
 def test_a_product_that_no_output_depends_on_is_named():
@@ -155,18 +158,20 @@ def test_a_product_that_no_output_depends_on_is_named():
     params = {"a": jnp.ones((D, 2)), "b": jnp.ones((D, 3))}
     sites = jp.sites(half, params, BATCHES[0])
     with pytest.raises(ValueError, match="has seen no input of 'b': the outputs"):
-        jp.input_moments(half, params, sites.linear, BATCHES[:1])
+        jp.calibration.input_moments(half, params, sites.linear, BATCHES[:1])
 
 
 def test_counts_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"as \(4,\), but those of 'layers/up' have .*\(4, 6"):
-        jp.input_moments(model, PARAMS, LAYERS, BATCHES, counted=lambda batch: jnp.ones(4))
+        jp.calibration.input_moments(
+            model, PARAMS, LAYERS, BATCHES, counted=lambda batch: jnp.ones(4)
+        )
 
 
 def test_a_gradient_of_codes_is_refused():
     quantized = jp.quantize("int8", LAYERS)(KEY, PARAMS)
     with pytest.raises(ValueError, match="'layers/down' is no plain array of this tree"):
-        jp.mean_gradients(loss, quantized, LAYERS, BATCHES)
+        jp.calibration.mean_gradients(loss, quantized, LAYERS, BATCHES)
 
 
 # Starts -----------------------------------------------------------------------------------------
@@ -201,7 +206,7 @@ def test_as_lora_it_is_the_same_change_over_the_base_as_it_was(make, tmp_path):
         method = make(LAYERS, **options)
         frozen, start = jp.split(method(KEY, PARAMS))
         adapter = moved(start)
-        plain, same = jp.as_lora(method, adapter, start)
+        plain, same = jp.adapters.to_lora(method, adapter, start)
         save_adapter(tmp_path, same, plain, PARAMS, key=KEY)
         loaded = load_adapter(tmp_path, PARAMS)
         got = outputs(loaded.frozen, loaded.adapter)
@@ -221,7 +226,7 @@ def test_as_lora_has_no_more_columns_than_the_smaller_side(make, options):
     method = make(ranks, SITES.linear, dtype=jnp.float64, **options)
     frozen, start = jp.split(method(KEY, PARAMS))
     adapter = moved(start)
-    plain, same = jp.as_lora(method, adapter, start)
+    plain, same = jp.adapters.to_lora(method, adapter, start)
     assert {k: x.shape for k, x in same.items()} == {
         "layers/up/a": (L, 8, 8),
         "layers/up/b": (L, 8, 12),
@@ -243,7 +248,7 @@ def test_as_lora_reduces_a_small_change_to_the_rounding_of_the_change():
     method = jp.pissa(4, head, dtype=jnp.bfloat16)
     _, start = jp.split(method(KEY, PARAMS))
     adapter = {path: x.at[0, 0].multiply(1.0625) for path, x in start.items()}
-    _, same = jp.as_lora(method, adapter, start)
+    _, same = jp.adapters.to_lora(method, adapter, start)
     wide = [{k: np.asarray(v, float) for k, v in x.items()} for x in (adapter, start, same)]
     after, before, got = (x["head/a"] @ x["head/b"] for x in wide)
     assert same["head/a"].dtype == jnp.bfloat16 and same["head/a"].shape == (8, 5)
@@ -257,7 +262,7 @@ def test_as_lora_stands_in_a_chain_where_the_method_stood():
     int8, own = jp.quantize("int8", LAYERS), METHODS["pissa"](LAYERS)
     frozen, start = jp.split(jp.chain(int8, own, head)(KEY, PARAMS))
     adapter = moved(start)
-    plain, same = jp.as_lora(own, adapter, start)
+    plain, same = jp.adapters.to_lora(own, adapter, start)
     np.testing.assert_array_equal(same["head"], adapter["head"])
     again, _ = jp.split(jp.chain(int8, plain, head)(KEY, PARAMS))
     np.testing.assert_allclose(outputs(again, same), outputs(frozen, adapter), atol=1e-5)
@@ -267,7 +272,7 @@ def as_lora_of(method=None, adapter=None, start=None):
     own = jp.pissa(R, SITES.match("head"))
     _, whole = jp.split(own(KEY, PARAMS))
     given = (whole if x is None else x for x in (adapter, start))
-    return jp.as_lora(own if method is None else method, *given)
+    return jp.adapters.to_lora(own if method is None else method, *given)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +366,7 @@ def test_eva_spends_its_ranks_where_inputs_vary():
 def of_variances(values, *stack):
     """Moments whose inputs have these variances along the axes, the same ones in all layers."""
     second = jnp.broadcast_to(jnp.diag(jnp.asarray(values)), (*stack, len(values), len(values)))
-    return jp.Moments(second, jnp.zeros((*stack, len(values))), jnp.ones(stack))
+    return jp.calibration.Moments(second, jnp.zeros((*stack, len(values))), jnp.ones(stack))
 
 
 STEEP, EVEN = 2.0 ** -np.arange(D), np.ones(D)
@@ -389,8 +394,8 @@ def test_evas_components_of_a_stack_cost_as_many_ranks_as_it_has_layers(layers, 
     found = {"layers": of_variances(layers, 4), "head": of_variances(head)}
     frozen, adapter = jp.split(jp.eva(2, sites, found)(KEY, base))
     assert {path: adapter[f"{path}/a"].shape[-1] for path in ranks} == ranks
-    most = jp.count(*jp.split(jp.lora(2, sites)(KEY, base))).trainable
-    assert jp.count(frozen, adapter).trainable <= most == 10 * 2 * D
+    most = jp.count_params(*jp.split(jp.lora(2, sites)(KEY, base))).trainable
+    assert jp.count_params(frozen, adapter).trainable <= most == 10 * 2 * D
     assert all(jnp.isfinite(x).all() for x in adapter.values())
 
 
@@ -440,7 +445,7 @@ def of_nan(path):
         ),
         (lambda: jp.eva(0, LAYERS, moments()), r"eva\(rank=0\)` needs 1 <= rank .* 'layers/down'"),
         (
-            lambda: jp.eva(R + 1, SITES.match("head").columns(0, 5), moments()),
+            lambda: jp.eva(R + 1, SITES.match("head").output_slice(0, 5), moments()),
             r"eva\(rank=3\)` needs .* 'head' of shape \(8, 5\) is 8 x 1",
         ),
         (lambda: jp.eva(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; it has"),
@@ -469,7 +474,10 @@ def of_nan(path):
         (lambda: jp.lora_ga(R, LAYERS, {}), r"'layers/down' has shape None, should be \(3, 12, 8"),
         (lambda: jp.pissa(R, LAYERS, turns=-1), r"turns=-1\)`: 0 or more turns"),
         (lambda: jp.lora_ga(5, LAYERS, gradients())(KEY, PARAMS), "2 \\* rank = 10.*rank to 4"),
-        (lambda: jp.olora(R, LAYERS.columns(0, 2)), "`olora`: a part of the columns of 'layers"),
+        (
+            lambda: jp.olora(R, LAYERS.output_slice(0, 2)),
+            "`olora`: a part of the columns of 'layers",
+        ),
         (
             lambda: jp.chain(jp.lora(R, LAYERS), jp.pissa(R, LAYERS))(KEY, PARAMS),
             "`pissa`: 'layers/down' is trained by another method already",

@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.methods.units import Units, cut, keep_units, unit_scores, units
 from jaxpeft.models import decoder
+from jaxpeft.sparsity import (
+    PrunableGroups,
+    group_scores,
+    prunable_groups,
+    prune_structured,
+    topk_groups,
+)
 
 from .stack import normal
 
@@ -212,7 +218,7 @@ def found(name):
         side: matched(sites, patterns)
         for side, patterns in (("outputs", outputs), ("inputs", inputs), ("stacks", stacks))
     }
-    return units(count, **chosen)
+    return prunable_groups(count, **chosen)
 
 
 def half(shape, seed=0):
@@ -226,7 +232,7 @@ def half(shape, seed=0):
 def test_the_smaller_model_is_the_one_with_zeros(name):
     model, params, *_, zeros = CASES[name]
     kept = half(found(name).shape, seed=3)
-    smaller, zeroed = cut(params, found(name), kept), zeros(params, kept)
+    smaller, zeroed = prune_structured(params, found(name), kept), zeros(params, kept)
     run = jax.jit(model)
     want = run(zeroed, X)
     np.testing.assert_allclose(run(smaller, X), want, atol=1e-10)
@@ -242,7 +248,9 @@ def test_the_smaller_model_is_the_one_with_zeros(name):
 
 def test_the_blocks_that_are_left_stand_in_their_order():
     params = CASES["heads in fused kernels"][1]
-    smaller = cut(params, found("heads in fused kernels"), np.array([False, True, False, True]))
+    smaller = prune_structured(
+        params, found("heads in fused kernels"), np.array([False, True, False, True])
+    )
     columns = [3, 4, 5, 9, 10, 11]
     np.testing.assert_array_equal(smaller["q"], params["q"][:, columns])
     np.testing.assert_array_equal(smaller["k_bias"], params["k_bias"][jnp.array(columns)])
@@ -253,7 +261,7 @@ def test_each_layer_of_a_stack_loses_its_own_units():
     params = CASES["scanned mlp"][1]
     kept = half((L, F), seed=3)
     assert len({tuple(row) for row in kept}) == L
-    smaller = cut(params, found("scanned mlp"), kept)["layers"]
+    smaller = prune_structured(params, found("scanned mlp"), kept)["layers"]
     for i in range(L):
         np.testing.assert_array_equal(smaller["up"][i], params["layers"]["up"][i][:, kept[i]])
         np.testing.assert_array_equal(smaller["down"][i], params["layers"]["down"][i][kept[i]])
@@ -273,16 +281,16 @@ def test_an_axis_that_the_program_cuts_is_cut_inside():
     params = arrays(w=(L * D, F), back=(F, D))
     sites = jp.sites(model, params, X)
     assert [axis.role for axis in sites["w"].axes] == ["stack", "in", "out"]
-    layers = units(L, stacks=sites.match("w"))
+    layers = prunable_groups(L, stacks=sites.match("w"))
     kept = np.array([True, False, False, True])
     rows = params["w"].reshape(L, D, F)
-    got = cut(params, layers, kept)["w"]
+    got = prune_structured(params, layers, kept)["w"]
     np.testing.assert_array_equal(got, rows[kept].reshape(-1, F))
-    scores = unit_scores({"w": params["w"]}, layers)
+    scores = group_scores({"w": params["w"]}, layers)
     np.testing.assert_allclose(scores, rows.sum((1, 2)), rtol=1e-12)
     # Inputs of each layer, on the part of the axis behind that of the layers.
     kept = half((L, D), seed=1)
-    got = cut(params, units(D, inputs=sites.match("w")), kept)["w"]
+    got = prune_structured(params, prunable_groups(D, inputs=sites.match("w")), kept)["w"]
     want = [rows[i][kept[i]] for i in range(L)]
     np.testing.assert_array_equal(got, np.concatenate(want))
 
@@ -295,11 +303,11 @@ def test_layers_on_the_last_axis_have_their_own_units_too():
     params = arrays(w=(D, F, L), back=(F, D))
     sites = jp.sites(model, params, X)
     assert [axis.role for axis in sites["w"].axes] == ["in", "out", "stack"]
-    columns = units(F, outputs=sites.match("w"))
-    scores = unit_scores(params, columns)
+    columns = prunable_groups(F, outputs=sites.match("w"))
+    scores = group_scores(params, columns)
     np.testing.assert_allclose(scores, params["w"].sum(0).T, rtol=1e-12)
-    kept = keep_units(scores, columns, 0.5)
-    got = cut(params, columns, kept)["w"]
+    kept = topk_groups(scores, columns, 0.5)
+    got = prune_structured(params, columns, kept)["w"]
     for i in range(L):
         np.testing.assert_array_equal(got[..., i], params["w"][:, kept[i], i])
 
@@ -310,9 +318,9 @@ def test_an_axis_of_that_length_goes_before_one_that_divides(shape):
         return jnp.einsum("td,dnh->tnh", x, p["w"])
 
     params = arrays(w=(D, *shape))
-    four = units(4, outputs=jp.sites(model, params, X))
+    four = prunable_groups(4, outputs=jp.sites(model, params, X))
     want = [2 if size == 4 else size for size in shape]
-    assert cut(params, four, np.arange(4) < 2)["w"].shape == (D, *want)
+    assert prune_structured(params, four, np.arange(4) < 2)["w"].shape == (D, *want)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +334,7 @@ def test_a_bias_is_cut_where_the_outputs_of_its_kernel_are(kernel, bias):
     params = arrays(w=(D, *kernel), b=bias)
     sites = jp.sites(model, params, X)
     kept = np.array([True, False, True, True])
-    smaller = cut(params, units(N, outputs=sites.match("w")), kept)
+    smaller = prune_structured(params, prunable_groups(N, outputs=sites.match("w")), kept)
     outputs = np.arange(N * H).reshape(kernel)
     left = (outputs[:, kept] if kernel == (H, N) else outputs.reshape(N, H)[kept]).ravel()
     np.testing.assert_array_equal(smaller["b"].ravel(), params["b"].ravel()[left])
@@ -335,7 +343,7 @@ def test_a_bias_is_cut_where_the_outputs_of_its_kernel_are(kernel, bias):
 
 def test_a_bias_that_is_selected_too_is_cut_once():
     sites = mlp_sites()
-    both = units(F, outputs=sites.match("up", "up_bias"), inputs=sites.match("down"))
+    both = prunable_groups(F, outputs=sites.match("up", "up_bias"), inputs=sites.match("down"))
     assert both == found("mlp")
 
 
@@ -346,7 +354,9 @@ def test_one_number_for_all_outputs_is_left_alone():
     params = arrays(w=(D, F), b=(1,))
     sites = jp.sites(model, params, X)
     assert sites["w"].bias == "b"
-    smaller = cut(params, units(F, outputs=sites.match("w")), np.arange(F) < 2)
+    smaller = prune_structured(
+        params, prunable_groups(F, outputs=sites.match("w")), np.arange(F) < 2
+    )
     assert smaller["w"].shape == (D, 2) and smaller["b"] is params["b"]
 
 
@@ -357,10 +367,10 @@ def test_axes_of_one_length_are_told_apart_by_hand():
     params = arrays(w=(D, 4, 4), b=(4, 4))
     sites = jp.sites(model, params, X)
     with pytest.raises(ValueError, match=r"output axes of 'w' \(5, 4, 4\) have lengths \[4, 4\]"):
-        units(4, outputs=sites.match("w"))
+        prunable_groups(4, outputs=sites.match("w"))
     told = sites.override("w", "in", "in", "out").override("b", "in", "out")
     kept = np.array([True, False, False, True])
-    smaller = cut(params, units(4, outputs=told.match("w")), kept)
+    smaller = prune_structured(params, prunable_groups(4, outputs=told.match("w")), kept)
     np.testing.assert_array_equal(smaller["w"], params["w"][..., kept])
     np.testing.assert_array_equal(smaller["b"], params["b"][..., kept])
 
@@ -375,15 +385,15 @@ def test_an_expert_is_a_slice_of_a_stack_and_an_output_of_its_router():
 
     params = arrays(L, router=(D, 3), experts=(3, D, D))
     sites = jp.sites(model, params, X).override("experts", "stack", "stack", "in", "out")
-    experts = units(3, outputs=sites.match("router"), stacks=sites.match("experts"))
+    experts = prunable_groups(3, outputs=sites.match("router"), stacks=sites.match("experts"))
     assert experts.shape == (L, 3)
     kept = np.array([[1, 1, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0]], bool)
-    smaller = cut(params, experts, kept)
+    smaller = prune_structured(params, experts, kept)
     for i in range(L):
         np.testing.assert_array_equal(smaller["router"][i], params["router"][i][:, kept[i]])
         np.testing.assert_array_equal(smaller["experts"][i], params["experts"][i][kept[i]])
     # Layers are whole slices, with all of their experts.
-    assert units(L, stacks=sites).shape == (L,)
+    assert prunable_groups(L, stacks=sites).shape == (L,)
 
 
 def test_a_unit_may_be_an_input_and_an_output_of_one_kernel():
@@ -395,9 +405,11 @@ def test_a_unit_may_be_an_input_and_an_output_of_one_kernel():
 
     params = {"in": normal(0, D, F), "again": normal(1, F, F), "out": normal(2, F, D)}
     sites = jp.sites(model, params, X)
-    state = units(F, outputs=sites.match("in", "again"), inputs=sites.match("again", "out"))
+    state = prunable_groups(
+        F, outputs=sites.match("in", "again"), inputs=sites.match("again", "out")
+    )
     kept = half((F,))
-    smaller = cut(params, state, kept)
+    smaller = prune_structured(params, state, kept)
     np.testing.assert_array_equal(smaller["again"], params["again"][kept][:, kept])
     zeroed = {
         "in": params["in"] * kept,
@@ -418,23 +430,23 @@ def test_the_score_of_a_unit_is_the_sum_over_its_blocks():
         want[i] += np.abs(params["q"][:, i * 6 : i * 6 + 6]).sum()
         want[i] += np.abs(params["k"][:, i * 3 : i * 3 + 3]).sum()
         want[i] += np.abs(params["o"][i * 6 : i * 6 + 6]).sum()
-    np.testing.assert_allclose(unit_scores(scores, found("grouped queries")), want, rtol=1e-12)
+    np.testing.assert_allclose(group_scores(scores, found("grouped queries")), want, rtol=1e-12)
 
 
 def test_scores_of_a_stack_are_by_layer_and_those_of_layers_are_not():
     p = CASES["scanned mlp"][1]["layers"]
     scores = {f"layers/{name}": p[name] ** 2 for name in ("up", "down")}
     by_layer = (p["up"] ** 2).sum(1) + (p["down"] ** 2).sum(2)
-    got = unit_scores(scores, found("scanned mlp"))
+    got = group_scores(scores, found("scanned mlp"))
     np.testing.assert_allclose(got, by_layer, rtol=1e-12)
-    got = unit_scores(scores, found("layers"))
+    got = group_scores(scores, found("layers"))
     np.testing.assert_allclose(got, by_layer.sum(1), rtol=1e-12)
 
 
 def test_as_many_of_the_best_units_are_kept_in_every_layer():
     p = CASES["scanned mlp"][1]["layers"]
     scores = {"layers/up": jnp.abs(p["up"]) * jnp.arange(1.0, L + 1)[:, None, None]}
-    kept = keep_units(scores, found("scanned mlp"), 0.7)
+    kept = topk_groups(scores, found("scanned mlp"), 0.7)
     own = np.abs(p["up"]).sum(1)
     assert kept.shape == (L, F) and kept.dtype == bool
     for row, mask in zip(own, kept, strict=True):
@@ -442,16 +454,16 @@ def test_as_many_of_the_best_units_are_kept_in_every_layer():
 
 
 def test_units_may_have_scores_of_their_own_and_the_first_of_equals_are_kept():
-    kept = keep_units(jnp.array([1.0, 2, 1, 1, 0, 1]), found("mlp"), 0.5)
+    kept = topk_groups(jnp.array([1.0, 2, 1, 1, 0, 1]), found("mlp"), 0.5)
     np.testing.assert_array_equal(kept, [True, True, True, False, False, False])
-    assert keep_units(jnp.arange(6.0), found("mlp"), 1.0).all()
+    assert topk_groups(jnp.arange(6.0), found("mlp"), 1.0).all()
     assert 1 / 49 * 49 < 1  # rounding takes no unit away
-    assert keep_units(jnp.ones(49), Units(49, (), ()), 1 / 49).sum() == 1
+    assert topk_groups(jnp.ones(49), PrunableGroups(49, (), ()), 1 / 49).sum() == 1
 
 
 def test_small_scores_of_narrow_arrays_are_not_lost():
     scores = {"up": jnp.full((D, F), 1 / 256, jnp.bfloat16).at[0].set(1)}
-    got = unit_scores(scores, found("mlp"))
+    got = group_scores(scores, found("mlp"))
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(got, np.full(F, 1 + 4 / 256, np.float32))
 
@@ -471,23 +483,26 @@ def mlp_sites():
     "call, message",
     [
         (
-            lambda: units(4, outputs=mlp_sites().match("up")),
+            lambda: prunable_groups(4, outputs=mlp_sites().match("up")),
             r"output axes of 'up' \(5, 6\) have le",
         ),
-        (lambda: units(4, inputs=mlp_sites().match("down")), r"lengths \[6\], none.* 4 equal"),
         (
-            lambda: units(2, stacks=mlp_sites().match("up")),
+            lambda: prunable_groups(4, inputs=mlp_sites().match("down")),
+            r"lengths \[6\], none.* 4 equal",
+        ),
+        (
+            lambda: prunable_groups(2, stacks=mlp_sites().match("up")),
             r"stack axes of 'up' .*lengths \[\], no",
         ),
         (
-            lambda: units(3, inputs=sites_of("filters").match("last")),
+            lambda: prunable_groups(3, inputs=sites_of("filters").match("last")),
             r"input axes of 'last' \(3, 3, 6, 2\) have lengths \[3, 3, 6\].*override\('last'",
         ),
-        (lambda: units(3), r"units\(3\)` selects no parameter"),
-        (lambda: units(3, outputs=jp.Sites({})), r"units\(3\)` selects no parameter"),
-        (lambda: units(0, outputs=mlp_sites()), r"units\(0\)`: at least one"),
+        (lambda: prunable_groups(3), r"units\(3\)` selects no parameter"),
+        (lambda: prunable_groups(3, outputs=jp.Sites({})), r"units\(3\)` selects no parameter"),
+        (lambda: prunable_groups(0, outputs=mlp_sites()), r"units\(0\)`: at least one"),
         (
-            lambda: units(3, outputs=mlp_sites().match("up").columns(0, 2)),
+            lambda: prunable_groups(3, outputs=mlp_sites().match("up").output_slice(0, 2)),
             r"`units`: a part of the columns of 'up'",
         ),
     ],
@@ -505,7 +520,7 @@ def test_members_of_different_stacks_are_refused():
     sites = jp.sites(model, params, X)
     message = r"'layers/down' has units.*stack \(4,\), 'head' of shape \(5, 2\) in a stack \(\)"
     with pytest.raises(ValueError, match=message):
-        units(D, outputs=sites.match("*/down"), inputs=sites.match("head"))
+        prunable_groups(D, outputs=sites.match("*/down"), inputs=sites.match("head"))
 
 
 def test_a_bias_of_another_length_is_refused():
@@ -514,22 +529,22 @@ def test_a_bias_of_another_length_is_refused():
 
     sites = jp.sites(model, arrays(w=(D, 4, 8), b=(8,)), X)
     with pytest.raises(ValueError, match=r"adds 'b' of shape \(8,\).* 8 numbers for 32 outputs"):
-        units(4, outputs=sites.match("w"))
+        prunable_groups(4, outputs=sites.match("w"))
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda u: unit_scores({}, u), r"none of \['up', 'up_bias', 'down'\] has scores"),
+        (lambda u: group_scores({}, u), r"none of \['up', 'up_bias', 'down'\] has scores"),
         (
-            lambda u: unit_scores({"up": jnp.ones((6, 5))}, u),
+            lambda u: group_scores({"up": jnp.ones((6, 5))}, u),
             r"'up' have shape \(6, 5\), should be \(5, 6\)",
         ),
-        (lambda u: unit_scores({"up": jnp.full((5, 6), jnp.nan)}, u), "not all finite"),
-        (lambda u: keep_units(jnp.full(6, jnp.inf), u, 0.5), "not all finite"),
-        (lambda u: keep_units(jnp.ones(5), u, 0.5), r"have shape \(5,\), should be \(6,\)"),
-        (lambda u: keep_units(jnp.ones(6), u, 0.1), r"density=0.1\)` keeps none of 6 .* 0.167"),
-        (lambda u: keep_units(jnp.ones(6), u, 1.5), r"density=1.5\)`: a share"),
+        (lambda u: group_scores({"up": jnp.full((5, 6), jnp.nan)}, u), "not all finite"),
+        (lambda u: topk_groups(jnp.full(6, jnp.inf), u, 0.5), "not all finite"),
+        (lambda u: topk_groups(jnp.ones(5), u, 0.5), r"have shape \(5,\), should be \(6,\)"),
+        (lambda u: topk_groups(jnp.ones(6), u, 0.1), r"density=0.1\)` keeps none of 6 .* 0.167"),
+        (lambda u: topk_groups(jnp.ones(6), u, 1.5), r"density=1.5\)`: a share"),
     ],
 )
 def test_scores_that_cannot_be_are_refused(call, message):
@@ -553,19 +568,19 @@ P = CASES["mlp"][1]
             half((6,)),
             "'down' is a structured weight.*Merge first",
         ),
-        ({**P, "up_bias": jp.Train(P["up_bias"])}, half((6,)), "'up_bias' is a structured"),
+        ({**P, "up_bias": jp.Trainable(P["up_bias"])}, half((6,)), "'up_bias' is a structured"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(params, kept, message):
     with pytest.raises(ValueError, match=message):
-        cut(params, found("mlp"), kept)
+        prune_structured(params, found("mlp"), kept)
 
 
 def test_layers_that_keep_different_numbers_are_refused():
     kept = np.tile(np.arange(F) < 3, (L, 1))
     kept[1, 4] = True
     with pytest.raises(ValueError, match=r"keeps 3 or 4 units, by slice of the stack \(4,\)"):
-        cut(CASES["scanned mlp"][1], found("scanned mlp"), kept)
+        prune_structured(CASES["scanned mlp"][1], found("scanned mlp"), kept)
 
 
 # The decoder ------------------------------------------------------------------------------------
@@ -589,13 +604,15 @@ def test_a_decoder_without_half_of_its_units_and_heads():
     tokens = jnp.array([[1, 5, 2, 9], [3, 3, 0, 7]])
     forward = jax.jit(decoder.pure(config))
     sites = jp.sites(forward, params, tokens)
-    inner = units(
+    inner = prunable_groups(
         12, outputs=sites.match("*/gate/kernel", "*/up/kernel"), inputs=sites.match("*/down/kernel")
     )
-    groups = units(2, outputs=sites.match("*/[qkv]/kernel"), inputs=sites.match("*/o/kernel"))
-    scores = jp.magnitude(params, sites.hidden)
-    kept = keep_units(scores, inner, 0.5), keep_units(scores, groups, 0.5)
-    smaller = cut(cut(params, inner, kept[0]), groups, kept[1])
+    groups = prunable_groups(
+        2, outputs=sites.match("*/[qkv]/kernel"), inputs=sites.match("*/o/kernel")
+    )
+    scores = jp.sparsity.magnitude_scores(params, sites.hidden)
+    kept = topk_groups(scores, inner, 0.5), topk_groups(scores, groups, 0.5)
+    smaller = prune_structured(prune_structured(params, inner, kept[0]), groups, kept[1])
 
     ffn, heads = kept[0], jnp.repeat(kept[1], 4, axis=-1)  # a key-value head has 4 numbers
     queries = jnp.repeat(kept[1], 8, axis=-1)  # two query heads

@@ -10,9 +10,8 @@ import optax
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import train
-from jaxpeft.models import decoder, encoder
-from jaxpeft.models.shifted import shifted_sparse
+from jaxpeft import data, train
+from jaxpeft.models import decoder, encoder, shifted_sparse
 
 from . import toy
 
@@ -57,10 +56,10 @@ def tuned(name, layers=2):
     if "prefix" in name:
         rope = None if name == "unturned prefix" else ROPE
         keys, values = (found.match(f"*/attn/{n}/kernel") for n in "kv")
-        method, fill = jp.prefix(N, keys, values, rope=rope, dtype=F8), 0
+        method, fill = jp.prefix_tuning(N, keys, values, rope=rope, dtype=F8), 0
     else:
-        method = jp.prompt(N, found.embedding, dtype=F8)
-        fill = jp.virtual_ids(found["embed/embedding"], N)
+        method = jp.prompt_tuning(N, found.embedding, dtype=F8)
+        fill = jp.prompts.virtual_token_ids(found["embed/embedding"], N)
     frozen, adapter = jp.split(method(KEY, p))
     return frozen, toy.perturbed(adapter, 1.0), fill
 
@@ -97,7 +96,7 @@ def alone(name, config):
     """The loss of each example in a row of its own, behind its own virtual tokens."""
     ids = jnp.stack([jnp.pad(jnp.asarray(x), (0, 9 - len(x))) for x in EXAMPLES])
     segments = jnp.asarray([[int(i < len(x)) for i in range(9)] for x in EXAMPLES])
-    longer, slots, shown = jp.with_virtual(ids, N, tuned(name)[2], segments)
+    longer, slots, shown = jp.prompts.prepend_virtual_tokens(ids, N, tuned(name)[2], segments)
     shown = shown if config.window else None  # without a window no segments are needed
     return losses(run(name, config, longer, slots, shown)[:, N:], ids, segments)
 
@@ -106,7 +105,7 @@ def alone(name, config):
 @pytest.mark.parametrize("name", ["prefix", "prompt"])
 def test_packed_examples_have_the_loss_of_each_alone(name, config):
     ids, segments = packed()
-    longer, slots, shown = jp.with_virtual(ids, N, tuned(name)[2], segments)
+    longer, slots, shown = jp.prompts.prepend_virtual_tokens(ids, N, tuned(name)[2], segments)
     got = losses(run(name, config, longer, slots, shown)[:, N:], ids, segments)
     want = alone(name, config)
     np.testing.assert_allclose(got, want, rtol=1e-10)
@@ -118,10 +117,10 @@ def test_packed_examples_have_the_loss_of_each_alone(name, config):
 
 @pytest.mark.parametrize("name", ["prefix", "prompt"])
 def test_batches_give_each_packed_example_virtual_tokens_of_its_own(name):
-    tokens = [train.Tokens(x.astype(np.int32), np.ones(len(x), bool)) for x in EXAMPLES]
-    examples = train.Examples(tokens, context=12)
+    tokens = [data.Tokens(x.astype(np.int32), np.ones(len(x), bool)) for x in EXAMPLES]
+    examples = data.Examples(tokens, context=12)
     fill = tuned(name)[2]
-    batches = train.Batches(
+    batches = data.Batches(
         examples, batch_size=2, epochs=1, virtual=N if name == "prefix" else fill
     )
     (batch,) = (batches[i] for i in range(len(batches)))
@@ -138,7 +137,7 @@ def test_batches_give_each_packed_example_virtual_tokens_of_its_own(name):
 
 def test_rows_of_several_tasks_are_packed_behind_the_prefix_of_their_own():
     ids, segments = packed()
-    tokens, slots, shown = jp.with_prefixes(ids, (1, 2), np.array([1, 0]), 0, segments)
+    tokens, slots, shown = jp.prompts.prepend_prefixes(ids, (1, 2), np.array([1, 0]), 0, segments)
     assert slots[:, :2].tolist() == [[1, 2], [-1, 0]]
     assert shown[:, :2].tolist() == [[-1, -1], [0, -1]]
     np.testing.assert_array_equal(shown[:, 2:], segments)
@@ -146,8 +145,8 @@ def test_rows_of_several_tasks_are_packed_behind_the_prefix_of_their_own():
 
 
 def test_batches_without_virtual_tokens_are_as_they_were():
-    tokens = [train.Tokens(x.astype(np.int32), np.ones(len(x), bool)) for x in EXAMPLES]
-    batch = train.Batches(train.Examples(tokens, context=12), batch_size=2)[0]
+    tokens = [data.Tokens(x.astype(np.int32), np.ones(len(x), bool)) for x in EXAMPLES]
+    batch = data.Batches(data.Examples(tokens, context=12), batch_size=2)[0]
     assert "slots" not in batch and batch["tokens"].shape == (2, 12)
 
 
@@ -159,7 +158,7 @@ def test_a_window_leaves_the_prefix_in_sight_as_in_a_model_written_by_hand():
     _, adapter, _ = tuned("unturned prefix", 1)
     angles = jnp.arange(N, dtype=jnp.float32)[None, :, None, None] * ROPE
     ids = jnp.stack([jnp.arange(1, 10), jnp.arange(11, 20)])
-    longer, slots, shown = jp.with_virtual(ids, N, segment_ids=jnp.ones_like(ids))
+    longer, slots, shown = jp.prompts.prepend_virtual_tokens(ids, N, segment_ids=jnp.ones_like(ids))
     config = decoder.dataclasses.replace(WINDOWED, layers=1)
     tree = tree_of("unturned prefix", slots, 1)
     out = lifted(config, tree, longer, shown, None)
@@ -188,7 +187,9 @@ def test_a_window_leaves_the_prefix_in_sight_as_in_a_model_written_by_hand():
 @pytest.mark.parametrize("name", ["prefix", "prompt"])
 def test_decoding_after_a_windowed_prefill_still_sees_the_virtual_tokens(name):
     ids = jnp.stack([jnp.arange(1, 10), jnp.arange(11, 20)])
-    longer, slots, shown = jp.with_virtual(ids, N, tuned(name)[2], jnp.ones_like(ids))
+    longer, slots, shown = jp.prompts.prepend_virtual_tokens(
+        ids, N, tuned(name)[2], jnp.ones_like(ids)
+    )
     whole = run(name, WINDOWED, longer, slots, shown)
     forward = jax.jit(jp.lift(decoder.pure(WINDOWED)))
     cache = decoder.init_cache(WINDOWED, 2, 12, F8)
@@ -206,7 +207,7 @@ def test_decoding_after_a_windowed_prefill_still_sees_the_virtual_tokens(name):
 
 def test_groups_of_tokens_that_do_not_see_the_prefix_are_refused():
     ids = jnp.arange(1, 10)[None]
-    longer, slots, shown = jp.with_virtual(ids, N, segment_ids=jnp.ones_like(ids))
+    longer, slots, shown = jp.prompts.prepend_virtual_tokens(ids, N, segment_ids=jnp.ones_like(ids))
     model = jp.lift(decoder.pure(CONFIG, attention_fn=shifted_sparse(4)))
     out = jax.jit(model)(tree_of("prefix", slots), longer, segment_ids=shown)
     assert jnp.isnan(out).all()
@@ -228,14 +229,14 @@ def test_groups_of_tokens_that_do_not_see_the_prefix_are_refused():
 )
 def test_segments_are_those_of_the_tokens(segments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        jp.with_virtual(jnp.ones((2, 5), int), N, segment_ids=segments)
+        jp.prompts.prepend_virtual_tokens(jnp.ones((2, 5), int), N, segment_ids=segments)
 
 
 @pytest.mark.parametrize("virtual", [-2, [[1]]])
 def test_batches_say_what_virtual_tokens_are(virtual):
-    examples = train.Examples([train.Tokens(np.arange(4), np.ones(4, bool))], context=4)
+    examples = data.Examples([data.Tokens(np.arange(4), np.ones(4, bool))], context=4)
     with pytest.raises(ValueError, match=re.escape(f"sequence of ids; got {virtual!r}.")):
-        train.Batches(examples, batch_size=1, virtual=virtual)
+        data.Batches(examples, batch_size=1, virtual=virtual)
 
 
 # Models that read placeholders --------------------------------------------------------------------
@@ -281,9 +282,9 @@ READERS = {
 
 def with_prefix(fn, ids=IDS, p=P, n=2, **options):
     found = jp.sites(fn, p, ids)
-    method = jp.prefix(n, found.match("k"), found.match("v"), dtype=F8, **options)
+    method = jp.prefix_tuning(n, found.match("k"), found.match("v"), dtype=F8, **options)
     frozen, adapter = jp.split(method(KEY, p))
-    longer, slots = jp.with_virtual(ids, n)
+    longer, slots = jp.prompts.prepend_virtual_tokens(ids, n)
     tree = jp.combine(frozen, toy.perturbed(adapter, 1.0), virtual=slots)
     return tree, longer, slots
 
@@ -293,7 +294,7 @@ def test_a_model_that_reads_a_placeholder_is_refused(name):
     fn = reading(READERS[name])
     tree, ids, slots = with_prefix(fn)
     with pytest.raises(ValueError, match=r"Output 0 of shape \(3, [89].*reads a placeholder: with"):
-        jp.check_prefix(fn, tree, ids, slots)
+        jp.prompts.check_prefix(fn, tree, ids, slots)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +312,7 @@ def test_a_model_that_reads_a_placeholder_is_refused(name):
 @pytest.mark.parametrize("hidden", [None, 4], ids=["rows", "encoded"])
 def test_a_model_that_reads_none_passes(how, hidden):
     fn = reading(how)
-    jp.check_prefix(fn, *with_prefix(fn, hidden=hidden))
+    jp.prompts.check_prefix(fn, *with_prefix(fn, hidden=hidden))
 
 
 def test_what_a_mask_or_a_window_hides_is_named():
@@ -337,23 +338,23 @@ def test_what_a_mask_or_a_window_hides_is_named():
         with pytest.raises(
             ValueError, match=f"prefix at '[kv]' is not seen from example {places[name]}"
         ):
-            jp.check_prefix(fn, tree, ids, slots)
+            jp.prompts.check_prefix(fn, tree, ids, slots)
 
 
 def test_the_decoder_is_told_to_show_a_prefix_beyond_its_window_and_in_packed_rows():
     ids, segments = packed()
     ids = ids[:, :9]
-    longer, slots, shown = jp.with_virtual(
+    longer, slots, shown = jp.prompts.prepend_virtual_tokens(
         ids, N, segment_ids=jnp.where(segments == 2, 2, 1)[:, :9]
     )
     forward, tree = decoder.pure(WINDOWED), tree_of("prefix", slots)
-    jp.check_prefix(forward, tree, longer, slots, segment_ids=shown)
+    jp.prompts.check_prefix(forward, tree, longer, slots, segment_ids=shown)
     at = "the prefix at 'layers/attn/k/kernel' is not seen from example 0, position 6"
     with pytest.raises(ValueError, match=f"(?i){at}"):
-        jp.check_prefix(forward, tree, longer, slots)
+        jp.prompts.check_prefix(forward, tree, longer, slots)
     with pytest.raises(ValueError, match="is not seen from example 0, position 10"):
         first = jnp.where(shown == -1, 1, shown)
-        jp.check_prefix(decoder.pure(CONFIG), tree, longer, slots, segment_ids=first)
+        jp.prompts.check_prefix(decoder.pure(CONFIG), tree, longer, slots, segment_ids=first)
 
 
 def test_an_encoder_pools_its_first_token_behind_virtual_ones():
@@ -363,13 +364,15 @@ def test_an_encoder_pools_its_first_token_behind_virtual_ones():
     forward, ids = encoder.pure(config, "pooled"), IDS
     found = jp.sites(forward, p, ids)
     frozen, adapter = jp.split(
-        jp.prefix(2, *(found.match(f"layers/attn/{n}/kernel") for n in "kv"), dtype=F8)(KEY, p)
+        jp.prefix_tuning(2, *(found.match(f"layers/attn/{n}/kernel") for n in "kv"), dtype=F8)(
+            KEY, p
+        )
     )
-    longer, slots = jp.with_virtual(ids, 2)
+    longer, slots = jp.prompts.prepend_virtual_tokens(ids, 2)
     tree = jp.combine(frozen, toy.perturbed(adapter), virtual=slots)
     with pytest.raises(ValueError, match=r"Output 0 of shape \(3, 12\) reads a placeholder"):
-        jp.check_prefix(forward, tree, longer, slots)
-    jp.check_prefix(forward, tree, longer, slots, virtual=2)
+        jp.prompts.check_prefix(forward, tree, longer, slots)
+    jp.prompts.check_prefix(forward, tree, longer, slots, virtual=2)
     x = jax.jit(jp.lift(encoder.pure(config)))(tree, longer)[:, 2]
     got = jax.jit(lambda *given: jp.lift(forward)(*given, virtual=2))(tree, longer)
     want = jnp.tanh(x @ p["pooler"]["kernel"] + p["pooler"]["bias"])
@@ -383,7 +386,7 @@ def test_a_check_needs_the_tokens_and_the_tree_of_the_same_slots():
         with pytest.raises(
             ValueError, match=r"`check_prefix` is given tokens \(3, .*slots \(3, 9\)"
         ):
-            jp.check_prefix(fn, *given)
+            jp.prompts.check_prefix(fn, *given)
 
 
 # Time before batch --------------------------------------------------------------------------------
@@ -419,7 +422,7 @@ def test_a_square_batch_of_a_model_with_batch_first_is_right():
     tree, longer, slots = with_prefix(fn, ids)
     whole = jax.jit(jp.lift(fn))(tree, longer)
     np.testing.assert_array_equal(jax.jit(jp.lift(made_for))(tree, longer), whole)
-    some, where = jp.with_virtual(ids[:3], 2)
+    some, where = jp.prompts.prepend_virtual_tokens(ids[:3], 2)
     few = jp.lift(fn)(with_prefix(fn, ids[:3])[0], some)
     np.testing.assert_allclose(whole[:3], few, atol=1e-12)
     del where
@@ -434,7 +437,7 @@ def test_moments_of_a_model_with_time_first_are_refused_too():
     batch = {"ids": jax.random.randint(KEY, (8, 8), 1, 20), "mask": jnp.ones((8, 8))}
     found = jp.sites(fn, P, batch).match("k")
     with pytest.raises(ValueError, match=r"which inputs count as \(7, 8\).*leading axes \(8, 7\)"):
-        jp.input_moments(fn, P, found, [batch], counted=lambda batch: batch["mask"])
+        jp.calibration.input_moments(fn, P, found, [batch], counted=lambda batch: batch["mask"])
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -445,10 +448,12 @@ def test_moments_of_a_model_with_time_first_are_refused_too():
 def test_fit_refuses_a_loss_that_reads_a_placeholder(at, jitted):
     fn = reading(lambda x, ids: x[:, at])
     found = jp.sites(fn, P, IDS)
-    frozen, adapter = jp.split(jp.prefix(2, found.match("k"), found.match("v"), dtype=F8)(KEY, P))
+    frozen, adapter = jp.split(
+        jp.prefix_tuning(2, found.match("k"), found.match("v"), dtype=F8)(KEY, P)
+    )
 
     def loss(adapter, frozen, batch, key):
-        ids, slots = jp.with_virtual(batch, 2)
+        ids, slots = jp.prompts.prepend_virtual_tokens(batch, 2)
         out = jp.lift(fn)(jp.combine(frozen, adapter, virtual=slots), ids)
         return jnp.sum(out**2), jnp.float32(3)
 
@@ -466,12 +471,12 @@ def test_fit_refuses_a_loss_that_reads_a_placeholder(at, jitted):
 @pytest.mark.parametrize("name", ["prefix", "prompt"])
 def test_fit_refuses_packed_rows_of_which_the_first_examples_alone_have_virtual_tokens(name):
     frozen, adapter, fill = tuned(name)
-    tokens = [train.Tokens(x.astype(np.int32), np.ones(len(x), bool)) for x in EXAMPLES]
-    batches = train.Batches(train.Examples(tokens, context=12), batch_size=2, epochs=1)
+    tokens = [data.Tokens(x.astype(np.int32), np.ones(len(x), bool)) for x in EXAMPLES]
+    batches = data.Batches(data.Examples(tokens, context=12), batch_size=2, epochs=1)
 
     def loss(mind, adapter, frozen, batch, key):
         shown = batch["segment_ids"] if mind else None
-        ids, slots, *shown = jp.with_virtual(batch["tokens"], N, fill, shown)
+        ids, slots, *shown = jp.prompts.prepend_virtual_tokens(batch["tokens"], N, fill, shown)
         tree = jp.combine(frozen, adapter, **({"virtual": slots} if name == "prefix" else {}))
         out = jp.lift(decoder.pure(CONFIG))(tree, ids, segment_ids=shown[0] if mind else None)
         return train.cross_entropy(out[:, N:], batch["targets"], batch["weights"])
@@ -514,6 +519,6 @@ def test_a_copied_row_may_differ_by_rounding_and_by_no_more(dtype, small, large)
         return x * jnp.where((ids >= 20).any(), 1 + off, 1).astype(dtype)
 
     site = jp.sites(functools.partial(fn, 0.0), p, IDS)["embed"]
-    jp.check_prompt(functools.partial(fn, small), p, site, IDS)
+    jp.prompts.check_prompt(functools.partial(fn, small), p, site, IDS)
     with pytest.raises(ValueError, match="does more with ids than look them up in 'embed'"):
-        jp.check_prompt(functools.partial(fn, large), p, site, IDS)
+        jp.prompts.check_prompt(functools.partial(fn, large), p, site, IDS)

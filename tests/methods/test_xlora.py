@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxpeft as jp
-from jaxpeft.io.adapter import factories
-from jaxpeft.method import from_json, to_json
-from jaxpeft.methods.xlora import bank, for_shares, xlora
+from jaxpeft._method import FACTORIES, from_json, to_json
+from jaxpeft._methods.xlora import xlora
+from jaxpeft.mixtures import merge_weighted, stack_adapters
 
 from .stack import model, normal, params
 
@@ -64,7 +64,7 @@ def moved(adapter):
 
 
 ADAPTERS = [trained(method, seed=10 * i) for i, method in enumerate(METHODS)]
-BANK = bank(list(zip(METHODS, ADAPTERS, strict=True)))
+BANK = stack_adapters(list(zip(METHODS, ADAPTERS, strict=True)))
 ALONE = list(map(merged, METHODS, ADAPTERS))
 LIFTED = jax.jit(jp.lift(model))
 
@@ -181,7 +181,7 @@ def test_only_the_gates_are_trained():
         "head/experts/gate": (W, 3),
         "head/experts/bias": (3,),
     }
-    assert jp.count(frozen, adapter).trainable == (W + 1) * 3 * (2 * L + 1)
+    assert jp.count_params(frozen, adapter).trainable == (W + 1) * 3 * (2 * L + 1)
     h = normal(50, N, T, W)
     loss = lambda adapter: jnp.sum(run(frozen, adapter, hidden=h) ** 2)  # noqa: E731
     grads = jax.jit(jax.grad(loss))(adapter)
@@ -208,7 +208,7 @@ def test_gates_learn_which_expert_serves_an_example(reads):
     ways = [linear(merged(method, adapter, base), x) for adapter in adapters]
     y = jnp.where(group[:, None] == 0, *ways)
 
-    experts = bank([(method, adapter) for adapter in adapters])
+    experts = stack_adapters([(method, adapter) for adapter in adapters])
     before = {path: np.array(array) for path, array in experts.arrays.items()}
     hidden = reads == "hidden"
     gates = xlora(experts.sites, experts.ranks, reads=reads, width=6 if hidden else None, dtype=F8)
@@ -284,7 +284,7 @@ def test_a_table_that_is_read_and_used_as_the_head_is_weighed_both_ways():
     sites = jp.sites(tied, base, ids).embedding
     methods = [jp.lora(r, sites, dtype=F8) for r in (1, 2)]
     adapters = [trained(method, base, 5 * i) for i, method in enumerate(methods)]
-    experts = bank(list(zip(methods, adapters, strict=True)))
+    experts = stack_adapters(list(zip(methods, adapters, strict=True)))
     frozen, adapter = jp.split(xlora(sites, experts.ranks, width=W, dtype=F8)(KEY, base))
     adapter = moved(adapter)
     h = normal(50, 2, 3, W)
@@ -298,7 +298,9 @@ def test_a_table_that_is_read_and_used_as_the_head_is_weighed_both_ways():
 
     by_input = xlora(sites, experts.ranks, reads="input", dtype=F8)
     frozen, adapter = jp.split(by_input(KEY, base))
-    with pytest.raises(jp.NotAMatrixError, match="GatedByInput at 'table'.*Leave this weight out"):
+    with pytest.raises(
+        jp.NotMergeableError, match="GatedByInput at 'table'.*Leave this weight out"
+    ):
         jax.jit(jp.lift(tied))(jp.combine(frozen, {**experts.arrays, **adapter}), ids)
 
 
@@ -318,7 +320,7 @@ def test_a_convolution_in_groups_is_weighed_by_example_or_output_position(lead):
     sites = jp.sites(convolve, base, x).conv
     methods = [jp.lora(r, sites, dtype=F8) for r in (1, 3)]
     adapters = [trained(method, base, 5 * i) for i, method in enumerate(methods)]
-    experts = bank(list(zip(methods, adapters, strict=True)))
+    experts = stack_adapters(list(zip(methods, adapters, strict=True)))
     frozen, adapter = jp.split(xlora(sites, experts.ranks, width=W, dtype=F8)(KEY, base))
     adapter = moved(adapter)
     h = normal(50, *lead, W)
@@ -348,7 +350,7 @@ def row_parallel():
 
     base, x = {"w": normal(0, 8, 6)}, normal(1, 3, 8)
     method = jp.lora(2, jp.sites(fn, base, x).linear, dtype=F8)
-    return fn, base, x, bank([(method, trained(method, base, 5 * i)) for i in range(2)])
+    return fn, base, x, stack_adapters([(method, trained(method, base, 5 * i)) for i in range(2)])
 
 
 def test_gates_of_hidden_states_are_right_on_partial_sums():
@@ -365,7 +367,7 @@ def test_gates_of_a_part_of_the_input_are_refused():
     method = xlora(experts.sites, experts.ranks, reads="input", dtype=F8)
     frozen, adapter = jp.split(method(KEY, base))
     tree = jp.combine(frozen, {**experts.arrays, **adapter})
-    with pytest.raises(jp.NotAMatrixError, match="GatedByInput at 'w'.*sharding that the weight"):
+    with pytest.raises(jp.NotMergeableError, match="GatedByInput at 'w'.*sharding that the weight"):
         jax.jit(jp.lift(fn))(tree, x)
 
 
@@ -376,9 +378,9 @@ def test_tokens_that_the_model_sorts_by_its_own_experts_have_no_hidden_states():
     base, x = {"w": normal(0, 2, D, F)}, normal(1, 4, D)
     method = jp.lora(2, jp.sites(ragged, base, x).linear, dtype=F8)
     adapters = [trained(method, base, 5 * i) for i in range(2)]
-    experts = bank([(method, adapter) for adapter in adapters])
+    experts = stack_adapters([(method, adapter) for adapter in adapters])
     frozen, adapter = jp.split(xlora(experts.sites, experts.ranks, width=W, dtype=F8)(KEY, base))
-    with pytest.raises(jp.NotAMatrixError, match="Gated at 'w'.*Leave this weight out"):
+    with pytest.raises(jp.NotMergeableError, match="Gated at 'w'.*Leave this weight out"):
         tree = jp.combine(frozen, {**experts.arrays, **adapter}, hidden=normal(50, 4, W))
         jax.jit(jp.lift(ragged))(tree, x)
 
@@ -397,7 +399,7 @@ def test_tokens_that_the_model_sorts_by_its_own_experts_have_no_hidden_states():
 
 def test_the_method_survives_the_text():
     method = xlora(BANK.sites, BANK.ranks, width=W, temperature=0.5, top=2, dtype=F8)
-    again = from_json(to_json(method), {**factories(), "xlora": xlora})
+    again = from_json(to_json(method), {**FACTORIES, "xlora": xlora})
     assert to_json(again) == to_json(method)
     frozen, adapter = gated(True, width=W, temperature=0.5, top=2)
     h = normal(50, N, W)
@@ -406,12 +408,12 @@ def test_the_method_survives_the_text():
 
 
 def test_experts_with_fixed_shares_are_plain_lora():
-    method, plain = for_shares(BANK, [0.3, 0.0, 0.7])
+    method, plain = merge_weighted(BANK, [0.3, 0.0, 0.7])
     assert plain["head/a"].shape == (D, 2) and plain["layers/up/a"].shape == (L, D, 3)
     got = merged(method, plain)
     want = jax.tree.map(lambda w, a, _, c: w + 0.3 * (a - w) + 0.7 * (c - w), PARAMS, *ALONE)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-10), got, want)
-    method, plain = for_shares(BANK, [0, 0, 1])
+    method, plain = merge_weighted(BANK, [0, 0, 1])
     assert set(method.options["sites"]) == {"layers/up", "layers/down"}
 
 
@@ -446,7 +448,7 @@ def test_hidden_states_may_be_a_list(lead):
 
 def test_another_bank_is_refused():
     frozen, adapter = gated(width=W)
-    other = bank([(METHODS[0], ADAPTERS[0])] * 3)
+    other = stack_adapters([(METHODS[0], ADAPTERS[0])] * 3)
     message = r"'head/experts/a' has shape \(5, 6\).*\(5, 5\).*ranks \[2, 3, 0\].*same bank"
     with pytest.raises(ValueError, match=message):
         jp.combine(frozen, {**other.arrays, **adapter}, hidden=normal(50, N, W))
@@ -462,7 +464,7 @@ def turned():
     square = {"head": normal(0, D, D)}
     sites = jp.sites(lambda p, x: x @ p["head"], square, X)
     both = [jp.lora(1, s) for s in (sites, sites.override("head", "out", "in"))]
-    return bank([(method, trained(method, square)) for method in both])
+    return stack_adapters([(method, trained(method, square)) for method in both])
 
 
 def without(adapter, path):
@@ -477,33 +479,39 @@ BOTH = {"head": [1, 1]}
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: bank([]), "`bank` got 0 adapters.*two or more"),
-        (lambda: bank([FIRST]), "`bank` got 1 adapters.*two or more"),
-        (lambda: bank([FIRST, (jp.dora(2, HEAD), {})]), "adapter 1 is of 'dora'"),
-        (lambda: bank([(jp.chain(METHODS[0]), {}), FIRST]), "adapter 0 is of 'chain'.*the `lora`"),
-        (lambda: bank([(len, {}), FIRST]), "adapter 0 is of '<built-in function len>'"),
+        (lambda: stack_adapters([]), "`bank` got 0 adapters.*two or more"),
+        (lambda: stack_adapters([FIRST]), "`bank` got 1 adapters.*two or more"),
+        (lambda: stack_adapters([FIRST, (jp.dora(2, HEAD), {})]), "adapter 1 is of 'dora'"),
         (
-            lambda: bank([FIRST, (jp.lora(2, SITES.columns(0, 1)), {})]),
+            lambda: stack_adapters([(jp.chain(METHODS[0]), {}), FIRST]),
+            "adapter 0 is of 'chain'.*the `lora`",
+        ),
+        (lambda: stack_adapters([(len, {}), FIRST]), "adapter 0 is of '<built-in function len>'"),
+        (
+            lambda: stack_adapters([FIRST, (jp.lora(2, SITES.output_slice(0, 1)), {})]),
             "`bank`: a part of the columns of 'head'|`bank`: a part of the columns of 'layers",
         ),
         (
-            lambda: bank([FIRST, (METHODS[0], without(ADAPTERS[0], "head/b"))]),
+            lambda: stack_adapters([FIRST, (METHODS[0], without(ADAPTERS[0], "head/b"))]),
             r"'head/b' of adapter 1 has shape None, but its method makes \(2, 4\)",
         ),
         (
-            lambda: bank([(METHODS[2], {**ADAPTERS[2], "head/a": X}), FIRST]),
+            lambda: stack_adapters([(METHODS[2], {**ADAPTERS[2], "head/a": X}), FIRST]),
             r"'head/a' of adapter 0 has shape \(4, 3, 5\), but its method makes None",
         ),
         (
-            lambda: bank([FIRST, (METHODS[0], ADAPTERS[1])]),
+            lambda: stack_adapters([FIRST, (METHODS[0], ADAPTERS[1])]),
             r"'head/a' of adapter 1 has shape \(5, 3\), but its method makes \(5, 2\)",
         ),
         (
-            lambda: bank([THIRD, FIRST, other_base()]),
+            lambda: stack_adapters([THIRD, FIRST, other_base()]),
             r"'head' is \(\(5, 4\), .* in adapter 1, but \(\(5, 6\), .* in adapter 2",
         ),
         (turned, r"'in', 'out'\)\) .* in adapter 0, but .*'out', 'in'\)\) in adapter 1"),
-        (lambda: xlora(HEAD.columns(0, 2), BOTH, width=W), "`xlora`: a part of the columns of"),
+        (
+            lambda: xlora(HEAD.output_slice(0, 2), BOTH, width=W),
+            "`xlora`: a part of the columns of",
+        ),
         (lambda: xlora(HEAD, BOTH), r"width=None, reads='hidden'\)`: give the width"),
         (lambda: xlora(HEAD, BOTH, width=0), r"width=0, reads='hidden'\)`: give the width"),
         (lambda: xlora(HEAD, BOTH, width=3, reads="input"), r"width=3, reads='input'.*Leave"),
@@ -522,9 +530,15 @@ BOTH = {"head": [1, 1]}
             r"ranks of 'layers/down' are \[1, 1\].*\(here 3\)",
         ),
         (lambda: xlora(SITES - SITES, {}, width=W)(KEY, PARAMS), "`xlora` selects no parameter"),
-        (lambda: for_shares(BANK, [1.0, 2.0]), r"shares=\[1.0, 2.0\]\)`: give one .* 3 experts"),
-        (lambda: for_shares(BANK, [0, 0, 0]), r"shares=\[0.0, 0.0, 0.0\].*not all of them zero"),
-        (lambda: for_shares(BANK, [1, 1, 0]), "5 columns at .*Give fewer of them a share"),
+        (
+            lambda: merge_weighted(BANK, [1.0, 2.0]),
+            r"shares=\[1.0, 2.0\]\)`: give one .* 3 experts",
+        ),
+        (
+            lambda: merge_weighted(BANK, [0, 0, 0]),
+            r"shares=\[0.0, 0.0, 0.0\].*not all of them zero",
+        ),
+        (lambda: merge_weighted(BANK, [1, 1, 0]), "5 columns at .*Give fewer of them a share"),
     ],
 )
 def test_what_cannot_be_is_refused(make, message):

@@ -13,7 +13,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpeft.models import decoder, layers
+from jaxpeft.models import _layers as layers
+from jaxpeft.models import decoder
 
 BASE = decoder.Config(
     vocab=19, width=12, mlp_width=20, layers=3, heads=4, kv_heads=2, head_dim=6, context=64

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpeft.models import decoder, encoder, encoder_decoder
-from jaxpeft.serve.generate import generator
-from jaxpeft.train import heads
+from jaxpeft.models import decoder, encoder, encoder_decoder, heads
+from jaxpeft.serve import generator
 
 DECODER = decoder.Config(11, 8, 8, 1, 2, 1, 4, context=6)
 CONFIGS = {
@@ -59,7 +58,7 @@ def test_weights_are_made_and_used_in_no_such_dtype_either(model):
 
 def test_a_head_is_made_in_no_such_dtype_and_what_is_no_dtype_is_named(folders):
     with pytest.raises(ValueError, match="`dtype=int32` holds no weights"):
-        heads.sequence(8, classes=2).init(jax.random.key(0), jnp.int32)
+        heads.sequence_classification(8, classes=2).init(jax.random.key(0), jnp.int32)
     with pytest.raises(ValueError, match="`dtype='nf4'` is no dtype"):
         decoder.load(folders[decoder], "nf4")
 

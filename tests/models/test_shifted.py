@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.models import decoder
-from jaxpeft.models.shifted import shifted_sparse
+from jaxpeft.models import decoder, shifted_sparse
 
 CONFIG = decoder.Config(
     vocab=19, width=12, mlp_width=20, layers=2, heads=4, kv_heads=2, head_dim=6, context=64

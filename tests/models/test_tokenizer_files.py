@@ -80,7 +80,8 @@ def test_a_saved_folder_is_trained_on_text_and_chats_again(tmp_path, monkeypatch
     sys.modules.pop("folder", None)
     import folder as model_folder
 
-    from jaxpeft.train import TextTokenizer, UserError
+    from jaxpeft.data import TextTokenizer
+    from jaxpeft.train import UserError
 
     source = model_folder.make(tmp_path / "source")
     (source / "chat_template.jinja").write_text(CHATML)

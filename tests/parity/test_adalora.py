@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import train
+from jaxpeft import optim
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch: make parity installs it")
 peft = pytest.importorskip("peft", reason="make parity installs the oracle")
@@ -79,7 +79,7 @@ def test_outputs_are_those_of_peft(theirs):
 
 def test_the_same_values_are_given_up_at_the_same_steps(theirs):
     adapter, rng = adapter_of(theirs), np.random.default_rng(0)
-    tx = train.rank_budget(
+    tx = optim.rank_allocator(
         optax.sgd(0.0), TARGET * 2, steps=STEPS, warmup=WARMUP, final=FINAL, every=EVERY
     )
     state, seen = tx.init(adapter), set()

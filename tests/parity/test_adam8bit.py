@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-import jaxpeft.train as train
-from jaxpeft.train.adam8bit import block_scales, dynamic_map, encode
+from jaxpeft import optim
+from jaxpeft.optim._adam8bit import block_scales, dynamic_map, encode
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch: make parity installs it")
 bnb = pytest.importorskip("bitsandbytes", reason="the oracle is bitsandbytes (pip install it)")
@@ -54,7 +54,7 @@ def test_steps_are_those_of_their_optimizer():
     options = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
     theirs = torch.nn.Parameter(torch.tensor(start.T.copy()))
     optimizer = bnb.optim.AdamW8bit([theirs], lr=1e-2, **options)
-    tx = train.adamw8bit(1e-2, 0.9, 0.99, 1e-6, weight_decay=0.1)
+    tx = optim.adamw8bit(1e-2, 0.9, 0.99, 1e-6, weight_decay=0.1)
     ours, state = jnp.asarray(start), tx.init(jnp.asarray(start))
     update = jax.jit(tx.update)
 

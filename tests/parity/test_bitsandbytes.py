@@ -24,14 +24,14 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.io import safetensors
+from jaxpeft._tree import flatten
+from jaxpeft.io import _safetensors as safetensors
 from jaxpeft.models import decoder
 from jaxpeft.quant import fp4, nf4
-from jaxpeft.quant.blocks import unpack
-from jaxpeft.quant.book import TINY
-from jaxpeft.quant.fp4 import FP4
-from jaxpeft.quant.nf4 import NF4
-from jaxpeft.tree import flatten
+from jaxpeft.quant._blocks import unpack
+from jaxpeft.quant._book import TINY
+from jaxpeft.quant._fp4 import FP4
+from jaxpeft.quant._nf4 import NF4
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch: make parity installs it")
 transformers = pytest.importorskip("transformers", reason="make parity installs the oracle")
@@ -124,7 +124,7 @@ def test_with_the_same_mean_scales_in_eight_bits_are_equal_too(shape, weights, n
     w = weights(shape)
     codes, state, values = theirs(w, name, True)
     mean = np.float32(state.offset.item())
-    monkeypatch.setattr("jaxpeft.quant.flat.mean", lambda x: jnp.asarray(mean))
+    monkeypatch.setattr("jaxpeft.quant._flat.mean", lambda x: jnp.asarray(mean))
     got = ours(w, name, double=True)
     equal(got.offset, mean)
     equal(got.codes, codes)

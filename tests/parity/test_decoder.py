@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxpeft.models import decoder
-from jaxpeft.serve import generate
+from jaxpeft.serve import _generate as generate
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch: make parity installs it")
 transformers = pytest.importorskip("transformers", reason="make parity installs the oracle")

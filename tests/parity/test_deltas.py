@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.weight import map_views
+from jaxpeft._view import map_views
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch: make parity installs it")
 peft = pytest.importorskip("peft", reason="make parity installs the oracle")

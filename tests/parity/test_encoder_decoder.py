@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxpeft.models import encoder_decoder
-from jaxpeft.serve import generate
+from jaxpeft.serve import _generate as generate
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch: make parity installs it")
 transformers = pytest.importorskip("transformers", reason="make parity installs the oracle")
@@ -161,12 +161,14 @@ def test_greedy_generation_agrees(pair, side):
     halves = [encoder_decoder.pure(config, call) for call in ("encode", "decode")]
     cache = functools.partial(encoder_decoder.init_cache, config)
     options = {"max_new": 12, "start": config.start}
-    free = np.asarray(generate.translator(*halves, cache, **options)(params, inputs, mask).tokens)
+    free = np.asarray(
+        generate.seq2seq_generator(*halves, cache, **options)(params, inputs, mask).tokens
+    )
     assert len(np.unique(free)) > 5
     # An end that some rows reach on the way.
     for eos in (None, int(free[0, 4])):
         ends = () if eos is None else (eos,)
-        write = generate.translator(*halves, cache, **options, eos=ends, pad=config.pad)
+        write = generate.seq2seq_generator(*halves, cache, **options, eos=ends, pad=config.pad)
         want = model.generate(
             input_ids=torch.as_tensor(inputs),
             attention_mask=torch.as_tensor(mask.astype(int)),

@@ -39,4 +39,4 @@ def test_factors_and_what_the_base_gives_up_are_those_of_peft(name, rank, alpha,
     tolerance = {"rtol": 1e-5, "atol": 1e-5}
     np.testing.assert_allclose(adapter["w/a"] * sign, a, **tolerance)
     np.testing.assert_allclose(adapter["w/b"] * sign[:, None], b, **tolerance)
-    np.testing.assert_allclose(jp.base(jp.combine(frozen, adapter))["w"], rest, **tolerance)
+    np.testing.assert_allclose(jp.base_params(jp.combine(frozen, adapter))["w"], rest, **tolerance)

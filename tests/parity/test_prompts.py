@@ -14,7 +14,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft.models import decoder, encoder_decoder
-from jaxpeft.serve import generate
+from jaxpeft.serve import _generate as generate
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch: make parity installs it")
 transformers = pytest.importorskip("transformers", reason="make parity installs the oracle")
@@ -177,7 +177,7 @@ TABLE = "embed/embedding"
 
 
 def behind(pair, tokens, length=N):
-    virtual = jp.virtual_ids(pair.sites[TABLE], length)
+    virtual = jp.prompts.virtual_token_ids(pair.sites[TABLE], length)
     return np.concatenate([np.tile(virtual, (len(tokens), 1)), tokens], axis=1)
 
 
@@ -216,7 +216,7 @@ def check_prompt(pair, theirs, tree, tokens):
 
 def test_prompt_tuning(llama):
     theirs = adapted(llama.model, "PromptTuningConfig", num_virtual_tokens=N)
-    frozen, adapter = llama.split(jp.prompt(N, llama.sites.match(TABLE)))
+    frozen, adapter = llama.split(jp.prompt_tuning(N, llama.sites.match(TABLE)))
     rows = array(encoder_of(theirs).embedding.weight)
     tree = jp.combine(frozen, copied(adapter, {f"{TABLE}/rows": rows}))
     check_prompt(llama, theirs, tree, ids())
@@ -251,7 +251,7 @@ def test_rows_start_at_the_tokens_of_a_text(llama, tokenizer, length):
         tokenizer_name_or_path=folder,
     )
     theirs = peft.get_peft_model(copy.deepcopy(llama.model), config)
-    method = jp.prompt(length, llama.sites.match(TABLE), text=TEXT, tokenizer=ours)
+    method = jp.prompt_tuning(length, llama.sites.match(TABLE), text=TEXT, tokenizer=ours)
     _, adapter = llama.split(method)
     want = array(encoder_of(theirs).embedding.weight)
     np.testing.assert_array_equal(adapter[f"{TABLE}/rows"], want)
@@ -262,7 +262,7 @@ def test_rows_of_the_vocabulary_are_rows_of_the_table_on_both_sides(llama):
         task_type="CAUSAL_LM", num_virtual_tokens=30, prompt_tuning_init="SAMPLE_VOCAB"
     )
     theirs = peft.get_peft_model(copy.deepcopy(llama.model), config)
-    _, adapter = llama.split(jp.prompt(30, llama.sites.match(TABLE), init="vocabulary"))
+    _, adapter = llama.split(jp.prompt_tuning(30, llama.sites.match(TABLE), init="vocabulary"))
     table = np.asarray(llama.params["embed"]["embedding"])
     for rows in (adapter[f"{TABLE}/rows"], array(encoder_of(theirs).embedding.weight)):
         drawn = [int(np.flatnonzero((table == row).all(1))[0]) for row in np.asarray(rows)]
@@ -299,7 +299,7 @@ def test_p_tuning(llama, name):
     )
     frozen, adapter = p_tuning(llama, name, theirs, 7)
     check_prompt(llama, theirs, jp.combine(frozen, adapter), ids())
-    folded, plain = jp.fold(frozen, adapter)
+    folded, plain = jp.adapters.drop_reparameterization(frozen, adapter)
     got = jax.jit(jp.lift(llama.forward))(jp.combine(folded, plain), behind(llama, ids()))
     check(got, logits(theirs, ids()))
     # The rows by themselves, in float64.
@@ -308,7 +308,7 @@ def test_p_tuning(llama, name):
         want = module(torch.arange(N)[None])[0].numpy()
     _, exact = p_tuning(llama, name, theirs, 7)
     assert {x.dtype for x in exact.values()} == {jnp.dtype("float64")}
-    _, rows = jp.fold(frozen, exact)
+    _, rows = jp.adapters.drop_reparameterization(frozen, exact)
     np.testing.assert_allclose(rows[f"{TABLE}/rows"], want, rtol=1e-12, atol=1e-12)
 
 
@@ -328,7 +328,7 @@ def by_layer(flat, start):
 def prefix(pair, theirs, hidden, **options):
     keys, values = projections(pair)
     frozen, adapter = pair.split(
-        jp.prefix(N, keys, values, hidden=hidden, embed=hidden and KV, **options)
+        jp.prefix_tuning(N, keys, values, hidden=hidden, embed=hidden and KV, **options)
     )
     module, arrays = encoder_of(theirs), {}
     if hidden is None:
@@ -355,18 +355,20 @@ def test_prefix_tuning(llama, hidden):
     rope = llama.config.rope.frequencies(llama.config.head_dim)
     frozen, adapter = prefix(llama, theirs, hidden, rope=rope)
     tokens = ids()
-    full, slots = jp.with_virtual(jnp.asarray(tokens), N)
+    full, slots = jp.prompts.prepend_virtual_tokens(jnp.asarray(tokens), N)
     lifted = jp.lift(llama.forward)
-    sides = [(frozen, adapter)] + ([] if hidden is None else [jp.fold(frozen, adapter)])
+    sides = [(frozen, adapter)] + (
+        [] if hidden is None else [jp.adapters.drop_reparameterization(frozen, adapter)]
+    )
     for side in sides:
         got = jax.jit(lifted)(jp.combine(*side, virtual=slots), full)
-        got = jp.without_virtual(got, N)
+        got = jp.prompts.drop_virtual_positions(got, N)
         check(got, logits(theirs, tokens), logits(llama.model, tokens))
         mask = np.arange(TIME) < np.array([[TIME], [4]])
         want = logits(theirs, tokens, attention_mask=mask.astype(int))
         whole = np.concatenate([np.ones((2, N), bool), mask], axis=1)
         got = jax.jit(lifted)(jp.combine(*side, virtual=slots), full, mask=whole)
-        check(np.asarray(jp.without_virtual(got, N))[mask], want[mask])
+        check(np.asarray(jp.prompts.drop_virtual_positions(got, N))[mask], want[mask])
 
     def forward(parts, tokens, **where):
         # A decoding step has no virtual position: the cache holds the prefix.
@@ -384,7 +386,7 @@ def test_prefix_tuning(llama, hidden):
 
 def test_a_prompt_in_front_of_the_encoder(t5):
     theirs = adapted(t5.model, "PromptTuningConfig", num_virtual_tokens=N)
-    frozen, adapter = t5.split(jp.prompt(N, t5.sites.match(TABLE)))
+    frozen, adapter = t5.split(jp.prompt_tuning(N, t5.sites.match(TABLE)))
     rows = array(encoder_of(theirs).embedding.weight)
     assert rows.shape == (2 * N, T5["d_model"])  # The second half is used nowhere.
     tree = jp.combine(frozen, copied(adapter, {f"{TABLE}/rows": rows[:N]}))
@@ -402,7 +404,7 @@ def test_a_prefix_of_the_decoder(t5):
     theirs = adapted(t5.model, "PrefixTuningConfig", num_virtual_tokens=N)
     flat = array(encoder_of(theirs).embedding.weight)
     keys, values = (t5.sites.match(f"decoder/layers/attn/{n}/kernel") for n in "kv")
-    frozen, adapter = t5.split(jp.prefix(N, keys, values, slots="virtual_targets"))
+    frozen, adapter = t5.split(jp.prefix_tuning(N, keys, values, slots="virtual_targets"))
     # It doubles the 2 L parts and deals them out by four, of which cross-attention gets the last
     # two and drops them: half of the parts are used, each in two layers.
     parts = jnp.split(flat, 2 * LAYERS, axis=1)
@@ -413,9 +415,9 @@ def test_a_prefix_of_the_decoder(t5):
         for i, n in enumerate("kv")
     }
     inputs, targets = ids(), ids(3)
-    full, slots = jp.with_virtual(jnp.asarray(targets), N)
+    full, slots = jp.prompts.prepend_virtual_tokens(jnp.asarray(targets), N)
     tree = jp.combine(frozen, copied(adapter, arrays), virtual_targets=slots)
-    got = jp.without_virtual(jax.jit(jp.lift(t5.forward))(tree, inputs, full), N)
+    got = jp.prompts.drop_virtual_positions(jax.jit(jp.lift(t5.forward))(tree, inputs, full), N)
     options = {"decoder_input_ids": targets, "attention_mask": np.ones((2, TIME), int)}
     want = logits(theirs, inputs, **options)
     check(got, want, logits(t5.model, inputs, **options))

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
+from jaxpeft._method import to_json
+from jaxpeft._view import View, roles_of
 from jaxpeft.quant import FORMATS
-from jaxpeft.quant.quantize import encoder
-from jaxpeft.weight import View, roles_of
+from jaxpeft.quant._quantize import encoder
 
 KEY = jax.random.key(0)
 
@@ -236,7 +237,7 @@ def test_what_quantize_selects_is_described_with_its_options():
     f = lambda p, x: x @ p["w"]  # noqa: E731
     params = {"w": gaussian(64, 8)}
     method = jp.quantize("nf4", jp.sites(f, params, jnp.ones((1, 64))), block=32)
-    description = jp.method.to_json(method)["options"]
+    description = to_json(method)["options"]
     assert description["format"] == "nf4" and description["block"] == 32
     assert method(KEY, params)["w"].weight.block == 32
 
@@ -268,7 +269,7 @@ def folded(format, size):
 def test_requantized_keeps_the_format_and_says_its_error(format):
     tree = folded(format, 0.1)
     dense = np.asarray(jp.merge(tree, dtype=jnp.float64)["w"])
-    done = jp.requantize(tree)
+    done = jp.quant.requantize(tree)
     got = np.asarray(jp.merge(done.tree, dtype=jnp.float64)["w"])
     error = np.linalg.norm(got - dense) / np.linalg.norm(dense)
     assert done.error == {"w": pytest.approx(error, rel=1e-4)}
@@ -278,16 +279,16 @@ def test_requantized_keeps_the_format_and_says_its_error(format):
 
 
 def test_requantized_to_another_format():
-    done = jp.requantize(folded("nf4", 0.1), "int8")
+    done = jp.quant.requantize(folded("nf4", 0.1), "int8")
     assert done.error["w"] < 0.01
     assert done.tree["w"].weight.codes.dtype == jnp.int8
 
 
 def test_requantize_needs_codes_and_numbers():
     with pytest.raises(ValueError, match="`requantize`: the tree has no quantized weight"):
-        jp.requantize({"w": gaussian(3, 3)})
+        jp.quant.requantize({"w": gaussian(3, 3)})
     with pytest.raises(ValueError, match="`requantize`: 'w' has 12288 entries of 12288"):
-        jp.requantize(folded("nf4", jnp.nan))
+        jp.quant.requantize(folded("nf4", jnp.nan))
 
 
 # --- LoRA that starts at what was lost -------------------------------------------------------

@@ -10,7 +10,8 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import quant
-from jaxpeft.quant.kernels import fused, nf4_matmul
+from jaxpeft.quant._kernels import nf4_matmul
+from jaxpeft.quant._kernels.fused import fused
 
 CASES = {  # tokens, in, out, dtype, options of the format
     "one small tile": (3, 64, 8, jnp.float32, {}),

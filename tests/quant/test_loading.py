@@ -11,11 +11,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft as jp
-from jaxpeft.io import safetensors
-from jaxpeft.io.stacked import disassemble
+from jaxpeft._tree import flatten
+from jaxpeft.io import _safetensors as safetensors
+from jaxpeft.io._stacked import disassemble
 from jaxpeft.models import decoder
 from jaxpeft.quant import fp4, int8, nf4
-from jaxpeft.tree import flatten
 
 # Blocks of 64 leave a tail in `down`, and the scales of a layer are no multiple of 256.
 CONFIG = decoder.Config(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxpeft.models import decoder
-from jaxpeft.serve import generate
+from jaxpeft.serve import _generate as generate
 
 CONFIG = decoder.Config(
     vocab=23, width=16, mlp_width=24, layers=2, heads=4, kv_heads=2, head_dim=6, window=5

@@ -9,7 +9,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft.models import encoder_decoder
-from jaxpeft.serve import generate
+from jaxpeft.serve import _generate as generate
 
 CONFIG = encoder_decoder.Config(
     vocab=23,
@@ -46,7 +46,7 @@ def translator(encode=None, decode=None, **options):
     cache = functools.partial(encoder_decoder.init_cache, CONFIG, dtype=jnp.float64)
     ours = halves()
     options = {"max_new": NEW, "start": CONFIG.start} | options
-    return generate.translator(encode or ours[0], decode or ours[1], cache, **options)
+    return generate.seq2seq_generator(encode or ours[0], decode or ours[1], cache, **options)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,9 @@ def test_virtual_tokens_pass_through_the_encoder(params):
     """A prompt whose rows are those of real tokens acts like these tokens before the input."""
     sites = jp.sites(encoder_decoder.pure(CONFIG), params, inputs(), inputs())
     table = sites.match("embed/embedding")
-    frozen, adapter = jp.split(jp.prompt(2, table, dtype=jnp.float64)(jax.random.key(0), params))
+    frozen, adapter = jp.split(
+        jp.prompt_tuning(2, table, dtype=jnp.float64)(jax.random.key(0), params)
+    )
     (path,) = adapter
     tree = jp.combine(frozen, {path: params["embed"]["embedding"][jnp.array([5, 8])]})
     lifted = [jp.lift(half, materialize="error") for half in halves()]

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import toy
 
-import jaxpeft.train as train
+from jaxpeft import train
 
 
 class Stream:

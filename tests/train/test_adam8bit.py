@@ -9,8 +9,15 @@ import toy
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import jaxpeft.train as train
-from jaxpeft.train.adam8bit import Blocks, block_axis, block_scales, decode, dynamic_map, encode
+from jaxpeft import optim, train
+from jaxpeft.optim._adam8bit import (
+    QuantizedMoment,
+    block_axis,
+    block_scales,
+    decode,
+    dynamic_map,
+    encode,
+)
 
 
 def described_map(signed):
@@ -84,7 +91,7 @@ def test_blocks_run_along_one_axis_and_err_by_their_own_largest(shape, axis, sca
     assert found.shape == scales
     codes = encode(x, found, signed=True)
     assert codes.shape == shape and codes.dtype == jnp.uint8
-    got = np.asarray(decode(Blocks(codes, found), signed=True))
+    got = np.asarray(decode(QuantizedMoment(codes, found), signed=True))
     length = -(-shape[axis] // scales[axis])
     pieces = np.array_split(np.arange(shape[axis]), range(length, shape[axis], length))
     for i, piece in enumerate(pieces):
@@ -100,7 +107,7 @@ def test_blocks_of_zeros_and_of_equal_values():
     x = np.zeros((512, 3), np.float32)
     x[:256, 1], x[256:, 2] = 7.5, 1e-42  # a denormal
     scales = block_scales(x)
-    got = decode(Blocks(encode(x, scales, signed=False), scales), signed=False)
+    got = decode(QuantizedMoment(encode(x, scales, signed=False), scales), signed=False)
     np.testing.assert_array_equal(got[:, :2], x[:, :2])
     assert np.isfinite(got).all()
 
@@ -127,7 +134,7 @@ def test_updates_are_those_of_adam_with_rounded_moments():
     grads = [
         random.normal(size=(512, 8)) * 10.0 ** random.integers(-3, 2, (512, 8)) for _ in "1234"
     ]
-    tx = train.scale_by_adam8bit()
+    tx = optim.scale_by_adam8bit()
     state = tx.init(jnp.zeros((512, 8)))
     for g, want in zip(grads, by_hand(grads), strict=True):
         got, state = jax.jit(tx.update)(jnp.asarray(g, jnp.float32), state)
@@ -140,7 +147,7 @@ def test_updates_are_those_of_adam_with_rounded_moments():
 def test_small_parameters_take_the_steps_of_optax():
     random = np.random.default_rng(0)
     small = {"w": jnp.asarray(random.normal(size=(8, 9)), jnp.float32)}
-    ours, theirs = (f(1e-2, weight_decay=0.1) for f in (train.adamw8bit, optax.adamw))
+    ours, theirs = (f(1e-2, weight_decay=0.1) for f in (optim.adamw8bit, optax.adamw))
     states = [ours.init(small), theirs.init(small)]
     assert states[0][0].mu["w"].dtype == jnp.float32
     for _ in range(5):
@@ -170,14 +177,14 @@ def test_adamw8bit_follows_adamw():
         w = jnp.zeros((64, 64), jnp.float32)
         return jax.lax.fori_loop(0, 300, step, (w, tx.init(w)))[0]
 
-    got, want = run(train.adamw8bit(1e-2)), run(optax.adamw(1e-2))
+    got, want = run(optim.adamw8bit(1e-2)), run(optax.adamw(1e-2))
     assert loss(want) < 0.2 * loss(jnp.zeros_like(want))
     np.testing.assert_allclose(loss(got), loss(want), rtol=0.02)
     assert jnp.linalg.norm(got - want) < 0.03 * jnp.linalg.norm(want)
 
 
 def test_decay_is_masked_as_in_optax():
-    tx = train.adamw8bit(0.5, weight_decay=0.1, mask={"w": True, "b": False})
+    tx = optim.adamw8bit(0.5, weight_decay=0.1, mask={"w": True, "b": False})
     ones = {"w": jnp.ones((64, 64)), "b": jnp.ones(5)}
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, ones), tx.init(ones), ones)
     np.testing.assert_allclose(updates["w"], -0.05)
@@ -199,19 +206,19 @@ def size(tree):
 )
 def test_bytes_a_parameter(shape, most):
     weights = {"w": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
-    state = jax.eval_shape(train.scale_by_adam8bit().init, weights)
+    state = jax.eval_shape(optim.scale_by_adam8bit().init, weights)
     per = (size(state) - 4) / np.prod(shape)
     assert 2 < per <= most
 
 
 def test_a_larger_block_has_fewer_scales():
-    state = train.scale_by_adam8bit(block=2048).init(jnp.zeros((4096, 2)))
+    state = optim.scale_by_adam8bit(block=2048).init(jnp.zeros((4096, 2)))
     assert state.mu.scales.shape == (2, 2)
 
 
 def test_no_table_is_looked_up():
     """A gather or a search would make float32 copies of the moments on a TPU."""
-    tx = train.scale_by_adam8bit()
+    tx = optim.scale_by_adam8bit()
     w = jnp.zeros((512, 16))
     text = str(jax.make_jaxpr(tx.update)(w, tx.init(w)))
     assert "gather" not in text and "while" not in text and "sort" not in text
@@ -223,7 +230,7 @@ def test_the_moments_lie_where_their_parameter_lies(spec):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     place = NamedSharding(mesh, spec)
     w = jax.device_put(jnp.ones((4096, 16), jnp.float32), place)
-    tx = train.adamw8bit(1e-2)
+    tx = optim.adamw8bit(1e-2)
     for state in (tx.init(w), jax.jit(tx.update)(w, tx.init(w), w)[1]):
         for moment in (state[0].mu, state[0].nu):
             assert moment.codes.sharding.is_equivalent_to(place, 2)
@@ -234,7 +241,7 @@ def test_the_moments_lie_where_their_parameter_lies(spec):
 
 
 def test_a_checkpoint_holds_the_moments_bit_for_bit(tmp_path):
-    tx = train.adamw8bit(1e-2)
+    tx = optim.adamw8bit(1e-2)
     adapter = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)}
     state = train.init(adapter, tx)
     _, opt_state = tx.update(adapter, state.opt_state, adapter)
@@ -258,8 +265,8 @@ def test_the_step_takes_it_and_it_can_be_paged():
             state, _ = step(state, frozen, toy.batch(seed=seed, dtype=jnp.float32), None)
         return state
 
-    tx = train.adamw8bit(1e-2, min_size=1)
-    got, want = run(train.paged(tx, min_size=1)), run(tx)
+    tx = optim.adamw8bit(1e-2, min_size=1)
+    got, want = run(optim.paged(tx, min_size=1)), run(tx)
     jax.tree.map(np.testing.assert_array_equal, got, want)
     codes = got.opt_state[0].mu["w/a"].codes
     assert codes.dtype == jnp.uint8 and codes.sharding.memory_kind == "pinned_host"
@@ -276,6 +283,6 @@ def test_the_step_takes_it_and_it_can_be_paged():
 )
 def test_an_option_out_of_its_range_is_refused(options, told):
     with pytest.raises(ValueError, match=told):
-        train.scale_by_adam8bit(**options)
+        optim.scale_by_adam8bit(**options)
     with pytest.raises(ValueError, match=told):
-        train.adamw8bit(1e-3, **options)
+        optim.adamw8bit(1e-3, **options)

@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("jinja2")
 
+from jaxpeft.data._chat import ChatTemplate  # noqa: E402
 from jaxpeft.train import UserError  # noqa: E402
-from jaxpeft.train.chat import ChatTemplate  # noqa: E402
 
 CHATML = """\
 {%- for message in messages %}

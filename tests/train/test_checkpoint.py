@@ -13,7 +13,7 @@ import toy
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import jaxpeft.train as train
+from jaxpeft import train
 
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2), optax.add_noise(0.1, 0.5, 3))
 

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import jaxpeft.train as train
-from jaxpeft.train import Batches, Chat, Completion, Examples, Text, Tokens, UserError
-from jaxpeft.train.data import pack
+from jaxpeft import data, train
+from jaxpeft.data import Batches, Chat, Completion, Examples, Text, Tokens
+from jaxpeft.data._examples import pack
+from jaxpeft.train import UserError
 
 ARRAYS = ["tokens", "targets", "weights", "segment_ids", "positions"]
 
@@ -224,14 +225,14 @@ def tokenizer(tmp_path_factory):
 
     made = folder.make(tmp_path_factory.mktemp("model"))
     (made / "chat_template.jinja").write_text(CHATML)
-    return train.TextTokenizer(made)
+    return data.TextTokenizer(made)
 
 
 def read_file(tmp_path, tokenizer, records, name="data.jsonl", **options):
     file = tmp_path / name
     lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
     file.write_text("\n".join(lines) + "\n")
-    return train.read_examples(file, tokenizer, **{"context": 64} | options)
+    return data.read_examples(file, tokenizer, **{"context": 64} | options)
 
 
 def counted(tokenizer, data, index=0):

@@ -15,8 +15,8 @@ import toy
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import jaxpeft.train as train
-from jaxpeft.train.errors import need
+from jaxpeft import train
+from jaxpeft._errors import need
 
 
 def run(data=None, **options):

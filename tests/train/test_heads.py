@@ -10,11 +10,11 @@ import optax
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.io.adapter import load_adapter, save_adapter
-from jaxpeft.models import decoder, encoder
-from jaxpeft.serve.generate import generator
-from jaxpeft.train import heads, train_step
-from jaxpeft.train.step import init as init_state
+from jaxpeft.io import load_adapter, save_adapter
+from jaxpeft.models import decoder, encoder, heads
+from jaxpeft.serve import generator
+from jaxpeft.train import init as init_state
+from jaxpeft.train import train_step
 
 D, B, T = 12, 3, 7
 ENCODER = encoder.Config(vocab=19, width=D, mlp_width=20, layers=2, heads=3, context=16)
@@ -30,12 +30,12 @@ TRUNKS = {
 MASK = np.array([[1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0, 0]], bool)
 FIRST, LAST = [0, 2, 1], [2, 6, 4]
 HEADS = {
-    "sequence": lambda: heads.sequence(D, 4),
-    "sequence, last": lambda: heads.sequence(D, 4, pool="last"),
-    "sequence, mean": lambda: heads.sequence(D, 4, pool="mean"),
-    "tokens": lambda: heads.tokens(D, 4),
-    "spans": lambda: heads.spans(D),
-    "choice": lambda: heads.choice(D),
+    "sequence": lambda: heads.sequence_classification(D, 4),
+    "sequence, last": lambda: heads.sequence_classification(D, 4, pool="last"),
+    "sequence, mean": lambda: heads.sequence_classification(D, 4, pool="mean"),
+    "tokens": lambda: heads.token_classification(D, 4),
+    "spans": lambda: heads.question_answering(D),
+    "choice": lambda: heads.multiple_choice(D),
     "regression": lambda: heads.regression(D, 2, pool="mean"),
     "causal_lm": lambda: heads.causal_lm(D, 19),
     "seq2seq_lm": lambda: heads.seq2seq_lm(D, 19),
@@ -79,7 +79,7 @@ def labels_of(name, outputs):
 
 
 def test_init_is_normal_with_a_bias_of_zeros():
-    params = heads.sequence(300, 50).init(jax.random.key(0), jnp.bfloat16)
+    params = heads.sequence_classification(300, 50).init(jax.random.key(0), jnp.bfloat16)
     assert {name: (x.shape, x.dtype) for name, x in params.items()} == {
         "kernel": ((300, 50), jnp.bfloat16),
         "bias": ((50,), jnp.bfloat16),
@@ -102,7 +102,7 @@ WITHOUT_A_MASK = {
 }
 
 
-@pytest.mark.parametrize("make", [heads.sequence, heads.regression])
+@pytest.mark.parametrize("make", [heads.sequence_classification, heads.regression])
 @pytest.mark.parametrize("pool", WHAT_IS_POOLED)
 def test_pooling_reads_tokens_and_not_padding(make, pool):
     head, x = make(D, 4, pool=pool), hidden()
@@ -155,7 +155,7 @@ def test_choices_are_rows_of_their_own():
 
     got = head.on(trunk)(params, tokens, turn, mask=mask, types=types)
     assert got.shape == (2, 3)
-    alone = heads.sequence(D, 1).on(trunk)
+    alone = heads.sequence_classification(D, 1).on(trunk)
     for row in range(2):
         want = alone(params, tokens[row], turn, mask=mask[row], types=types[row])[:, 0]
         np.testing.assert_allclose(got[row], want, **SHARP)
@@ -216,7 +216,9 @@ def same(got, want):
 
 
 @pytest.mark.parametrize(
-    "make", [heads.sequence(D, 4), heads.choice(D)], ids=["sequence", "choice"]
+    "make",
+    [heads.sequence_classification(D, 4), heads.multiple_choice(D)],
+    ids=["sequence", "choice"],
 )
 def test_the_loss_of_a_row_is_the_cross_entropy_of_its_label(make):
     logits = np.random.default_rng(0).normal(size=(5, 4))
@@ -229,7 +231,7 @@ def test_the_loss_of_a_row_is_the_cross_entropy_of_its_label(make):
 
 
 @pytest.mark.parametrize(
-    "head", [heads.tokens(D, 4), heads.seq2seq_lm(D, 4)], ids=["tokens", "seq2seq"]
+    "head", [heads.token_classification(D, 4), heads.seq2seq_lm(D, 4)], ids=["tokens", "seq2seq"]
 )
 def test_the_loss_of_tokens_counts_those_of_the_mask(head):
     logits = np.random.default_rng(0).normal(size=(B, T, 4))
@@ -257,10 +259,10 @@ def test_the_loss_of_a_span_is_that_of_its_two_ends():
     logits = np.random.default_rng(0).normal(size=(B, T, 2))
     labels = np.array([[0, 2], [-100, -100], [1, 4]])
     rows = [(logits[b, :, end], labels[b, end]) for b in (0, 2) for end in (0, 1)]
-    same(heads.spans(D).loss(logits, labels), cross_entropy_by_hand(rows))
+    same(heads.question_answering(D).loss(logits, labels), cross_entropy_by_hand(rows))
     keep = np.array([[1, 1], [1, 1], [0, 1]])
     del rows[2]
-    same(heads.spans(D).loss(logits, labels, keep), cross_entropy_by_hand(rows))
+    same(heads.question_answering(D).loss(logits, labels, keep), cross_entropy_by_hand(rows))
 
 
 def test_the_loss_of_a_regression_is_the_squared_error():
@@ -278,7 +280,7 @@ def test_the_loss_of_a_regression_is_the_squared_error():
 
 def test_losses_are_weighted_by_their_mask():
     logits, labels = np.random.default_rng(0).normal(size=(2, 4)), np.array([1, 3])
-    total, count = heads.sequence(D, 4).loss(logits, labels, np.array([0.5, 2.0]))
+    total, count = heads.sequence_classification(D, 4).loss(logits, labels, np.array([0.5, 2.0]))
     one, two = (cross_entropy_by_hand([(logits[i], labels[i])])[0] for i in range(2))
     np.testing.assert_allclose(total, 0.5 * one + 2 * two)
     assert count == 2.5
@@ -296,7 +298,7 @@ def test_losses_of_half_precision_are_in_float32(name):
 
 @pytest.mark.parametrize("wrong", [4, -1, -99])
 def test_a_label_that_is_no_class_gives_nan_and_not_a_wrong_loss(wrong):
-    loss = heads.sequence(D, 4).loss
+    loss = heads.sequence_classification(D, 4).loss
     logits, labels = np.zeros((2, 4)), np.array([1, wrong])
     assert jnp.isnan(loss(logits, labels)[0])
     assert loss(logits, labels, np.array([1, 0]))[0] == pytest.approx(np.log(4))
@@ -395,7 +397,10 @@ def test_a_head_of_the_wrong_size_at_load_is_named_with_what_would_work(tmp_path
     head, _, params, _, _, method = adapted("sequence")
     _, adapter = jp.split(method(jax.random.key(0), params))
     save_adapter(tmp_path, adapter, method, params, key=jax.random.key(0))
-    for head, found in ((heads.sequence(D, 5), "given [5]"), (heads.causal_lm(D, 4), "lacks")):
+    for head, found in (
+        (heads.sequence_classification(D, 5), "given [5]"),
+        (heads.causal_lm(D, 4), "lacks"),
+    ):
         base = params | {"head": head.init(jax.random.key(0), jnp.float64)}
         with pytest.raises(ValueError) as info:
             load_adapter(tmp_path, base)
@@ -418,12 +423,12 @@ def test_sizes_that_do_not_fit_are_named(name):
         head.forward(params["head"], jnp.zeros((B, 1, T, 9)))
 
 
-@pytest.mark.parametrize("make", [heads.sequence, heads.regression])
+@pytest.mark.parametrize("make", [heads.sequence_classification, heads.regression])
 def test_an_unknown_pool_is_refused(make):
     with pytest.raises(ValueError, match="must be one of first, last, mean, got 'max'"):
         make(D, 3, pool="max")
     with pytest.raises(ValueError, match="must be one of first, last, mean, got 'cls'"):
-        heads.choice(D, pool="cls")
+        heads.multiple_choice(D, pool="cls")
 
 
 def test_a_mask_of_other_places_is_refused():
@@ -443,10 +448,12 @@ def test_choices_need_their_axis():
 def test_masks_and_labels_of_another_shape_are_refused():
     message = re.escape("so it has their shape (2,), got (2, 7)")
     with pytest.raises(ValueError, match=message):
-        heads.sequence(D, 4).loss(np.zeros((2, 4)), np.zeros(2, int), np.ones((2, 7)))
+        heads.sequence_classification(D, 4).loss(
+            np.zeros((2, 4)), np.zeros(2, int), np.ones((2, 7))
+        )
     with pytest.raises(ValueError, match=message):
         heads.regression(D).loss(np.zeros(2), np.zeros(2), np.ones((2, 7)))
     with pytest.raises(ValueError, match=re.escape("logits (2, 4) and targets (3,)")):
-        heads.sequence(D, 4).loss(np.zeros((2, 4)), np.zeros(3, int))
+        heads.sequence_classification(D, 4).loss(np.zeros((2, 4)), np.zeros(3, int))
     with pytest.raises(ValueError, match=re.escape("its predictions (2, 1), got (2,)")):
         heads.regression(D).loss(np.zeros((2, 1)), np.zeros(2))

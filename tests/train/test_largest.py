@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpeft.train.largest import largest_of_rows, largest_within
+from jaxpeft.optim._top_k import largest_of_rows, largest_within
 
 #: Few, so that there are many equal ones; with what a float may also be.
 VALUES = [-np.inf, -2.5, -1.0, -0.0, 0.0, 1e-30, 0.5, 0.5000001, 3.0, np.inf, np.nan]

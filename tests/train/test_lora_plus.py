@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import train
+from jaxpeft import optim
 
 KEY = jax.random.key(0)
 V, D, F, R = 7, 6, 10, 2
@@ -45,7 +45,7 @@ def moves(tx, adapter, steps=1):
 def fast(method, sites=SITES, params=PARAMS):
     """The arrays that go 16 times as far as the others."""
     frozen, adapter = jp.split(method(KEY, params))
-    gone = moves(train.lora_plus(optax.sgd, 1.0, frozen, sites), adapter)
+    gone = moves(optim.lora_plus(optax.sgd, 1.0, frozen, sites), adapter)
     assert set(gone.values()) <= {1.0, 16.0}
     return {path for path, far in gone.items() if far == 16}
 
@@ -53,7 +53,7 @@ def fast(method, sites=SITES, params=PARAMS):
 @pytest.mark.parametrize("rate", [0.5, lambda step: 0.5 / (step + 1)])
 def test_b_goes_further_at_any_rate_and_schedule(rate):
     frozen, adapter = jp.split(jp.dora(R, LINEAR)(KEY, PARAMS))
-    tx = train.lora_plus(optax.sgd, rate, frozen, SITES, ratio=4.0)
+    tx = optim.lora_plus(optax.sgd, rate, frozen, SITES, ratio=4.0)
     for steps in (1, 2):
         now = rate(steps - 1) if callable(rate) else rate
         gone = moves(tx, adapter, steps)
@@ -125,7 +125,7 @@ def test_a_factor_below_another_weight_is_found():
             KEY, PARAMS
         )
     )
-    gone = moves(train.lora_plus(optax.sgd, 1.0, frozen, SITES), adapter)
+    gone = moves(optim.lora_plus(optax.sgd, 1.0, frozen, SITES), adapter)
     assert {k for k, far in gone.items() if far == 16} == {"up/w/w/b", "down/w/w/b"}
 
 
@@ -137,14 +137,14 @@ def test_embeddings_have_a_rate_of_their_own(given):
     assert fast(method, sites) == FACTORS
     frozen, adapter = jp.split(method(KEY, PARAMS))
     assert not adapter["table/a"].any() and adapter["table/b"].any()
-    gone = moves(train.lora_plus(optax.sgd, 1.0, frozen, sites, embedding=0.25), adapter)
+    gone = moves(optim.lora_plus(optax.sgd, 1.0, frozen, sites, embedding=0.25), adapter)
     tables = {f"{path}/{name}": 0.25 for path in ("table", "places") for name in "ab"}
     assert gone == {**tables, "up/w/a": 1, "up/w/b": 16, "down/w/a": 1, "down/w/b": 16}
 
 
 def test_the_rate_of_embeddings_may_be_a_schedule():
     frozen, adapter = jp.split(jp.lora(R, SITES.matrices)(KEY, PARAMS))
-    tx = train.lora_plus(optax.sgd, 1.0, frozen, SITES, embedding=lambda step: 0.5 / (step + 1))
+    tx = optim.lora_plus(optax.sgd, 1.0, frozen, SITES, embedding=lambda step: 0.5 / (step + 1))
     assert [moves(tx, adapter, steps)["table/a"] for steps in (1, 2)] == [0.5, 0.25]
 
 
@@ -156,21 +156,21 @@ def split(method):
     "make, message",
     [
         (
-            lambda: train.lora_plus(optax.sgd, 1.0, {}, SITES, ratio=0),
+            lambda: optim.lora_plus(optax.sgd, 1.0, {}, SITES, ratio=0),
             "`lora_plus(ratio=0)`: a positive number",
         ),
         (
-            lambda: train.lora_plus(optax.sgd, 1.0, split(jp.bitfit(SITES))[0], SITES),
+            lambda: optim.lora_plus(optax.sgd, 1.0, split(jp.bitfit(SITES))[0], SITES),
             "no low-rank weight whose `b` is trained. It is for LoRA",
         ),
         (
-            lambda: train.lora_plus(
+            lambda: optim.lora_plus(
                 optax.sgd, 1.0, split(jp.lora(R, SITES.match("table")))[0], SITES
             ),
             "trained but the embeddings' ['table/a', 'table/b']. It is for LoRA",
         ),
         (
-            lambda: train.lora_plus(
+            lambda: optim.lora_plus(
                 optax.sgd,
                 1.0,
                 split(jp.lora(R, LINEAR))[0],
@@ -180,7 +180,7 @@ def split(method):
             "not known. They know ['other']",
         ),
         (
-            lambda: train.lora_plus(optax.sgd, 1.0, split(jp.lora(R, LINEAR))[0], SITES).init(
+            lambda: optim.lora_plus(optax.sgd, 1.0, split(jp.lora(R, LINEAR))[0], SITES).init(
                 {"x/c": jnp.ones(2)}
             ),
             "places for ['down/w/b', 'up/w/b'], but this adapter has ['x/c']",

@@ -8,7 +8,7 @@ import pytest
 import resumable
 import toy
 
-import jaxpeft.train as train
+from jaxpeft import optim, train
 
 FLOAT16 = pytest.mark.filterwarnings("ignore:.* is float16")
 
@@ -76,7 +76,7 @@ def test_in_host_memory_each_array_whose_update_is_not_finite_is_kept(size, fini
         return jnp.sum(size * adapter["narrow"].astype(jnp.float32)) + adapter["wide"].sum(), 1.0
 
     adapter = {"narrow": jnp.ones(4, jnp.float16), "wide": jnp.ones(4, jnp.float32)}
-    tx = train.paged(optax.adam(1e-2), min_size=1)
+    tx = optim.paged(optax.adam(1e-2), min_size=1)
     state = train.init(jax.device_put(adapter, jax.devices()[0]), tx)
     new, metrics = jax.jit(train.train_step(loss_fn, tx))(state, {}, jnp.zeros((1, 1)), None)
     assert np.isfinite(metrics.grad_norm) and bool(metrics.nonfinite) != finite
@@ -101,8 +101,8 @@ def test_scaling_changes_no_digit_where_nothing_overflows(page):
     tx = optax.adamw(1e-2)
     scaled = {
         "no": train.loss_scaled(tx),
-        "inside": train.loss_scaled(train.paged(tx, min_size=1)),
-        "outside": train.paged(train.loss_scaled(tx), min_size=1),
+        "inside": train.loss_scaled(optim.paged(tx, min_size=1)),
+        "outside": optim.paged(train.loss_scaled(tx), min_size=1),
     }[page]
 
     def run(tx):

@@ -8,7 +8,7 @@ import pytest
 import toy
 
 import jaxpeft as jp
-import jaxpeft.train as train
+from jaxpeft import train
 
 STEPS, CLIP = 10, 0.05
 
@@ -69,7 +69,7 @@ def two_trees(setting):
 
 def test_one_tree_with_a_partitioned_optimizer_trains_the_same_adapter(setting, two_trees):
     tree, frozen, adapter = setting
-    labels = jp.labels(tree)
+    labels = jp.param_labels(tree)
     tx = optax.partition({"train": optimizer(), "freeze": optax.set_to_zero()}, labels)
     start = jp.combine(frozen, adapter)
     state = tx.init(start)

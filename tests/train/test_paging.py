@@ -9,8 +9,8 @@ import toy
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import jaxpeft.train as train
-from jaxpeft.train import paging
+from jaxpeft import optim, train
+from jaxpeft.optim import _paging as paging
 from tests.compiles import compilations
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
@@ -89,14 +89,14 @@ def assert_paged(state, min_size=SMALL):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_paging_changes_no_value_and_the_state_stays_on_the_host(name, in_flight):
     tx = OPTIMIZERS[name]
-    got = after(train.paged(tx, min_size=SMALL, in_flight=in_flight))
+    got = after(optim.paged(tx, min_size=SMALL, in_flight=in_flight))
     assert_same(got, after(tx))
     assert_paged(got[1])
     assert any(kind(x) == "pinned_host" for x in jax.tree.leaves(got[1]))
 
 
 def test_scalars_stay_on_the_device_whatever_their_size():
-    state = train.paged(optax.adamw(1e-1), min_size=1).init({"w": jnp.ones(1), "s": jnp.ones(())})
+    state = optim.paged(optax.adamw(1e-1), min_size=1).init({"w": jnp.ones(1), "s": jnp.ones(())})
     assert [kind(x) for x in (state[0].mu["w"], state[0].mu["s"])] == ["pinned_host", "device"]
     assert kind(state[0].count) == "device"
 
@@ -104,7 +104,7 @@ def test_scalars_stay_on_the_device_whatever_their_size():
 def test_paging_outside_jit_changes_no_value():
     tx = OPTIMIZERS["adamw"]
     eager = lambda f: f  # noqa: E731
-    got = after(train.paged(tx, min_size=SMALL), jit=eager)
+    got = after(optim.paged(tx, min_size=SMALL), jit=eager)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-12), got, after(tx))
     assert_paged(got[1])
 
@@ -120,7 +120,7 @@ def test_paging_inside_of_optax_wrappers_changes_no_value():
             ).gradient_transformation(),
         )
 
-    got = after(wrapped(train.paged(adam, min_size=SMALL)), steps=5)
+    got = after(wrapped(optim.paged(adam, min_size=SMALL)), steps=5)
     assert_same(got, after(wrapped(adam), steps=5))
     inner = got[1][1].inner_opt_state.inner_state[0]
     assert [kind(x) for x in (inner.mu["a"], inner.count)] == ["pinned_host", "device"]
@@ -131,7 +131,7 @@ def test_arguments_of_the_wrapped_transformation_pass_through():
         return jax.tree.map(lambda u: u * value, updates), state
 
     tx = optax.GradientTransformationExtraArgs(lambda p: jax.tree.map(jnp.ones_like, p), update)
-    paged = train.paged(tx, min_size=SMALL)
+    paged = optim.paged(tx, min_size=SMALL)
     updates, state = paged.update(params(), paged.init(params()), params(), value=3.0)
     assert_same(updates, jax.tree.map(lambda x: 3 * x, params()))
     assert_paged(state)
@@ -141,7 +141,7 @@ def test_arguments_of_the_wrapped_transformation_pass_through():
     "name", ["adamw", "adafactor", "partitioned", "clipped by the norm over all"]
 )
 def test_a_step_that_is_not_taken_leaves_state_and_parameters(name):
-    tx = train.paged(OPTIMIZERS[name], min_size=SMALL)
+    tx = optim.paged(OPTIMIZERS[name], min_size=SMALL)
     current, state = after(tx)
     current["a"] = current["a"].at[0, 0].set(-0.0)
     grads = jax.tree.map(lambda x: x * jnp.nan, current)
@@ -177,8 +177,8 @@ def barriers(tx):
 )
 def test_a_piece_is_what_needs_nothing_of_the_others(name, pieces):
     """Each piece ends with a barrier, and each but the first waits for one before it."""
-    assert barriers(train.paged(OPTIMIZERS[name], min_size=SMALL)) == pieces + pieces - 1
-    assert barriers(train.paged(OPTIMIZERS[name], min_size=SMALL, in_flight=2)) == pieces
+    assert barriers(optim.paged(OPTIMIZERS[name], min_size=SMALL)) == pieces + pieces - 1
+    assert barriers(optim.paged(OPTIMIZERS[name], min_size=SMALL, in_flight=2)) == pieces
 
 
 def test_a_state_that_the_update_leaves_alone_is_not_fetched():
@@ -186,7 +186,7 @@ def test_a_state_that_the_update_leaves_alone_is_not_fetched():
         lambda p: {"fixed": jnp.ones(100), "m": jnp.zeros(100)},
         lambda u, s, p=None: (u, {"fixed": s["fixed"], "m": s["m"] + 1}),
     )
-    paged = train.paged(tx, min_size=SMALL)
+    paged = optim.paged(tx, min_size=SMALL)
     state = paged.init(params())
     text = str(jax.make_jaxpr(paged.update)(params(), state, params()))
     assert text.count("MemorySpace.Device") == 1
@@ -198,7 +198,7 @@ def test_a_sharded_state_keeps_its_spec_and_changes_its_memory(kind_of_axis):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind_of_axis,))
     sharded = NamedSharding(mesh, P(None, "x"))
     start = {"w": jax.device_put(jnp.ones((4, 16)), sharded)}
-    tx = train.paged(optax.adamw(1e-1), min_size=SMALL)
+    tx = optim.paged(optax.adamw(1e-1), min_size=SMALL)
     with jax.set_mesh(mesh):
         state = tx.init(start)
         mu = state[0].mu["w"]
@@ -216,7 +216,7 @@ def test_what_cannot_be_cut_like_its_parameter_lies_everywhere():
     tx = optax.GradientTransformation(
         lambda p: {"rows": {"w": jnp.zeros((16, 3))}, "apart": jnp.ones(9)}, optax.identity().update
     )
-    state = train.paged(tx, min_size=SMALL).init(start)
+    state = optim.paged(tx, min_size=SMALL).init(start)
     for x in (state["rows"]["w"], state["apart"]):
         assert x.sharding.is_fully_replicated and x.sharding.mesh == mesh
         assert kind(x) == "pinned_host"
@@ -225,7 +225,7 @@ def test_what_cannot_be_cut_like_its_parameter_lies_everywhere():
 def test_a_step_compiles_from_shapes_with_the_state_on_the_host():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     spread = NamedSharding(mesh, P("x"))
-    tx = train.paged(optax.adamw(1e-1), min_size=SMALL)
+    tx = optim.paged(optax.adamw(1e-1), min_size=SMALL)
     weights = {"w": jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=spread)}
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
@@ -233,7 +233,7 @@ def test_a_step_compiles_from_shapes_with_the_state_on_the_host():
         ),
         jax.eval_shape(tx.init, weights),
     )
-    state = train.to_host(state, min_size=SMALL)
+    state = optim.to_host(state, min_size=SMALL)
     assert kind(state[0].mu["w"]) == "pinned_host" and kind(state[0].count) == "device"
     step = jax.jit(tx.update, donate_argnums=1).lower(weights, state, weights).compile()
     into = step.input_shardings[0][1][0].mu["w"]
@@ -244,7 +244,7 @@ def test_a_step_compiles_from_shapes_with_the_state_on_the_host():
 def test_arrays_go_to_the_host_and_stay_on_their_mesh():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     x = jax.device_put(jnp.arange(16.0), NamedSharding(mesh, P("x")))
-    got = train.to_host({"x": x, "count": jnp.zeros(())}, min_size=SMALL)
+    got = optim.to_host({"x": x, "count": jnp.zeros(())}, min_size=SMALL)
     assert got["x"].sharding == x.sharding.with_memory_kind("pinned_host")
     assert kind(got["count"]) == "device"
     assert_same(got["x"], x)
@@ -289,13 +289,13 @@ def fitted(tx, folder, steps=None):
 def test_fit_with_checkpoints_ends_where_it_ends_without_paging(tmp_path):
     tx = optax.adamw(1e-2)
     want = fitted(tx, tmp_path / "plain")
-    got = fitted(train.paged(tx, min_size=SMALL), tmp_path / "paged")
+    got = fitted(optim.paged(tx, min_size=SMALL), tmp_path / "paged")
     assert_same(got, want)
     assert_paged(got.opt_state)
 
 
 def test_fit_goes_on_from_a_checkpoint_with_paged_states(tmp_path):
-    tx = train.paged(optax.adamw(1e-2), min_size=SMALL)
+    tx = optim.paged(optax.adamw(1e-2), min_size=SMALL)
     fitted(tx, tmp_path, 2)
     assert_same(fitted(tx, tmp_path), fitted(tx, None))
 
@@ -304,7 +304,7 @@ def test_fit_goes_on_from_a_checkpoint_with_paged_states(tmp_path):
 @pytest.mark.parametrize("now", [True, False])
 def test_a_checkpoint_of_a_paged_state_is_one_of_the_optimizer_as_it_is(tmp_path, before, now):
     tx = optax.adamw(1e-2)
-    paged = train.paged(tx, min_size=SMALL)
+    paged = optim.paged(tx, min_size=SMALL)
     saved = fitted(paged if before else tx, tmp_path, 2)
     adapter, frozen = toy.model()
     like = train.init(jax.device_put(adapter, jax.devices()[0]), paged if now else tx)
@@ -312,7 +312,7 @@ def test_a_checkpoint_of_a_paged_state_is_one_of_the_optimizer_as_it_is(tmp_path
         state, _ = checkpoints.restore(like)
     assert_same(state, saved)
     if now:
-        state = state._replace(opt_state=train.to_host(state.opt_state, min_size=SMALL))
+        state = state._replace(opt_state=optim.to_host(state.opt_state, min_size=SMALL))
         assert_paged(state.opt_state)
     step = jax.jit(train.train_step(toy.loss_fn, paged if now else tx, clip=0.5))
     for batch in Batches()[2:]:
@@ -323,7 +323,7 @@ def test_a_checkpoint_of_a_paged_state_is_one_of_the_optimizer_as_it_is(tmp_path
 def test_a_step_with_a_paged_state_compiles_once():
     adapter, frozen = toy.model()
     adapter, frozen = jax.device_put((adapter, frozen), jax.devices()[0])
-    tx = train.paged(optax.adamw(1e-2), min_size=SMALL)
+    tx = optim.paged(optax.adamw(1e-2), min_size=SMALL)
     step = jax.jit(train.train_step(toy.loss_fn, tx), donate_argnums=0)
     state = jax.device_put(train.init(adapter, optax.identity()), jax.devices()[0])
     state = state._replace(opt_state=tx.init(adapter))
@@ -344,7 +344,7 @@ def test_a_step_with_a_paged_state_compiles_once():
 )
 def test_an_option_out_of_its_range_is_refused(options, told):
     with pytest.raises(ValueError, match=told):
-        train.paged(optax.sgd(1.0), **options)
+        optim.paged(optax.sgd(1.0), **options)
 
 
 def test_a_backend_without_host_memory_is_refused_or_keeps_the_state(monkeypatch):
@@ -352,8 +352,8 @@ def test_a_backend_without_host_memory_is_refused_or_keeps_the_state(monkeypatch
     tx = optax.adamw(1e-1)
     told = r"'pinned_host' memory, .*0.* has \['device'\].*missing=\"device\""
     with pytest.raises(ValueError, match=told):
-        train.paged(tx, min_size=SMALL).init(params())
-    got = after(train.paged(tx, min_size=SMALL, missing="device"))
+        optim.paged(tx, min_size=SMALL).init(params())
+    got = after(optim.paged(tx, min_size=SMALL, missing="device"))
     assert_same(got, after(tx))
     assert all(kind(x) == "device" for x in jax.tree.leaves(got))
 
@@ -361,13 +361,13 @@ def test_a_backend_without_host_memory_is_refused_or_keeps_the_state(monkeypatch
 def test_a_shape_that_lies_nowhere_is_refused():
     state = {"m": jax.ShapeDtypeStruct((64,), jnp.float32)}
     with pytest.raises(ValueError, match=r"shape=\(64,\).* at \['m'\] has no sharding"):
-        train.to_host(state, min_size=SMALL)
+        optim.to_host(state, min_size=SMALL)
 
 
 def test_a_state_that_changes_its_form_is_refused():
     tx = optax.GradientTransformation(
         lambda p: {"m": jnp.zeros(8)}, lambda u, s, p=None: (u, {"m": jnp.zeros((9, 9))})
     )
-    paged = train.paged(tx, min_size=SMALL)
+    paged = optim.paged(tx, min_size=SMALL)
     with pytest.raises(ValueError, match=r"at \['m'\] it was float64\[8\].* is float64\[9, 9\]"):
         paged.update(params(), paged.init(params()))

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft as jp
-import jaxpeft.train as train
+from jaxpeft import train
 from tests.compiles import compilations
 
 SHARDS, ACCUMULATE, STEPS, CLIP = 8, 3, 20, 0.05

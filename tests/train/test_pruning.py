@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import train
+from jaxpeft import optim, train
 from tests.methods.stack import model, normal, params
 
 L, D, F = 2, 4, 6
@@ -77,7 +77,9 @@ def test_each_rule_is_its_formula_step_by_step(rule, structure, sides):
     sites = SITES.match("layers/*")  # the head is trained, and not pruned
     total = sum(START[path].size for path in sites)
     schedule = cubic(6, 1, 0.25)
-    tx = train.pruned(optax.sgd(RATE), sites, schedule, rule=rule, structure=structure, every=2)
+    tx = optim.scheduled_pruning(
+        optax.sgd(RATE), sites, schedule, rule=rule, structure=structure, every=2
+    )
     history = trained(tx, 8)
     theta = {path: np.asarray(START[path]) for path in START}
     mask = {path: np.ones(theta[path].shape, bool) for path in sites}
@@ -103,7 +105,7 @@ def test_each_rule_is_its_formula_step_by_step(rule, structure, sides):
 
 
 def test_an_entry_that_was_given_up_comes_back_with_its_value():
-    tx = train.pruned(optax.sgd(RATE), SITES, 0.5, rule="movement", every=1)
+    tx = optim.scheduled_pruning(optax.sgd(RATE), SITES, 0.5, rule="movement", every=1)
     history = trained(tx, 12)
     returned = 0
     for (before, old, _), (after, new, _) in zip(history, history[1:], strict=False):
@@ -117,7 +119,9 @@ def test_an_entry_that_was_given_up_comes_back_with_its_value():
 
 @pytest.mark.parametrize("rule", ["magnitude", "movement"])
 def test_what_is_given_up_is_moved_by_neither_momentum_nor_decay(rule):
-    tx = train.pruned(optax.adamw(RATE, weight_decay=0.1), SITES, 0.5, rule=rule, every=3)
+    tx = optim.scheduled_pruning(
+        optax.adamw(RATE, weight_decay=0.1), SITES, 0.5, rule=rule, every=3
+    )
     history = trained(tx, 9)
     gone = 0
     for (_, old, _), (_, new, _) in zip(history, history[1:], strict=False):
@@ -130,7 +134,7 @@ def test_what_is_given_up_is_moved_by_neither_momentum_nor_decay(rule):
 
 def test_zeros_are_zeros_and_the_rest_moves_as_under_the_optimizer_alone():
     """Up to the first decision there is no difference, to the last bit."""
-    tx = train.pruned(optax.adam(0.05), SITES, 0.3, every=4)
+    tx = optim.scheduled_pruning(optax.adam(0.05), SITES, 0.3, every=4)
     history = trained(tx, 6)
     alone = trained(optax.adam(0.05), 3)
     for path in START:
@@ -144,11 +148,13 @@ def test_zeros_are_zeros_and_the_rest_moves_as_under_the_optimizer_alone():
 
 def test_every_matrix_keeps_its_best_entry():
     small = {**START, "layers/up": START["layers/up"].at[1].multiply(1e-6)}
-    ((_, state, _),) = trained(train.pruned(optax.sgd(0.0), SITES, 0.2, every=1), 1, small)[1:]
+    ((_, state, _),) = trained(
+        optim.scheduled_pruning(optax.sgd(0.0), SITES, 0.2, every=1), 1, small
+    )[1:]
     mask = state.masks["layers/up"][1]
     assert sum(int(x.sum()) for x in state.masks.values()) == int(0.2 * TOTAL)
     assert mask.sum() == 1 and mask.ravel()[jnp.argmax(jnp.abs(small["layers/up"][1]))]
-    tx = train.pruned(optax.sgd(0.0), SITES, 0.25, every=1, scope="matrix")
+    tx = optim.scheduled_pruning(optax.sgd(0.0), SITES, 0.25, every=1, scope="matrix")
     ((_, state, _),) = trained(tx, 1, small)[1:]
     assert [int(m.sum()) for m in state.masks["layers/up"]] == [D * F // 4] * 2
 
@@ -159,14 +165,14 @@ def test_blocks_follow_the_layout_of_a_kernel_by_heads():
 
     q = normal(0, D, 3, 2) * jnp.array([1.0, 9, 5])[:, None]
     sites = jp.sites(heads, {"q": q}, X).linear
-    tx = train.pruned(optax.sgd(0.0), sites, 0.67, structure=(None, 2), every=1)
+    tx = optim.scheduled_pruning(optax.sgd(0.0), sites, 0.67, structure=(None, 2), every=1)
     updates, state = tx.update({"q": jnp.zeros_like(q)}, tx.init({"q": q}), {"q": q})
     assert not (q + updates["q"])[:, 0].any() and state.masks["q"][:, 1:].all()
 
 
 def test_rewinding_goes_back_to_an_early_step_under_the_new_mask():
     falling = optax.piecewise_constant_schedule(1.0, {4: 0.5, 8: 0.5})
-    tx = train.pruned(optax.adam(0.05), SITES, falling, every=1, rewind=2)
+    tx = optim.scheduled_pruning(optax.adam(0.05), SITES, falling, every=1, rewind=2)
     history = trained(tx, 10)
     early, early_state, _ = history[2]
     fell = []
@@ -189,8 +195,10 @@ def test_rewinding_goes_back_to_an_early_step_under_the_new_mask():
 
 
 def test_rigl_takes_turns_as_the_paper_says():
-    masks = jp.keep(jp.magnitude(PARAMS, SITES), SITES, 0.5, scope="matrix")
-    tx = train.rigl(optax.sgd(RATE), SITES, masks, until=8, every=3, fraction=0.6)
+    masks = jp.sparsity.topk_mask(
+        jp.sparsity.magnitude_scores(PARAMS, SITES), SITES, 0.5, scope="matrix"
+    )
+    tx = optim.rigl(optax.sgd(RATE), SITES, masks, until=8, every=3, fraction=0.6)
     start = {path: jnp.where(masks[path], x, 0) for path, x in START.items()}
     history = trained(tx, 9, start)
     changed = []
@@ -222,10 +230,10 @@ def test_rigl_takes_turns_as_the_paper_says():
 
 
 def test_entries_outside_of_masks_stay_zero_under_any_optimizer():
-    masks = jp.keep(jp.magnitude(PARAMS, SITES), SITES, 0.4)
+    masks = jp.sparsity.topk_mask(jp.sparsity.magnitude_scores(PARAMS, SITES), SITES, 0.4)
     frozen, start = jp.split(jp.chain(jp.prune(masks, SITES), jp.unfreeze(SITES))(KEY, PARAMS))
     del frozen
-    history = trained(train.masked_entries(optax.adamw(0.05), masks), 4, start)
+    history = trained(optim.fixed_mask(optax.adamw(0.05), masks), 4, start)
     for path, mask in masks.items():
         np.testing.assert_array_equal(history[-1][0][path] != 0, mask)
     # Those that stay take Adam's steps as if the others were not there.
@@ -244,7 +252,9 @@ def test_it_runs_in_the_train_step_and_is_compiled_once():
         traces.append(1)
         return summed(*args)
 
-    tx = train.pruned(optax.adam(0.02), SITES, cubic(6, 0, 0.2), rule="movement", every=2, rewind=1)
+    tx = optim.scheduled_pruning(
+        optax.adam(0.02), SITES, cubic(6, 0, 0.2), rule="movement", every=2, rewind=1
+    )
     step = jax.jit(train.train_step(loss_fn, tx, clip=1.0), donate_argnums=0)
     state = train.init(jax.tree.map(jnp.copy, START), tx)
     first = None
@@ -257,7 +267,7 @@ def test_it_runs_in_the_train_step_and_is_compiled_once():
 
 @pytest.mark.parametrize("rule, rewind", [("magnitude", None), ("movement", 1)])
 def test_training_goes_on_from_a_checkpoint_to_the_bit(rule, rewind, tmp_path):
-    tx = train.pruned(optax.adam(0.02), SITES, 0.4, rule=rule, every=2, rewind=rewind)
+    tx = optim.scheduled_pruning(optax.adam(0.02), SITES, 0.4, rule=rule, every=2, rewind=rewind)
     step = jax.jit(train.train_step(summed, tx))
     half = state = train.init(START, tx)
     for i in range(6):
@@ -278,47 +288,58 @@ MASKS = {path: jnp.ones(x.shape, bool) for path, x in START.items()}
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: train.pruned(ADAM, SITES, 0.0), r"density=0.0\)`: a share in \(0, 1\]"),
-        (lambda: train.pruned(ADAM, SITES, 0.5, rule="size"), "rule='size'.*magnitude, movement"),
-        (lambda: train.pruned(ADAM, SITES, 0.5, scope="row"), "scope='row'.*'all' or 'matrix'"),
-        (lambda: train.pruned(ADAM, SITES, 0.5, every=0), "every=0, decay=0.9, rewind=None"),
-        (lambda: train.pruned(ADAM, SITES, 0.5, rewind=-1), "rewind=-1"),
+        (lambda: optim.scheduled_pruning(ADAM, SITES, 0.0), r"density=0.0\)`: a share in \(0, 1\]"),
         (
-            lambda: train.pruned(ADAM, SITES, 0.5, structure=(5, 1)),
+            lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, rule="size"),
+            "rule='size'.*magnitude, movement",
+        ),
+        (
+            lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, scope="row"),
+            "scope='row'.*'all' or 'matrix'",
+        ),
+        (
+            lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, every=0),
+            "every=0, decay=0.9, rewind=None",
+        ),
+        (lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, rewind=-1), "rewind=-1"),
+        (
+            lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, structure=(5, 1)),
             r"Blocks of 5 x 1 do not divide '.*', which is 4 x 3|which is 4 x 6|which is 6 x 4",
         ),
         (
-            lambda: train.pruned(ADAM, SITES, 0.5).init({"head": START["head"]}),
+            lambda: optim.scheduled_pruning(ADAM, SITES, 0.5).init({"head": START["head"]}),
             r"`pruned` prunes 'layers/down' of shape \(2, 6, 4\), but the adapter does not have it",
         ),
         (
-            lambda: train.pruned(ADAM, SITES, 0.5).init({**START, "head": jnp.ones((2, 2))}),
+            lambda: optim.scheduled_pruning(ADAM, SITES, 0.5).init(
+                {**START, "head": jnp.ones((2, 2))}
+            ),
             r"'head' of shape \(4, 3\), but the adapter has an array of shape \(2, 2\) there",
         ),
         (
-            lambda: train.pruned(ADAM, SITES.match("head").columns(0, 3), 0.5),
+            lambda: optim.scheduled_pruning(ADAM, SITES.match("head").output_slice(0, 3), 0.5),
             "`pruned`: a part of the columns of 'head' is selected",
         ),
-        (lambda: train.pruned(ADAM, SITES - SITES, 0.5), "`pruned` selects no weight"),
+        (lambda: optim.scheduled_pruning(ADAM, SITES - SITES, 0.5), "`pruned` selects no weight"),
         (
-            lambda: ADAM and train.pruned(ADAM, SITES, 0.5).update(START, None),
+            lambda: ADAM and optim.scheduled_pruning(ADAM, SITES, 0.5).update(START, None),
             "`pruned` needs the parameters",
         ),
-        (lambda: train.rigl(ADAM, SITES, MASKS, until=0), "every=100, until=0, fraction=0.3"),
-        (lambda: train.rigl(ADAM, SITES, {}, until=9).init(START), "the mask of .* has shape None"),
+        (lambda: optim.rigl(ADAM, SITES, MASKS, until=0), "every=100, until=0, fraction=0.3"),
+        (lambda: optim.rigl(ADAM, SITES, {}, until=9).init(START), "the mask of .* has shape None"),
         (
-            lambda: train.rigl(
+            lambda: optim.rigl(
                 ADAM, SITES, {**MASKS, "layers/up": MASKS["layers/up"].at[1].set(False)}, until=9
             ).init(START),
             "mask of 'layers/up' leaves a matrix without entries",
         ),
         (
-            lambda: train.masked_entries(ADAM, MASKS).init({}),
-            "`masked_entries` prunes '.*' of shape .*, but the adapter does not have it",
+            lambda: optim.fixed_mask(ADAM, MASKS).init({}),
+            "`fixed_mask` prunes '.*' of shape .*, but the adapter does not have it",
         ),
         (
-            lambda: train.masked_entries(ADAM, MASKS).update(START, None),
-            "`masked_entries` needs the parameters",
+            lambda: optim.fixed_mask(ADAM, MASKS).update(START, None),
+            "`fixed_mask` needs the parameters",
         ),
     ],
 )

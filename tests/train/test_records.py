@@ -2,8 +2,8 @@ import re
 
 import pytest
 
+from jaxpeft.data._records import read_records
 from jaxpeft.train import UserError
-from jaxpeft.train.records import read_records
 
 
 def write(tmp_path, name, content):

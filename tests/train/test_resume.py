@@ -15,7 +15,7 @@ import optax
 import pytest
 import toy
 
-import jaxpeft.train as train
+from jaxpeft import train
 
 STEPS = 40
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 import toy
 
-import jaxpeft.train as train
+from jaxpeft import train
 
 
 def copy(tree):

@@ -8,7 +8,8 @@ pytest.importorskip("tokenizers")
 import folder as model_folder  # noqa: E402
 from test_chat import CHATML, TALK  # noqa: E402
 
-from jaxpeft.train import TextTokenizer, UserError  # noqa: E402
+from jaxpeft.data import TextTokenizer  # noqa: E402
+from jaxpeft.train import UserError  # noqa: E402
 
 
 @pytest.fixture(scope="module")

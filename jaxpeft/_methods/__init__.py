@@ -1,0 +1,1 @@
+"""Fine-tuning methods, one file per method or tight family; `jaxpeft` exports them."""

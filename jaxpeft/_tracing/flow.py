@@ -1,0 +1,174 @@
+"""What a value is made of: where it comes from, beside the labels of its dimensions.
+
+The walk asks it which tables are read by a number that the caller gives, which product goes on to
+the result, what is computed of parameters alone, and which axes are experts rather than outputs.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from jax.extend.core import primitives as p
+
+from jaxpeft import _axes as digits
+from jaxpeft._axes import Digit, Dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """What is known of the way of a value.
+
+    Attributes:
+      live: Depends on the caller's data. What does not is computed of parameters and numbers.
+      ids: Whole numbers that the caller gives, at most moved, shifted, chosen among and clamped.
+      made: The weights whose product this is, or whose rows, with no weight after them:
+        (path, whether it was looked up).
+      mixed: Two activations were multiplied on the way from the last weight.
+      weights: The parameters that it is computed of, if it is not live.
+      entries: Those of them that it is computed of entry by entry.
+      deviation: Of these, what a root was taken of.
+      times: A parameter that a deviation was multiplied with last.
+      minus: A parameter that was subtracted last.
+      powers: It is exp of something.
+      total: The dimension over which such powers were summed.
+      shares: The dimension along which it sums to one.
+    """
+
+    live: bool = False
+    ids: bool = False
+    made: frozenset[tuple[str, bool]] = frozenset()
+    mixed: bool = False
+    weights: frozenset[str] = frozenset()
+    entries: frozenset[str] = frozenset()
+    deviation: frozenset[str] = frozenset()
+    times: str | None = None
+    minus: str | None = None
+    powers: bool = False
+    total: Dim = ()
+    shares: Dim = ()
+
+
+def parameter(path: str) -> Flow:
+    """The flow of a parameter."""
+    return Flow(weights=frozenset([path]), entries=frozenset([path]))
+
+
+_ROOTS = {p.sqrt_p, p.rsqrt_p}
+_SHIFTS = {p.add_p, p.mul_p, p.min_p, p.max_p, p.rem_p, p.concatenate_p, p.clamp_p}
+_PICKS = {p.gather_p, p.dynamic_slice_p, p.pad_p, p.rev_p}
+
+
+def merged(eqn: Any, flows: Sequence[Flow]) -> Flow:
+    """The flow of what a primitive makes of values with these flows."""
+    primitive = eqn.primitive
+    live = any(f.live for f in flows)
+    weights = frozenset() if live else frozenset().union(*(f.weights for f in flows))
+    entries = frozenset().union(*(f.entries for f in flows)) & weights
+    if "axes" in eqn.params:
+        entries = frozenset()
+    deviation = frozenset().union(*(f.deviation for f in flows if not f.live))
+    shares = next((f.shares for f in flows if f.shares), ())
+    if primitive is p.div_p and flows[0].powers and flows[1].total:
+        shares = flows[1].total
+    return Flow(
+        live=live,
+        ids=_ids(primitive, flows),
+        made=frozenset().union(*(f.made for f in flows)),
+        mixed=any(f.mixed for f in flows),
+        weights=weights,
+        entries=entries,
+        deviation=frozenset() if live else entries if primitive in _ROOTS else deviation,
+        powers=primitive is p.exp_p,
+        shares=shares,
+    )
+
+
+def _ids(primitive: Any, flows: Sequence[Flow]) -> bool:
+    """Whether ids stay ids: a comparison, a distance or a sum of them is something else."""
+    if primitive is p.select_n_p:
+        return any(f.ids for f in flows[1:])
+    if primitive is p.sub_p:
+        return flows[0].ids and not flows[1].ids
+    if primitive in _PICKS:
+        return flows[0].ids
+    return primitive in _SHIFTS and any(f.ids for f in flows)
+
+
+def together(flows: Iterable[Flow]) -> Flow:
+    """The flow of a value that is one of several."""
+    found = list(flows)
+    made = frozenset().union(*(f.made for f in found))
+    return dataclasses.replace(found[0], live=any(f.live for f in found), made=made)
+
+
+def of_product(flows: Sequence[Flow], paths: Sequence[str]) -> Flow:
+    """The flow of a product of two values, of which `paths` are parameters."""
+    live = any(f.live for f in flows)
+    weights = frozenset() if live else frozenset().union(*(f.weights for f in flows))
+    if paths:
+        return Flow(live, made=frozenset((path, False) for path in paths), weights=weights)
+    made = frozenset().union(*(f.made for f in flows))
+    return Flow(live, made=made, mixed=True, weights=weights)
+
+
+def of_rows(flow: Flow, path: str) -> Flow:
+    """The flow of rows that were looked up in a table by something with this flow."""
+    return Flow(live=flow.live, made=frozenset([(path, True)]))
+
+
+# --- Experts -----------------------------------------------------------------------------------
+
+
+class Stacks:
+    """Which digits run along each other, and which of them choose a matrix rather than a number.
+
+    In `einsum("td,edf->tef")` nothing tells experts from heads; what comes next does. A second
+    weight takes e one by one (`einsum("tef,efd->ted")`), or shares of a softmax over e weigh
+    what the experts give before it is summed.
+    """
+
+    def __init__(self) -> None:
+        self._parent: dict[Digit, Digit] = {}
+        self._found: list[Digit] = []
+
+    def _root(self, digit: Digit) -> Digit:
+        while digit in self._parent:
+            digit = self._parent[digit]
+        return digit
+
+    def align(self, a: Dim | None, b: Dim | None) -> None:
+        """Two dimensions are one in the result of an equation."""
+        a, b = tuple(digits.significant(a or ())), tuple(digits.significant(b or ()))
+        if [d.size for d in a] != [d.size for d in b]:
+            return
+        for left, right in zip(map(self._root, a), map(self._root, b), strict=True):
+            if left != right:
+                self._parent[left] = right
+
+    def note(self, dim: Dim | None) -> None:
+        """A dimension chooses a matrix."""
+        self._found += digits.significant(dim or ())
+
+    def __iter__(self) -> Iterator[tuple[Digit, list[Digit]]]:
+        """What was noted, each with all that runs along it."""
+        for seed in dict.fromkeys(self._found):
+            every = {*self._parent, *self._parent.values(), seed}
+            yield seed, [d for d in every if self._root(d) == self._root(seed)]
+
+
+def weighted(value: Any, shares: Any, pairs: Iterable[tuple[int, int]]) -> list[Dim]:
+    """Dimensions of a product of one weight that meet the shares of a softmax over them.
+
+    Args:
+      value, shares: With `dims` and `flow`.
+      pairs: Which of their dimensions meet.
+    """
+    along = shares.flow.shares
+    if not along or value.flow.mixed:
+        return []
+    pairs = list(pairs)
+    constant = [i for i, dim in enumerate(value.dims) if i not in dict(pairs)]
+    constant += [i for i, j in pairs if not shares.dims[j]]
+    inner = {d.of for i in constant for d in digits.significant(value.dims[i] or ())}
+    met = [value.dims[i] or () for i, j in pairs if shares.dims[j] == along]
+    return [dim for dim in met if any(d.of in inner for d in dim)]

@@ -1,0 +1,352 @@
+"""Adapter folders: the trained arrays, and everything needed to put them to use again.
+
+adapter-<hash>.safetensors   {path: array}, under a name with the hash of the file
+adapter.json                 method with all options and targets, key, versions, hashes, and a
+                             fingerprint of the base that the adapter was trained on
+
+The description names the arrays, so that replacing it replaces the adapter. Format 1 had its
+arrays in `adapter.safetensors`, without a hash.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.flax import load_file, save_file
+
+from jaxpeft._method import FACTORIES, Method, chain, from_json, to_json
+from jaxpeft._tree import split
+from jaxpeft._version import __version__
+from jaxpeft.io import _replacing as replacing
+from jaxpeft.io._description import (
+    ABOUT,
+    FORMAT,
+    UncheckedAdapterWarning,
+    as_it_acted,
+    file_name,
+    key_of,
+    parsed,
+    written,
+)
+from jaxpeft.io._fingerprint import (
+    STARTS,
+    Base,
+    check_base,
+    fingerprint,
+    of_leaves,
+    replaced_by,
+    steps,
+)
+from jaxpeft.io._foreign import refuse_foreign
+from jaxpeft.quant._quantize import quantize
+
+__all__ = ["Loaded", "UncheckedAdapterWarning", "load_adapter", "save_adapter"]
+
+_ARRAYS_1 = "adapter.safetensors"
+_AS_SAVED = "as saved"
+# So often is a folder read again that is replaced in the meantime.
+_ATTEMPTS = 10
+
+
+class Loaded(NamedTuple):
+    """What an adapter folder and a base give: `combine(frozen, adapter)` is the model's tree."""
+
+    method: Method
+    frozen: Any
+    adapter: dict[str, jax.Array]
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def save_adapter(
+    folder: str | Path,
+    adapter: Mapping[str, jax.Array],
+    method: Method,
+    params: Any,
+    *,
+    key: jax.Array,
+) -> None:
+    """Writes an adapter folder, whole or not at all, in the place of an adapter that is there.
+
+    Whoever reads the folder in the meantime, or after this process was killed, finds one of the
+    two. Of several processes that write at once, the last one's adapter stays.
+
+    Args:
+      folder: Made if it is not there.
+      adapter: From `split`, trained.
+      method: That made it, from the library's factories.
+      params: The base it was trained on, as given to the method.
+      key: As given to the method, from which everything frozen that is random follows.
+
+    Raises:
+      ValueError: The method cannot be described: a plain function, one that is not the library's,
+        or one whose options hold arrays, as those of `corda` and `lora_ga` do; of these, save
+        what `to_lora` returns. Or an array has infinities or NaNs. Nothing is written.
+      OSError: The folder cannot be written; what was there is there still.
+    """
+    folder = Path(folder)
+    adapter = {path: jnp.asarray(x) for path, x in adapter.items()}
+    _check_finite(adapter)
+    trained = {path: [list(x.shape), jnp.dtype(x.dtype).name] for path, x in adapter.items()}
+    description = {
+        "format": FORMAT,
+        "jaxpeft": __version__,
+        "method": to_json(method),
+        "key": {"impl": str(jax.random.key_impl(key)), "data": jax.random.key_data(key).tolist()},
+        "adapter": trained,
+        "base": fingerprint(params, replaced_by(method, trained)),
+    }
+    # What cannot be read is not written.
+    from_json(json.loads(json.dumps(description["method"])), FACTORIES)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing.alone(folder) as locked:
+        before = _arrays_of(folder)
+        with replacing.draft(folder, lambda path: save_file(adapter, path)) as arrays:
+            sha256 = _sha256(arrays)
+            name = file_name(sha256)
+            text = written({**description, "arrays": {"file": name, "sha256": sha256}})
+            with replacing.draft(folder, lambda path: path.write_text(text)) as about:
+                os.replace(arrays, folder / name)
+                replacing.on_disk(folder)
+                os.replace(about, folder / ABOUT)  # from here on, the folder is the new adapter
+        replacing.on_disk(folder)
+        # Without a lock, another writer's files cannot be told from those that nobody needs.
+        for path in (_leftover(folder) if locked else before) - {folder / name}:
+            replacing.remove(path)
+
+
+def _check_finite(adapter: Mapping[str, jax.Array]) -> None:
+    counts = {path: int(jnp.sum(~jnp.isfinite(x))) for path, x in adapter.items()}
+    if bad := {path: n for path, n in counts.items() if n}:
+        path, n = next(iter(bad.items()))
+        more = f", and {len(bad) - 1} more arrays have some" if len(bad) > 1 else ""
+        raise ValueError(
+            f"The adapter's '{path}' has {n} entries of {adapter[path].size} that are infinite or "
+            f"NaN{more}: its training has failed. Save the adapter of an earlier step, and go on "
+            "from there at a lower rate."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _arrays_of(folder: Path) -> set[Path]:
+    """The arrays that the folder's description names, as far as it can be read."""
+    try:
+        return {folder / json.loads((folder / ABOUT).read_text())["arrays"]["file"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {folder / _ARRAYS_1}
+
+
+def _leftover(folder: Path) -> set[Path]:
+    """Arrays of any adapter, and what killed writers have left."""
+    mine = re.compile(rf"adapter(-[0-9a-f]{{16}})?\.safetensors|{re.escape(replacing.DRAFT)}.*")
+    return {path for path in folder.iterdir() if mine.fullmatch(path.name)}
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def load_adapter(
+    folder: str | Path, params: Any, *, base: Base = "same", quantize: str | None = "as saved"
+) -> Loaded:
+    """Rebuilds the method and the adapter from a folder and the base's params.
+
+    Over the base of training, as it was then, the numbers are those of training. An adapter can
+    be used over another base too, where that is meant:
+
+    - `base="any precision"`: the same weights in another dtype, or quantized where they were not,
+      or the other way round. Checked: paths, shapes, and eight values of each array, which may
+      differ by the rounding of the coarser dtype, or of bfloat16. Of quantized weights, and in
+      folders of format 1, values cannot be checked.
+    - `base="any values"`: any weights of these paths and shapes, such as a base that was trained
+      further.
+
+    What an adapter replaces never matters: arrays that it trains whole, layers of `last_layers`,
+    rows of `trainable_tokens`. `pissa`, `olora` and `loftq` take no other base, because what they
+    take away from it follows from its values.
+
+    Args:
+      folder: Written by `save_adapter`.
+      params: The base that the adapter was trained on.
+      base: What else the base may be.
+      quantize: What the method's `quantize` steps do: as they were saved; nothing (`None`), so
+        that `params` are used as they are, dense or quantized by other means; or the same
+        weights in another format, such as "int8".
+
+    Raises:
+      FileNotFoundError: The folder holds no adapter, or lacks its arrays.
+      ValueError: The base differs (names the first difference and what would take it), a file is
+        damaged (names it, and the field), the adapter comes from a newer version, or the folder
+        is one of Hugging Face PEFT.
+    """
+    folder = Path(folder)
+    description, adapter = _read(folder)
+    trained, about = description["adapter"], folder / ABOUT
+    try:
+        key = key_of(description["key"])
+        made = description["method"]
+        method = from_json(as_it_acted(made) if description["format"] == 1 else made, FACTORIES)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{about}': {error}") from error
+    if quantize != _AS_SAVED:
+        method = _requantized(method, quantize, about)
+    if description["format"] == 1:
+        stored, found = of_leaves(description["base"], params)
+    else:
+        stored = description["base"]
+        found = fingerprint(params, replaced_by(method, trained))
+    try:
+        same = check_base(stored, found, method, trained, base)
+    except ValueError as error:
+        raise ValueError(
+            f"The adapter in '{folder}' was trained on another base: {error}"
+        ) from None
+    if same:
+        _check_dtypes(adapter, trained, about)
+    fresh = _shapes(method, key, params, about)
+    for path in sorted(set(fresh) | set(adapter)):
+        have, want = adapter.get(path), fresh.get(path)
+        if have is None or want is None or have.shape != want.shape:
+            raise ValueError(
+                f"'{about}': '{path}' has shape {None if have is None else have.shape} in the "
+                f"file of arrays, but the method needs {None if want is None else want.shape}. "
+                "The folder's two files do not belong together."
+            )
+    frozen, _ = split(method(key, params))
+    if not same:  # an array that is trained whole has the dtype of the base that it is part of
+        adapter = {path: x.astype(fresh[path].dtype) for path, x in adapter.items()}
+    return Loaded(method, frozen, adapter)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """The description and the arrays that it names, of one adapter even while it is replaced."""
+    about = folder / ABOUT
+    for _ in range(_ATTEMPTS):
+        if not about.exists():
+            refuse_foreign(folder)
+        text = _bytes(about)
+        description = parsed(text, about)
+        name = description["arrays"]["file"] if description["format"] > 1 else _ARRAYS_1
+        try:
+            return description, _arrays(folder / name, description, about)
+        except FileNotFoundError:
+            if _bytes(about) == text:
+                raise FileNotFoundError(
+                    f"'{folder / name}' is missing, of which '{about}' speaks. Copy the folder "
+                    "again."
+                ) from None
+    raise ValueError(
+        f"'{folder}' was replaced {_ATTEMPTS} times while it was read. Wait for its writers to end."
+    )
+
+
+def _bytes(about: Path) -> bytes:
+    try:
+        return about.read_bytes()
+    except IsADirectoryError:
+        raise ValueError(f"'{about}' is no description of an adapter: it is a folder.") from None
+
+
+def _arrays(path: Path, description: Mapping[str, Any], about: Path) -> dict[str, jax.Array]:
+    """The arrays of a file, which are those of the description.
+
+    Raises:
+      FileNotFoundError: There is no such file.
+      ValueError: It is another one, or cannot be read.
+    """
+    broken = "It was damaged or cut short; copy the folder again."
+    try:
+        if description["format"] > 1:
+            want, found = description["arrays"]["sha256"], _sha256(path)
+            if want != found:
+                raise ValueError(f"its SHA-256 is {found}, and '{about}' says {want}")
+        arrays = load_file(path)
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{path}' cannot be read ({error}). {broken}") from None
+    trained = description["adapter"]
+    for name in sorted({*arrays, *trained}):
+        have = list(arrays[name].shape) if name in arrays else None
+        want = trained[name][0] if name in trained else None
+        if have != want:
+            raise ValueError(
+                f"'{path}': '{name}' has shape {have}, and '{about}' says {want}. The folder's two "
+                "files do not belong together."
+            )
+    return arrays
+
+
+def _check_dtypes(
+    adapter: Mapping[str, jax.Array], trained: Mapping[str, Any], about: Path
+) -> None:
+    for path, x in adapter.items():
+        if (dtype := trained[path][1]) != x.dtype.name:
+            raise ValueError(
+                f"'{about}': '{path}' has dtype {x.dtype} where {dtype} was saved. For 64 bits, "
+                "set `jax.config.update('jax_enable_x64', True)`; elsewhere the folder's two files "
+                "do not belong together."
+            )
+
+
+def _requantized(method: Method, format: str | None, about: Path) -> Method:
+    """The method with its `quantize` steps in another format, or without them."""
+    names = {step.name for step in steps(method)}
+    if starts := sorted(names & set(STARTS)):
+        raise ValueError(
+            f"`load_adapter(quantize={format!r})`: '{about}' holds `{starts[0]}`, which takes away "
+            "from the base what follows from its values as they were quantized. Load it as it was "
+            "saved."
+        )
+    if format is not None and "quantize" not in names:
+        raise ValueError(
+            f"`load_adapter(quantize={format!r})`: the method of '{about}' quantizes nothing. "
+            "Quantize the params, and give them with base='any precision'."
+        )
+
+    def one(method: Method) -> Method:
+        if method.name == "chain":
+            return chain(*map(one, method.options["methods"]))
+        if method.name != "quantize":
+            return method
+        # An empty chain keeps the place, by which the other steps have their keys.
+        return quantize(format, method.options["sites"]) if format else chain()
+
+    return one(method)
+
+
+def _shapes(
+    method: Method, key: jax.Array, params: Any, about: Path
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the method trains, found before anything of that size is made.
+
+    Raises:
+      ValueError: The method cannot be put on these params.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    at = [i for i, x in enumerate(leaves) if isinstance(x, (jax.Array, np.ndarray))]
+
+    def trained(key: jax.Array, arrays: list) -> dict[str, jax.Array]:
+        whole = list(leaves)
+        for i, x in zip(at, arrays, strict=True):
+            whole[i] = x
+        return split(method(key, jax.tree.unflatten(treedef, whole)))[1]
+
+    shapes = [jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) for i in at]
+    try:
+        return jax.eval_shape(trained, key, shapes)
+    except Exception as error:  # whatever a description does that no file of this library has
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"'{about}': its method cannot be put on these params: {said}") from error

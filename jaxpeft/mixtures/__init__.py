@@ -1,0 +1,6 @@
+"""Mixtures of LoRA adapters: side by side, weighted, or one task of them."""
+
+from jaxpeft.mixtures._stack import AdapterStack, merge_weighted, stack_adapters
+from jaxpeft.mixtures._tasks import select_task
+
+__all__ = ["AdapterStack", "merge_weighted", "select_task", "stack_adapters"]

@@ -1,0 +1,5 @@
+"""Kernels for one kind of hardware, chosen by hand: `fused`."""
+
+from jaxpeft.quant._kernels.fused import fused
+
+__all__ = ["fused"]

@@ -1,5 +1,0 @@
-"""Kernels for one kind of hardware, chosen by hand: `fused`."""
-
-from jaxpeft.quant.kernels.fused import fused
-
-__all__ = ["fused"]
