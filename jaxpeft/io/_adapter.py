@@ -26,6 +26,7 @@ from jaxpeft._method import FACTORIES, Method, chain, from_json, to_json
 from jaxpeft._tree import split
 from jaxpeft._version import __version__
 from jaxpeft.io import _replacing as replacing
+from jaxpeft.io._aliases import current_arrays, current_method
 from jaxpeft.io._description import (
     ABOUT,
     FORMAT,
@@ -193,13 +194,16 @@ def load_adapter(
     """
     folder = Path(folder)
     description, adapter = _read(folder)
-    trained, about = description["adapter"], folder / ABOUT
+    about = folder / ABOUT
     try:
         key = key_of(description["key"])
-        made = description["method"]
+        made = current_method(description["method"], FACTORIES)
         method = from_json(as_it_acted(made) if description["format"] == 1 else made, FACTORIES)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'{about}': {error}") from error
+    names = current_arrays(adapter, (step.name for step in steps(method)))
+    adapter = {names[path]: x for path, x in adapter.items()}
+    trained = {names[path]: row for path, row in description["adapter"].items()}
     if quantize != _AS_SAVED:
         method = _requantized(method, quantize, about)
     if description["format"] == 1:

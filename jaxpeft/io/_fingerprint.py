@@ -15,8 +15,9 @@ import numpy as np
 
 from jaxpeft._method import Method
 from jaxpeft._tree import flatten
-from jaxpeft._view import is_view
+from jaxpeft._view import View, is_view
 from jaxpeft._weight import IN
+from jaxpeft.io._aliases import current_weight, first_field
 
 #: What a base may be, beside the one of training: see `load_adapter`.
 Base = Literal["same", "any precision", "any values"]
@@ -54,7 +55,7 @@ def fingerprint(
 def _entry(x: Any, replaced: tuple[int, Sequence[int]] | None) -> dict[str, Any]:
     entry = {"shape": list(x.shape), "dtype": jnp.dtype(x.dtype).name}
     if is_view(x):
-        leaves = {path: leaf for path, leaf in flatten(x)[0].items() if hasattr(leaf, "shape")}
+        leaves = {path: leaf for path, leaf in _fields(x).items() if hasattr(leaf, "shape")}
         rows = [[path, str(leaf.dtype), _hash(_sampled(leaf))] for path, leaf in leaves.items()]
         name = type(x.weight).__name__
         return {**entry, "weight": name, "values": _hash_of_text(str(rows)), "sample": []}
@@ -63,6 +64,21 @@ def _entry(x: Any, replaced: tuple[int, Sequence[int]] | None) -> dict[str, Any]
     numbers = [] if jnp.issubdtype(kept.dtype, jnp.complexfloating) else kept.astype(float).tolist()
     sample = [float(f"{v:.6g}") if math.isfinite(v) else None for v in numbers]
     return {**entry, "weight": None, "values": _hash(values), "sample": sample}
+
+
+def _fields(view: View) -> dict[str, Any]:
+    """{path: leaf} of a structured weight, by the first names of its fields.
+
+    The hash of a weight is taken over these names too, and has to outlast that they change.
+    """
+    fields = {}
+    for path, leaf in flatten(view)[0].items():
+        node, names = view.weight, []
+        for name in path.split("/"):
+            names.append(first_field(node, name))
+            node = getattr(node, name, None)
+        fields["/".join(names)] = leaf
+    return fields
 
 
 def _sampled(x: Any, replaced: tuple[int, Sequence[int]] | None = None) -> np.ndarray:
@@ -157,6 +173,8 @@ def check_base(
             raise ValueError(f"{fault}. {_prefixed(stored, found)}")
         for name in ("shape", "weight", "dtype", "values"):
             was, given = before[name], now[name]
+            if name == "weight":
+                was, given = current_weight(was), current_weight(given)
             if was == given or was is _UNKNOWN or name == "values" and path in trained:
                 continue
             fault = f"the {name} of '{path}' differ: trained on {was}, given {given}"
@@ -260,10 +278,13 @@ def _prefixed(stored: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 def _leaf_fingerprint(params: Any) -> dict[str, list]:
     """{path: [shape, dtype, hash of values]} of a base, as format 1 has it: of each array."""
-    flat, _ = flatten(params)
+    leaves: dict[str, Any] = {}
+    for path, x in flatten(params, is_leaf=is_view)[0].items():
+        fields = _fields(x) if is_view(x) else {"": x}
+        leaves |= {f"{path}/{name}" if name else path: leaf for name, leaf in fields.items()}
     return {
         path: [list(x.shape), jnp.dtype(x.dtype).name, _hash(_sampled(x))]
-        for path, x in flat.items()
+        for path, x in leaves.items()
     }
 
 

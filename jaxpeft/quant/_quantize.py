@@ -31,7 +31,7 @@ FORMATS: dict[str, Callable[..., Weight]] = {
     "fp4": fp4,
     "fp4+dq": functools.partial(fp4, double=True),
     "int4": int4,
-    "int4/asym": functools.partial(int4, symmetric=False),
+    "int4+asym": functools.partial(int4, symmetric=False),
     "int8": int8,
     "fp8": fp8,
 }
@@ -57,7 +57,7 @@ def quantize(format: str, sites: Sites, **options: Any) -> Method:
     does not matter: `chain(lora(...), quantize(...))` is `chain(quantize(...), lora(...))`.
 
     Args:
-      format: "nf4", "nf4+dq", "fp4", "fp4+dq", "int4", "int4/asym", "int8", "fp8".
+      format: "nf4", "nf4+dq", "fp4", "fp4+dq", "int4", "int4+asym", "int8", "fp8".
       sites: The matrices; usually `sites.hidden`, which leaves embeddings and the head.
       options: Of the format, such as `block=128`.
 

@@ -30,7 +30,7 @@ FORMATS = {
     "nf4, flat": dict(format="nf4+dq", block=8, layout="flat"),
     "fp4": dict(format="fp4", block=3),
     "int4": dict(format="int4", block=2),
-    "int4/asym": dict(format="int4/asym", block=5),
+    "int4+asym": dict(format="int4+asym", block=5),
     "int8": dict(format="int8"),
     "int8, blocks": dict(format="int8", block=2),
     "fp8": dict(format="fp8"),

@@ -121,6 +121,22 @@ def layers():
 
 
 @base
+def quantized():
+    """The same layers, every kernel in another format before there is any adapter."""
+    dense = layers()
+    formats = {
+        "q": ("nf4+dq", dict(block=2)),
+        "k": ("nf4+dq", dict(block=8, layout="flat")),
+        "v": ("int8", {}),
+        "o": ("int8", dict(block=2)),
+        "up": ("int4+asym", dict(block=3)),
+        "down": ("fp8", {}),
+    }
+    steps = [jp.quantize(f, dense.sites.match(path), **o) for path, (f, o) in formats.items()]
+    return Base(dense.fn, jp.chain(*steps)(KEY, dense.params), dense.args)
+
+
+@base
 def tied():
     """A table that is read by row and is the head as well."""
 
@@ -476,7 +492,7 @@ CASES: dict[str, Case] = {
     "fp4": on("mlp", qlora("fp4", block=3)),
     "fp4_dq": on("mlp", qlora("fp4+dq", block=4)),
     "int4": on("mlp", qlora("int4", block=2)),
-    "int4_asym": on("mlp", qlora("int4/asym", block=5)),
+    "int4_asym": on("mlp", qlora("int4+asym", block=5)),
     "int8": on("mlp", qlora("int8")),
     "int8_blocks": on("mlp", qlora("int8", block=2)),
     "fp8": on("mlp", qlora("fp8")),
@@ -493,6 +509,7 @@ CASES: dict[str, Case] = {
     ),
     "lora_under_scan": on("layers", lambda s: lora(s.linear)),
     "qlora_under_scan": on("layers", qlora("nf4+dq", block=4)),
+    "lora_on_quantized": Case("quantized", lambda b: lora(layers().sites.linear)),
     "dora_under_scan": on("layers", lambda s: jp.dora(2, s.linear, dtype=FULL)),
     "gates_of_entries": on(
         "layers",

@@ -18,7 +18,7 @@ STEP = {
     "nf4": 0.1520,  # half the widest gap, between -1 and -0.6962
     "fp4": 1 / 6,  # between 2/3 and 1
     "int4": 0.5 / 7,
-    "int4/asym": 1 / 15 + 0.5 / 15,  # of max - min: at most twice the largest entry, see below
+    "int4+asym": 1 / 15 + 0.5 / 15,  # of max - min: at most twice the largest entry, see below
     "int8": 0.5 / 127,
     "fp8": 16 / 448,  # a step of 32 between 256 and 448
 }
@@ -57,7 +57,7 @@ def test_no_entry_is_off_by_more_than_the_formats_step(format, block, shape):
     w = gaussian(*shape)
     coded = encode(format, w, block=block)
     scale = by_block(np.asarray(w), block or shape[-2])
-    step = STEP[format] * (2 if format == "int4/asym" else 1)
+    step = STEP[format] * (2 if format == "int4+asym" else 1)
     error = np.abs(np.asarray(decode(coded)) - np.asarray(w))
     assert decode(coded).shape == w.shape
     assert (error <= step * scale * (1 + 1e-5)).all()
@@ -100,7 +100,7 @@ def test_zeros_stay_zeros_and_negligible_numbers_become_them(format):
     assert (np.asarray(decode(encode(format, jnp.zeros((70, 3))))) == 0).all()
 
 
-@pytest.mark.parametrize("format", sorted(set(FORMATS) - {"int4/asym"}))
+@pytest.mark.parametrize("format", sorted(set(FORMATS) - {"int4+asym"}))
 @pytest.mark.parametrize("value", [3.7, -0.02, 1e30, 2e-38])
 def test_blocks_of_one_value_are_exact(format, value):
     w = jnp.full((128, 3), value)
@@ -155,7 +155,7 @@ def test_a_lookup_gives_the_rows_of_the_matrix(format, rows):
     np.testing.assert_allclose(rows_of(coded, ids), want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("format", ["nf4", "nf4+dq", "int4", "int4/asym", "int8", "fp8"])
+@pytest.mark.parametrize("format", ["nf4", "nf4+dq", "int4", "int4+asym", "int8", "fp8"])
 def test_a_stack_is_coded_like_each_of_its_matrices(format):
     w = gaussian(3, 130, 70)
     stacked = encode(format, w)
@@ -165,7 +165,7 @@ def test_a_stack_is_coded_like_each_of_its_matrices(format):
             np.testing.assert_array_equal(a[i], b)
 
 
-CUT = [("nf4", 64), ("nf4+dq", 256), ("int4/asym", 64), ("int8", 1), ("fp8", 1)]
+CUT = [("nf4", 64), ("nf4+dq", 256), ("int4+asym", 64), ("int8", 1), ("fp8", 1)]
 
 
 @pytest.mark.parametrize(("format", "unit"), CUT)
@@ -210,7 +210,7 @@ def test_what_has_a_short_last_block_is_cut_by_columns_only():
 
 
 BITS = {
-    "nf4": 4.5, "nf4+dq": 4.126984, "fp4": 4.5, "fp4+dq": 4.126984, "int4": 4.5, "int4/asym": 4.625,
+    "nf4": 4.5, "nf4+dq": 4.126984, "fp4": 4.5, "fp4+dq": 4.126984, "int4": 4.5, "int4+asym": 4.625,
     "int8": 8.03125, "fp8": 8.03125,
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ FORMATS = {
     "nf4+dq, flat": functools.partial(nf4, double=True, layout="flat"),
     "fp4, flat, blocks of 48": functools.partial(fp4, layout="flat", block=48),
     "int4": "int4",
-    "int4/asym": "int4/asym",
+    "int4+asym": "int4+asym",
     "int8": "int8",
     "int8, blocks of 16": functools.partial(int8, block=16),
     "fp8": "fp8",

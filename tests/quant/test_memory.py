@@ -108,7 +108,7 @@ def test_a_gather_and_a_convolution_save_no_dense_weight_either(format):
     assert saved and not dense(saved), dense(saved)
 
 
-@pytest.mark.parametrize("format", ["nf4", "int4/asym", "int8", "fp8"])
+@pytest.mark.parametrize("format", ["nf4", "int4+asym", "int8", "fp8"])
 def test_who_trains_the_scales_gets_their_gradient(format):
     params, f = model(2, scanned=True, remat=False)
     x = jnp.ones((TOKENS, WIDTH)) / 12

@@ -13,7 +13,7 @@ FORMATS = {
     "nf4": ("nf4", {}),
     "nf4+dq": ("nf4+dq", {}),
     "nf4+dq, flat": ("nf4+dq", {"layout": "flat"}),
-    "int4/asym": ("int4/asym", {}),
+    "int4+asym": ("int4+asym", {}),
     "int8": ("int8", {}),
     "fp8, blocks": ("fp8", {"block": 64}),
 }

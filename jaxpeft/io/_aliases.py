@@ -1,0 +1,128 @@
+"""Names that adapter folders of earlier versions have, and what they are called today.
+
+An adapter folder stays readable when a method, an option or an array is renamed: add a row here.
+Folders are written with today's names only. Whoever renames anything twice changes the right side
+of the first row, and adds one for the name in between.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+Names = Mapping[str, str]  # {old: new}
+
+METHODS: Names = {
+    "bottleneck": "bottleneck_adapter",
+    "full": "full_finetuning",
+    "parallel": "parallel_adapter",
+    "prefix": "prefix_tuning",
+    "prompt": "prompt_tuning",
+    "sparse": "sparse_delta",
+}
+
+#: Of a method, by today's name. An option that the method still takes keeps its name.
+OPTIONS: Mapping[str, Names] = {
+    "adalora": {"std": "init_std"},
+    "loftq": {"start": "init", "steps": "n_iter"},
+    "lokr": {"both": "decompose_both"},
+    "lora_ga": {"turns": "n_iter"},
+    "moelora": {"width": "task_embedding_dim"},
+    "oft": {"share": "block_share", "terms": "neumann_terms"},
+    "p_tuning": {"std": "init_std"},
+    "pissa": {"turns": "n_iter"},
+    "prefix_tuning": {"std": "init_std"},
+    "prompt_tuning": {"std": "init_std", "text": "init_text"},
+    "vera": {"initial": "d_initial"},
+    "xlora": {"top": "top_k", "width": "hidden_size"},
+}
+
+#: Of the values of an option: {(method, option): names}, by today's names of both.
+VALUES: Mapping[tuple[str, str], Names] = {
+    ("loftq", "format"): {"int4/asym": "int4+asym"},
+    ("quantize", "format"): {"int4/asym": "int4+asym"},
+}
+
+#: Of adapter arrays, by today's name of the method: the last part of their path.
+ARRAYS: Mapping[str, Names] = {}
+
+#: Classes of structured weights in a base.
+WEIGHTS: Names = {"Blocks": "Blockwise", "Columns": "PerChannel"}
+
+#: Fields of such a class, by its name of today.
+FIELDS: Mapping[str, Names] = {
+    "Blockwise": {"codes": "values"},
+    "Codebook": {"codes": "values", "tiles": "nested"},
+    "Flat": {"codes": "values", "tiles": "nested"},
+    "Int4": {"codes": "values"},
+    "PerChannel": {"codes": "values"},
+}
+
+
+def current_method(stored: Any, factories: Mapping[str, Callable]) -> Any:
+    """The description of a method, with today's names.
+
+    Args:
+      stored: As JSON, not checked yet: what is no description of a method stays as it is.
+      factories: The methods by today's names.
+    """
+    if isinstance(stored, list):
+        return [current_method(item, factories) for item in stored]
+    if not isinstance(stored, dict):
+        return stored
+    node = {key: current_method(value, factories) for key, value in stored.items()}
+    method, options = node.get("method"), node.get("options")
+    if node.keys() != {"method", "options"} or not isinstance(method, str):
+        return node
+    if not isinstance(options, dict):
+        return node
+    method = METHODS.get(method, method)
+    taken = inspect.signature(factories[method]).parameters if method in factories else {}
+    renamed = {}
+    for option, value in options.items():
+        new = OPTIONS.get(method, {}).get(option, option)
+        # Where a damaged file has both names, the old one is left, and then refused.
+        if option in taken or new in options:
+            new = option
+        renamed[new] = _current_value(value, VALUES.get((method, new), {}))
+    return {"method": method, "options": renamed}
+
+
+def _current_value(value: Any, names: Names) -> Any:
+    """The value of an option, or those that it has by pattern of path."""
+    if isinstance(value, str):
+        return names.get(value, value)
+    if (
+        isinstance(value, dict)
+        and value.keys() == {"mapping"}
+        and isinstance(value["mapping"], dict)
+    ):
+        return {"mapping": {k: _current_value(v, names) for k, v in value["mapping"].items()}}
+    return value
+
+
+def current_arrays(paths: Iterable[str], methods: Iterable[str]) -> dict[str, str]:
+    """{path in the folder: path of today} of adapter arrays.
+
+    Args:
+      paths: Of all arrays.
+      methods: Today's names of the methods that made them.
+    """
+    names: dict[str, str] = {}
+    for method in methods:
+        names |= ARRAYS.get(method, {})
+    current = {}
+    for path in paths:
+        above, slash, name = path.rpartition("/")
+        current[path] = f"{above}{slash}{names.get(name, name)}"
+    return current
+
+
+def current_weight(name: str | None) -> str | None:
+    """Today's name of a class of weights; `None`, for an array, has none."""
+    return None if name is None else WEIGHTS.get(name, name)
+
+
+def first_field(weight: Any, field: str) -> str:
+    """The first name that a field of a weight has had: hashes of a base are taken over these."""
+    names = FIELDS.get(current_weight(type(weight).__name__) or "", {})
+    return next((old for old, new in names.items() if new == field), field)
