@@ -115,7 +115,7 @@ class FourBit(NamedTuple):
         if bad := int(np.sum(~np.isfinite(values))):
             raise ValueError(
                 f"{self.name}.{part} in {self.parts[part].file} has {bad} entries of "
-                f"{values.size} that are infinite or NaN. Fetch the folder again."
+                f"{values.size} that are infinite or NaN. Download the folder again."
             )
         # They may be stored under the name of another dtype, as bytes all the same.
         packed = read(self.values).reshape(-1).view(np.uint8)
@@ -174,7 +174,7 @@ def stored(
     refuse(
         f"{folder_of(tensors)} holds weights in four bits that cannot be read:",
         faults,
-        "Fetch the folder again, or quantize the original model: load(folder, quantize='nf4').",
+        "Download the folder again, or quantize the original model: load(folder, quantize='nf4').",
     )
     return weights, used
 

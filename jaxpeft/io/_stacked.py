@@ -173,7 +173,7 @@ def _check_tensors(
     refuse(
         f"{folder_of(tensors)} does not hold the tensors that its {CONFIG} describes:",
         faults,
-        f"Fetch the folder again, or correct its {CONFIG}.",
+        f"Download the folder again, or correct its {CONFIG}.",
     )
 
 

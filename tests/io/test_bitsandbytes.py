@@ -294,7 +294,7 @@ def test_a_fault_is_named_with_its_tensor_and_file(tmp_path, change, fault):
     with pytest.raises(ValueError, match=re.escape(fault)) as info:
         decoder.load(tmp_path)
     head = f"{tmp_path} holds weights in four bits that cannot be read:\n  "
-    assert str(info.value).startswith(head) and "Fetch the folder again" in str(info.value)
+    assert str(info.value).startswith(head) and "Download the folder again" in str(info.value)
 
 
 @pytest.mark.parametrize(("format", "part"), [("nf4", "absmax"), ("nf4+dq", "nested_absmax")])
@@ -355,7 +355,7 @@ REFUSED = {
         lambda: jp.quantize("int8", found().match("*up*"))(
             jax.random.key(0), decoder.init(CONFIG, jax.random.key(0))
         ),
-        "'layers/mlp/up/kernel' is a Columns",
+        "'layers/mlp/up/kernel' is a PerChannel",
     ),
     "an adapter": (adapted, "'layers/mlp/up/kernel' is a LowRank"),
     "an embedding": (
