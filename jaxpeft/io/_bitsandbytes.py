@@ -10,7 +10,7 @@ Of a weight (out, in) with n entries there are
     X.weight.quant_state.bitsandbytes__nf4   uint8, JSON: block size, shape, dtype, the offset
 
 the nested ones only where the scales are quantized too. Such a weight is read into a `Flat`, with
-the values of the file; `stacked.py` stacks the layers.
+the values of the file; `_stacked.py` stacks the layers.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import numpy as np
 
 from jaxpeft._schema import conform
 from jaxpeft._view import View
+from jaxpeft.io._plan import Stack, folder_of, refuse
 from jaxpeft.io._safetensors import NAMES, Lazy, Tensor, read
-from jaxpeft.io._stack import Stack, folder_of, refuse
 from jaxpeft.quant._book import GROUP, Book
 from jaxpeft.quant._dynamic import dynamic_map
 from jaxpeft.quant._flat import Flat

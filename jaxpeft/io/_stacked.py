@@ -34,8 +34,8 @@ from jaxpeft._weight import IN, OUT, STACK, Weight
 from jaxpeft.io import _bitsandbytes as bitsandbytes
 from jaxpeft.io._bitsandbytes import FourBit
 from jaxpeft.io._buffers import Layers, Parts, aligned, build
+from jaxpeft.io._plan import Stack, folder_of, refuse
 from jaxpeft.io._safetensors import CONFIG, NAMES, Lazy, Tensor, read
-from jaxpeft.io._stack import Stack, folder_of, refuse
 from jaxpeft.quant._quantize import encoder
 
 __all__ = ["Format", "Formats", "Stack", "assemble", "disassemble", "quantization_config"]

@@ -228,6 +228,34 @@ FAULTS = {
         lambda f: {f"{UP.format(1)}.{STATE}": state(f, nested_blocksize=128)},
         "{state} has nested_blocksize=128, only 256 is read",
     ),
+    "scales of scales said to be of another dtype": (
+        lambda f: {f"{UP.format(1)}.{STATE}": state(f, nested_dtype="float16")},
+        "{state} has nested_dtype='float16', only float32 is read",
+    ),
+    "an offset beyond float32": (
+        lambda f: {f"{UP.format(1)}.{STATE}": state(f, nested_offset=1e39)},
+        "{state} has nested_offset=1e+39, too large for a float32",
+    ),
+    "a block size in quotes": (
+        lambda f: {f"{UP.format(1)}.{STATE}": state(f, blocksize="64")},
+        "{state} cannot be read: `blocksize` should be int, and is '64'",
+    ),
+    "a block of more than the weight": (
+        lambda f: {f"{UP.format(1)}.{STATE}": state(f, blocksize=6401)},
+        "{state} has blocksize=6401, should be 1 to 6400",
+    ),
+    "no object": (
+        lambda f: {f"{UP.format(1)}.{STATE}": np.frombuffer(b"[64]", np.uint8)},
+        "{state} cannot be read: `quant_state` should be Mapping[str, anything], and is [64]",
+    ),
+    "a state in floats": (
+        lambda f: {f"{UP.format(1)}.{STATE}": state(f).astype(np.float32)},
+        "{state} cannot be read: it is F32 (",
+    ),
+    "a state without end": (
+        lambda f: {f"{UP.format(1)}.{STATE}": np.frombuffer(b" " * 10_001, np.uint8)},
+        "{state} cannot be read: it is U8 (10001,), and should be U8, of at most 10000 bytes",
+    ),
     "another block size than the scales": (
         lambda f: {f"{UP.format(1)}.{STATE}": state(f, blocksize=128)},
         "{name}.absmax in {file} is U8 (100,), should be U8 (50,) for (100, 64) in blocks of 128",

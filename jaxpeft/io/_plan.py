@@ -1,4 +1,7 @@
-"""How a parameter is made of the tensors of a folder, and how faults in a folder are listed."""
+"""A plan: which tensors of a folder each parameter is made of; and how faults are listed.
+
+A plan is {path: `Stack`}, with one `Stack` for every parameter of a model.
+"""
 
 from __future__ import annotations
 
