@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
 from jax.sharding import Sharding
 
 from jaxpeft._sites import Pattern, Site, Sites
@@ -111,7 +110,7 @@ def assemble(
         else:
             layers = _dense_layers(stack, tensors, dtype)
         params[path] = build(layers, shardings[path])
-    return unflatten_dict(params, sep="/")
+    return _nested(params)
 
 
 def _quantizers(formats: Formats, plan: Mapping[str, Stack]) -> dict[str, Quantizer]:
@@ -389,3 +388,15 @@ def _difference(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> list[str
 
 def _by_path(tree: Any) -> dict[str, Any]:
     return flatten(tree, is_leaf=lambda x: not isinstance(x, Mapping))[0]
+
+
+def _nested(params: Mapping[str, Any]) -> Tree:
+    """The nested dict of {path: parameter}."""
+    tree: Tree = {}
+    for path, value in params.items():
+        *above, name = path.split("/")
+        node = tree
+        for key in above:
+            node = node.setdefault(key, {})
+        node[name] = value
+    return tree
