@@ -177,7 +177,8 @@ def check_base(
                 was, given = current_weight(was), current_weight(given)
             if was == given or was is _UNKNOWN or name == "values" and path in trained:
                 continue
-            fault = f"the {name} of '{path}' differ: trained on {was}, given {given}"
+            differ = "differ" if name == "values" else "differs"
+            fault = f"the {name} of '{path}' {differ}: trained on {was}, given {given}"
             if name == "weight":
                 fault = f"'{path}' was {_kind(was)} in training, and is {_kind(given)} here"
             if path in trained and (base == "same" or name == "shape"):

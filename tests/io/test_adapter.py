@@ -102,8 +102,8 @@ def test_the_arrays_are_plain_safetensors_by_path(tmp_path):
     "change, message",
     [
         (lambda p: p | {"up": p["up"].at[0, 0].add(1)}, "the values of 'up' differ"),
-        (lambda p: p | {"up": jnp.ones((6, 11))}, "the shape of 'up' differ: trained on [6, 10]"),
-        (lambda p: p | {"down": p["down"].astype(jnp.float32)}, "the dtype of 'down' differ"),
+        (lambda p: p | {"up": jnp.ones((6, 11))}, "the shape of 'up' differs: trained on [6, 10]"),
+        (lambda p: p | {"down": p["down"].astype(jnp.float32)}, "the dtype of 'down' differs"),
         (lambda p: {k: v for k, v in p.items() if k != "bias"}, "the given base lacks 'bias'"),
         (lambda p: p | {"more": jnp.ones(2)}, "only the given base has 'more'"),
     ],
