@@ -204,9 +204,7 @@ def load_adapter(
         method = from_json(as_it_acted(made) if description["format"] == 1 else made, FACTORIES)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'{about}': {error}") from error
-    names = current_arrays(adapter, (step.name for step in steps(method)))
-    adapter = {names[path]: x for path, x in adapter.items()}
-    trained = {names[path]: row for path, row in description["adapter"].items()}
+    trained = description["adapter"]
     if quantize != _AS_SAVED:
         method = _requantized(method, quantize, about)
     if description["format"] == 1:
@@ -223,6 +221,8 @@ def load_adapter(
     if same:
         _check_dtypes(adapter, trained, about)
     fresh = _shapes(method, key, params, about)
+    names = current_arrays(adapter, fresh, (step.name for step in steps(method)))
+    adapter = {names[path]: x for path, x in adapter.items()}
     for path in sorted(set(fresh) | set(adapter)):
         have, want = adapter.get(path), fresh.get(path)
         if have is None or want is None or have.shape != want.shape:

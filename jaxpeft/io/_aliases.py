@@ -6,8 +6,8 @@ of the first row, and adds one for the name in between.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any, Literal, get_args, get_origin
 
 Names = Mapping[str, str]  # {old: new}
 
@@ -23,26 +23,34 @@ METHODS: Names = {
 #: Of a method, by today's name. An option that the method still takes keeps its name.
 OPTIONS: Mapping[str, Names] = {
     "adalora": {"std": "init_std"},
+    "boft": {"block": "block_size", "factors": "n_butterfly_factors"},
+    "bottleneck_adapter": {"reads": "adapter_input", "width": "bottleneck_dim"},
     "loftq": {"start": "init", "steps": "n_iter"},
-    "lokr": {"both": "decompose_both"},
-    "lora_ga": {"turns": "n_iter"},
+    "lokr": {"both": "decompose_both", "factor": "decompose_factor"},
     "moelora": {"width": "task_embedding_dim"},
-    "oft": {"share": "block_share", "terms": "neumann_terms"},
+    "oft": {"block": "block_size", "share": "block_share", "terms": "neumann_terms"},
     "p_tuning": {"std": "init_std"},
+    "parallel_adapter": {"width": "bottleneck_dim"},
     "pissa": {"turns": "n_iter"},
-    "prefix_tuning": {"std": "init_std"},
+    "prefix_tuning": {"slots": "positions_name", "std": "init_std"},
     "prompt_tuning": {"std": "init_std", "text": "init_text"},
+    "road": {"group": "group_size"},
+    "trainable_tokens": {"ids": "token_ids"},
     "vera": {"initial": "d_initial"},
-    "xlora": {"top": "top_k", "width": "hidden_size"},
+    "xlora": {"reads": "gate_input", "top": "top_k", "width": "hidden_size"},
 }
 
-#: Of the values of an option: {(method, option): names}, by today's names of both.
+#: Of the values of an option: {(method, option): names}, by today's names of both. A value that the
+#: option still takes keeps its name.
 VALUES: Mapping[tuple[str, str], Names] = {
+    ("bottleneck_adapter", "adapter_input"): {"sum": "output_plus_residual"},
     ("loftq", "format"): {"int4/asym": "int4+asym"},
+    ("loftq", "init"): {"principal": "pissa", "quantized": "loftq"},
     ("quantize", "format"): {"int4/asym": "int4+asym"},
 }
 
-#: Of adapter arrays, by today's name of the method: the last part of their path.
+#: Of adapter arrays, by today's name of the method: the last part of their path. An array that the
+#: method still trains keeps its name.
 ARRAYS: Mapping[str, Names] = {}
 
 #: Classes of structured weights in a base.
@@ -83,8 +91,18 @@ def current_method(stored: Any, factories: Mapping[str, Callable]) -> Any:
         # Where a damaged file has both names, the old one is left, and then refused.
         if option in taken or new in options:
             new = option
-        renamed[new] = _current_value(value, VALUES.get((method, new), {}))
+        names = VALUES.get((method, new), {})
+        kept = _literals(taken[new].annotation) if new in taken else set()
+        renamed[new] = _current_value(value, {k: v for k, v in names.items() if k not in kept})
     return {"method": method, "options": renamed}
+
+
+def _literals(annotation: Any) -> set[Any]:
+    """The values that the `Literal`s in an annotation allow."""
+    args = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return set(args)
+    return {value for arg in args for value in _literals(arg)}
 
 
 def _current_value(value: Any, names: Names) -> Any:
@@ -100,12 +118,15 @@ def _current_value(value: Any, names: Names) -> Any:
     return value
 
 
-def current_arrays(paths: Iterable[str], methods: Iterable[str]) -> dict[str, str]:
+def current_arrays(
+    paths: Iterable[str], trained: Container[str], methods: Iterable[str]
+) -> dict[str, str]:
     """{path in the folder: path of today} of adapter arrays.
 
     Args:
-      paths: Of all arrays.
-      methods: Today's names of the methods that made them.
+      paths: Of all arrays of the folder.
+      trained: Paths of the arrays that the methods train today.
+      methods: Today's names of the methods.
     """
     names: dict[str, str] = {}
     for method in methods:
@@ -113,7 +134,8 @@ def current_arrays(paths: Iterable[str], methods: Iterable[str]) -> dict[str, st
     current = {}
     for path in paths:
         above, slash, name = path.rpartition("/")
-        current[path] = f"{above}{slash}{names.get(name, name)}"
+        new = f"{above}{slash}{names.get(name, name)}"
+        current[path] = new if path not in trained and new in trained else path
     return current
 
 

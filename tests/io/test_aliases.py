@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -34,8 +35,11 @@ def test_every_row_leads_to_a_name_of_today():
         for old, new in names.items():
             assert (old in taken) != (new in taken), (method, old, new)
     for (method, option), names in VALUES.items():
-        assert option in inspect.signature(FACTORIES[method]).parameters
-        assert set(names.values()) <= FORMATS.keys() and not names.keys() & FORMATS.keys()
+        taken = inspect.signature(FACTORIES[method]).parameters
+        first = next((old for old, new in OPTIONS.get(method, {}).items() if new == option), option)
+        allowed = set(get_args(taken[option if option in taken else first].annotation)) or FORMATS
+        for old, new in names.items():
+            assert (old in allowed) != (new in allowed), (method, option, old, new)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +76,13 @@ def test_an_option_that_the_method_still_takes_keeps_its_name(monkeypatch):
     assert current_method(describe("lora", alpha=2), FACTORIES) == describe("lora", alpha=2)
 
 
+def test_a_value_that_the_option_still_takes_keeps_its_name(monkeypatch):
+    monkeypatch.setitem(VALUES, ("lora", "init"), {"kaiming": "later", "he": "kaiming"})
+    stored = describe("lora", init="kaiming")
+    assert current_method(stored, FACTORIES) == stored
+    assert current_method(describe("lora", init="he"), FACTORIES) == stored
+
+
 def test_of_two_names_of_one_option_the_old_one_is_left_to_be_refused(monkeypatch):
     monkeypatch.setitem(OPTIONS, "lora", {"size": "rank"})
     both = describe("lora", rank=1, size=2)
@@ -100,12 +111,13 @@ def test_what_describes_no_method_of_old_stays_as_it_is(junk):
 def test_arrays_are_renamed_by_the_last_part_of_their_path(monkeypatch, tmp_path):
     """A folder as it would be if the factors of LoRA had once been called `down` and `up`."""
     monkeypatch.setitem(_aliases.ARRAYS, "lora", {"down": "a", "up": "b"})
-    assert current_arrays(["up/down", "up/up", "up"], ["lora"]) == {
-        "up/down": "up/a",
-        "up/up": "up/b",
-        "up": "b",
-    }
-    assert current_arrays(["up/down"], ["dora"]) == {"up/down": "up/down"}
+    stored, trained = ["up/down", "up/up", "up"], ["up/a", "up/b", "b"]
+    names = dict(zip(stored, trained, strict=True))
+    assert current_arrays(stored, trained, ["dora", "lora"]) == names
+    assert current_arrays(stored, trained, ["dora"]) == dict(zip(stored, stored, strict=True))
+    # An array that is trained under its old name, or under none, keeps it.
+    assert current_arrays(stored, [*trained, "up"], ["lora"]) == names | {"up": "up"}
+    assert current_arrays(stored, [], ["lora"]) == dict(zip(stored, stored, strict=True))
     folder = shutil.copytree(FOLDERS / "format1" / "lora", tmp_path / "lora")
     about = json.loads((folder / "adapter.json").read_text())
     old = {"a": "down", "b": "up"}

@@ -53,7 +53,8 @@ def check_arrays(loaded, folder):
     """The adapter holds the arrays of the file, bit for bit."""
     (file,) = folder.glob("adapter*.safetensors")
     stored = load_file(file)
-    names = current_arrays(stored, [step.name for step in steps(loaded.method)])
+    methods = [step.name for step in steps(loaded.method)]
+    names = current_arrays(stored, loaded.adapter, methods)
     assert loaded.adapter.keys() == {names[path] for path in stored}
     for path, want in stored.items():
         got = loaded.adapter[names[path]]
