@@ -47,22 +47,55 @@ VALUES: Mapping[tuple[str, str], Names] = {
     ("loftq", "format"): {"int4/asym": "int4+asym"},
     ("loftq", "init"): {"principal": "pissa", "quantized": "loftq"},
     ("quantize", "format"): {"int4/asym": "int4+asym"},
+    ("xlora", "gate_input"): {"hidden": "hidden_states"},
 }
 
 #: Of adapter arrays, by today's name of the method: the last part of their path. An array that the
 #: method still trains keeps its name.
 ARRAYS: Mapping[str, Names] = {}
 
-#: Classes of structured weights in a base.
-WEIGHTS: Names = {"Blocks": "Blockwise", "Columns": "PerChannel"}
+#: Classes of structured weights, which a base may hold.
+WEIGHTS: Names = {
+    "Add": "ParallelAdapterOutput",
+    "Blocks": "Blockwise",
+    "Butterfly": "ButterflyRotation",
+    "Columns": "PerChannel",
+    "Decomposed": "WeightDecomposed",
+    "GatedByInput": "RoutedByInput",
+    "Hadamard": "HadamardWithBase",
+    "HadamardProduct": "LowRankHadamard",
+    "Kronecker": "KroneckerProduct",
+    "Mixture": "TaskGatedExperts",
+    "NewRows": "ReplacedRows",
+    "Orthogonal": "CayleyRotation",
+    "Reflected": "HouseholderReflections",
+    "RotatedIn": "RotatedInputs",
+    "RotatedOut": "PairRotatedOutputs",
+    "ScaledIn": "ScaledInputs",
+    "ScaledOut": "ScaledOutputs",
+    "ScaledPart": "ScaledOutputSlice",
+    "ScaledRandom": "ScaledRandomFactors",
+    "Skills": "SkillMixture",
+    "Tap": "ParallelAdapterInput",
+    "Triplets": "SVDTriplets",
+    "Turned": "ScaledPairRotations",
+    "Weighed": "GatedEntries",
+    "WeighedRows": "GatedRows",
+}
 
-#: Fields of such a class, by its name of today.
+#: Array fields of such a class, by its name of today.
 FIELDS: Mapping[str, Names] = {
     "Blockwise": {"codes": "values"},
     "Codebook": {"codes": "values", "tiles": "nested"},
+    "EncodedPrefix": {"slots": "virtual_positions"},
     "Flat": {"codes": "values", "tiles": "nested"},
+    "Gated": {"sharpness": "inverse_temperature"},
+    "GatedBottleneck": {"slots": "virtual_positions"},
+    "GatedLowRank": {"slots": "virtual_positions"},
     "Int4": {"codes": "values"},
     "PerChannel": {"codes": "values"},
+    "Prefix": {"slots": "virtual_positions"},
+    "WeightDecomposed": {"squares": "squared_norms"},
 }
 
 

@@ -117,10 +117,11 @@ def replaced_by(method: Any, trained: Mapping[str, Any]) -> dict[str, tuple[int,
     found: dict[str, tuple[int, Sequence[int]]] = {}
     for step in steps(method):
         if step.name == "trainable_tokens":
+            ids = step.options.get("token_ids", step.options.get("ids"))
             for path, site in step.options["sites"].items():
                 axes = [axis.role for axis in site.axes]
                 if len(axes) == len(site.shape) and axes.count(IN) == 1:
-                    found[path] = (axes.index(IN), step.options["ids"])
+                    found[path] = (axes.index(IN), ids)
         if step.name == "last_layers":
             for path, site in step.options["sites"].every.items():
                 if f"{path}/trained_part" in trained:
