@@ -27,6 +27,7 @@ OPTIONS: Mapping[str, Names] = {
     "bottleneck_adapter": {"reads": "adapter_input", "width": "bottleneck_dim"},
     "loftq": {"start": "init", "steps": "n_iter"},
     "lokr": {"both": "decompose_both", "factor": "decompose_factor"},
+    "mam": {"width": "bottleneck_dim"},
     "moelora": {"width": "task_embedding_dim"},
     "oft": {"block": "block_size", "share": "block_share", "terms": "neumann_terms"},
     "p_tuning": {"std": "init_std"},
@@ -36,18 +37,20 @@ OPTIONS: Mapping[str, Names] = {
     "prompt_tuning": {"std": "init_std", "text": "init_text"},
     "road": {"group": "group_size"},
     "trainable_tokens": {"ids": "token_ids"},
+    "unipelt": {"width": "bottleneck_dim"},
     "vera": {"initial": "d_initial"},
     "xlora": {"reads": "gate_input", "top": "top_k", "width": "hidden_size"},
 }
 
-#: Of the values of an option: {(method, option): names}, by today's names of both. A value that the
-#: option still takes keeps its name.
+#: Of the values of an option: {(method, option): names}, by today's name of the method and the name
+#: that the option had then. A value that the option still takes keeps its name.
 VALUES: Mapping[tuple[str, str], Names] = {
-    ("bottleneck_adapter", "adapter_input"): {"sum": "output_plus_residual"},
+    ("bottleneck_adapter", "reads"): {"sum": "output_plus_residual"},
     ("loftq", "format"): {"int4/asym": "int4+asym"},
-    ("loftq", "init"): {"principal": "pissa", "quantized": "loftq"},
+    ("loftq", "start"): {"principal": "pissa", "quantized": "loftq"},
+    ("prefix_tuning", "slots"): {"virtual": "virtual_positions"},
     ("quantize", "format"): {"int4/asym": "int4+asym"},
-    ("xlora", "gate_input"): {"hidden": "hidden_states"},
+    ("xlora", "reads"): {"hidden": "hidden_states"},
 }
 
 #: Of adapter arrays, by today's name of the method: the last part of their path. An array that the
@@ -124,7 +127,9 @@ def current_method(stored: Any, factories: Mapping[str, Callable]) -> Any:
         # Where a damaged file has both names, the old one is left, and then refused.
         if option in taken or new in options:
             new = option
-        names = VALUES.get((method, new), {})
+        # Today's values stand under today's name of an option.
+        stays = option == new and option in OPTIONS.get(method, {})
+        names = {} if stays else VALUES.get((method, option), {})
         kept = _literals(taken[new].annotation) if new in taken else set()
         renamed[new] = _current_value(value, {k: v for k, v in names.items() if k not in kept})
     return {"method": method, "options": renamed}
