@@ -1,11 +1,11 @@
-"""Adapter folders: the trained arrays, and everything needed to put them to use again.
+"""Adapter folders: the trained arrays, and everything that is needed to use them again.
 
 adapter-<hash>.safetensors   {path: array}, under a name with the hash of the file
 adapter.json                 method with all options and targets, key, versions, hashes, and a
                              fingerprint of the base that the adapter was trained on
 
-The description names the arrays, so that replacing it replaces the adapter. Format 1 had its
-arrays in `adapter.safetensors`, without a hash.
+The description names the file of the arrays, so that replacing the description replaces the
+adapter. In format 1 that file was `adapter.safetensors`, without a hash.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from jaxpeft._method_json import from_json, to_json
 from jaxpeft._tree import split
 from jaxpeft._version import __version__
 from jaxpeft.io import _replacing as replacing
+from jaxpeft.io._aliases import current_arrays, current_method
 from jaxpeft.io._description import (
     ABOUT,
     FORMAT,
@@ -53,12 +54,12 @@ __all__ = ["Loaded", "UncheckedAdapterWarning", "load_adapter", "save_adapter"]
 
 _ARRAYS_1 = "adapter.safetensors"
 _AS_SAVED = "as saved"
-# So often is a folder read again that is replaced in the meantime.
+# A folder that is replaced while it is read is read again, this many times at most.
 _ATTEMPTS = 10
 
 
 class Loaded(NamedTuple):
-    """What an adapter folder and a base give: `combine(frozen, adapter)` is the model's tree."""
+    """What `load_adapter` returns: `combine(frozen, adapter)` is the tree of the model."""
 
     method: Method
     frozen: Any
@@ -76,23 +77,23 @@ def save_adapter(
     *,
     key: jax.Array,
 ) -> None:
-    """Writes an adapter folder, whole or not at all, in the place of an adapter that is there.
+    """Writes an adapter folder completely or not at all, and replaces an adapter that is there.
 
-    Whoever reads the folder in the meantime, or after this process was killed, finds one of the
-    two. Of several processes that write at once, the last one's adapter stays.
+    A process that reads the folder meanwhile, or after this one was killed, finds either the old
+    adapter or the new one. Of several processes that write at once, the last one wins.
 
     Args:
-      folder: Made if it is not there.
-      adapter: From `split`, trained.
-      method: That made it, from the library's factories.
-      params: The base it was trained on, as given to the method.
-      key: As given to the method, from which everything frozen that is random follows.
+      folder: The folder; it is created if it does not exist.
+      adapter: The trained adapter, as `split` returned it.
+      method: The method that made the adapter; one of the library's.
+      params: The base that the adapter was trained on, as it was given to the method.
+      key: The PRNG key that was given to the method. Frozen random arrays are made from it again.
 
     Raises:
-      ValueError: The method cannot be described: a plain function, one that is not the library's,
-        or one whose options hold arrays, as those of `corda` and `lora_ga` do; of these, save
-        what `to_lora` returns. Or an array has infinities or NaNs. Nothing is written.
-      OSError: The folder cannot be written; what was there is there still.
+      ValueError: The method cannot be described, because it is a plain function, is not one of the
+        library's, or has arrays among its options, as `corda` and `lora_ga` do (of these, save
+        what `to_lora` returns); or an array has infinite or NaN entries. Nothing is written.
+      OSError: The folder cannot be written. An adapter that was there is unchanged.
     """
     folder = Path(folder)
     adapter = {path: jnp.asarray(x) for path, x in adapter.items()}
@@ -106,7 +107,7 @@ def save_adapter(
         "adapter": trained,
         "base": fingerprint(params, replaced_by(method, trained)),
     }
-    # What cannot be read is not written.
+    # A description that could not be read again is not written.
     from_json(json.loads(json.dumps(description["method"])), FACTORIES)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing.alone(folder) as locked:
@@ -118,9 +119,9 @@ def save_adapter(
             with replacing.draft(folder, lambda path: path.write_text(text)) as about:
                 os.replace(arrays, folder / name)
                 replacing.on_disk(folder)
-                os.replace(about, folder / ABOUT)  # from here on, the folder is the new adapter
+                os.replace(about, folder / ABOUT)  # from here on, the folder holds the new adapter
         replacing.on_disk(folder)
-        # Without a lock, another writer's files cannot be told from those that nobody needs.
+        # Without a lock, files of another writer cannot be told from files that nobody needs.
         for path in (_leftover(folder) if locked else before) - {folder / name}:
             replacing.remove(path)
 
@@ -129,11 +130,11 @@ def _check_finite(adapter: Mapping[str, jax.Array]) -> None:
     counts = {path: int(jnp.sum(~jnp.isfinite(x))) for path, x in adapter.items()}
     if bad := {path: n for path, n in counts.items() if n}:
         path, n = next(iter(bad.items()))
-        more = f", and {len(bad) - 1} more arrays have some" if len(bad) > 1 else ""
+        more = f" (other arrays with such entries: {len(bad) - 1})" if len(bad) > 1 else ""
         raise ValueError(
             f"The adapter's '{path}' has {n} entries of {adapter[path].size} that are infinite or "
-            f"NaN{more}: its training has failed. Save the adapter of an earlier step, and go on "
-            "from there at a lower rate."
+            f"NaN{more}. The training has diverged: save the adapter of an earlier step, and "
+            "continue from there with a lower learning rate."
         )
 
 
@@ -143,7 +144,7 @@ def _sha256(path: Path) -> str:
 
 
 def _arrays_of(folder: Path) -> set[Path]:
-    """The arrays that the folder's description names, as far as it can be read."""
+    """The file of arrays that the folder's description names, if it can be read."""
     try:
         return {folder / json.loads((folder / ABOUT).read_text())["arrays"]["file"]}
     except (OSError, ValueError, KeyError, TypeError):
@@ -151,7 +152,7 @@ def _arrays_of(folder: Path) -> set[Path]:
 
 
 def _leftover(folder: Path) -> set[Path]:
-    """Arrays of any adapter, and what killed writers have left."""
+    """Files of arrays of any adapter, and files that killed writers left behind."""
     mine = re.compile(rf"adapter(-[0-9a-f]{{16}})?\.safetensors|{re.escape(replacing.DRAFT)}.*")
     return {path for path in folder.iterdir() if mine.fullmatch(path.name)}
 
@@ -164,43 +165,47 @@ def load_adapter(
 ) -> Loaded:
     """Rebuilds the method and the adapter from a folder and the base's params.
 
-    Over the base of training, as it was then, the numbers are those of training. An adapter can
-    be used over another base too, where that is meant:
+    On the base that it was trained on, the loaded adapter computes exactly what it computed in
+    training. `base` allows other bases:
 
-    - `base="any precision"`: the same weights in another dtype, or quantized where they were not,
-      or the other way round. Checked: paths, shapes, and eight values of each array, which may
-      differ by the rounding of the coarser dtype, or of bfloat16. Of quantized weights, and in
-      folders of format 1, values cannot be checked.
-    - `base="any values"`: any weights of these paths and shapes, such as a base that was trained
-      further.
+    - `base="any precision"`: the same weights in another dtype, or quantized where they were dense
+      or dense where they were quantized. Paths, shapes and eight values of each array are checked;
+      values may differ by the rounding of the coarser dtype, or of bfloat16. Values of quantized
+      weights, and all values in folders of format 1, cannot be checked.
+    - `base="any values"`: any weights with the same paths and shapes, such as a base that was
+      trained further.
 
-    What an adapter replaces never matters: arrays that it trains whole, layers of `last_layers`,
-    rows of `trainable_tokens`. `pissa`, `olora` and `loftq` take no other base, because what they
-    take away from it follows from its values.
+    Values that the adapter replaces are never compared: arrays that it trains as a whole, layers of
+    `last_layers`, rows of `trainable_tokens`. `pissa`, `olora` and `loftq` can only be loaded on
+    the base that they were trained on, because they subtract from it what they compute from its
+    values.
 
     Args:
-      folder: Written by `save_adapter`.
+      folder: A folder that `save_adapter` has written, with this version or an earlier one.
       params: The base that the adapter was trained on.
-      base: What else the base may be.
-      quantize: What the method's `quantize` steps do: as they were saved; nothing (`None`), so
-        that `params` are used as they are, dense or quantized by other means; or the same
-        weights in another format, such as "int8".
+      base: Which other bases are allowed.
+      quantize: What the `quantize` steps of the method do. "as saved" keeps them; `None` leaves
+        them out, so that `params` are used as they are, dense or already quantized; the name of
+        a format, such as "int8", quantizes the same weights in that format.
+    Returns:
+      The method, its frozen parameters and the adapter.
 
     Raises:
       FileNotFoundError: The folder holds no adapter, or lacks its arrays.
-      ValueError: The base differs (names the first difference and what would take it), a file is
-        damaged (names it, and the field), the adapter comes from a newer version, or the folder
-        is one of Hugging Face PEFT.
+      ValueError: The base differs (the error names the first difference and the option that would
+        allow it), a file is damaged (it names the file and the field), the adapter was written by
+        a newer version, or the folder is one of Hugging Face PEFT.
     """
     folder = Path(folder)
     description, adapter = _read(folder)
-    trained, about = description["adapter"], folder / ABOUT
+    about = folder / ABOUT
     try:
         key = key_of(description["key"])
-        made = description["method"]
+        made = current_method(description["method"], FACTORIES)
         method = from_json(as_it_acted(made) if description["format"] == 1 else made, FACTORIES)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'{about}': {error}") from error
+    trained = description["adapter"]
     if quantize != _AS_SAVED:
         method = _requantized(method, quantize, about)
     if description["format"] == 1:
@@ -217,22 +222,24 @@ def load_adapter(
     if same:
         _check_dtypes(adapter, trained, about)
     fresh = _shapes(method, key, params, about)
+    names = current_arrays(adapter, fresh, (step.name for step in steps(method)))
+    adapter = {names[path]: x for path, x in adapter.items()}
     for path in sorted(set(fresh) | set(adapter)):
         have, want = adapter.get(path), fresh.get(path)
         if have is None or want is None or have.shape != want.shape:
             raise ValueError(
                 f"'{about}': '{path}' has shape {None if have is None else have.shape} in the "
                 f"file of arrays, but the method needs {None if want is None else want.shape}. "
-                "The folder's two files do not belong together."
+                "The two files of the folder do not belong together."
             )
     frozen, _ = split(method(key, params))
-    if not same:  # an array that is trained whole has the dtype of the base that it is part of
+    if not same:  # an array that is trained as a whole has the dtype of the base that it is part of
         adapter = {path: x.astype(fresh[path].dtype) for path, x in adapter.items()}
     return Loaded(method, frozen, adapter)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """The description and the arrays that it names, of one adapter even while it is replaced."""
+    """The description and its arrays, both of one adapter even if the folder is being replaced."""
     about = folder / ABOUT
     for _ in range(_ATTEMPTS):
         if not about.exists():
@@ -245,11 +252,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         except FileNotFoundError:
             if _bytes(about) == text:
                 raise FileNotFoundError(
-                    f"'{folder / name}' is missing, of which '{about}' speaks. Copy the folder "
-                    "again."
+                    f"'{folder / name}' is missing, which '{about}' names. Copy the folder again."
                 ) from None
     raise ValueError(
-        f"'{folder}' was replaced {_ATTEMPTS} times while it was read. Wait for its writers to end."
+        f"'{folder}' was replaced {_ATTEMPTS} times while it was read. Wait until nothing writes "
+        "to it any more."
     )
 
 
@@ -257,17 +264,17 @@ def _bytes(about: Path) -> bytes:
     try:
         return about.read_bytes()
     except IsADirectoryError:
-        raise ValueError(f"'{about}' is no description of an adapter: it is a folder.") from None
+        raise ValueError(f"'{about}' does not describe an adapter: it is a folder.") from None
 
 
 def _arrays(path: Path, description: Mapping[str, Any], about: Path) -> dict[str, jax.Array]:
-    """The arrays of a file, which are those of the description.
+    """The arrays of a file, checked against the description.
 
     Raises:
-      FileNotFoundError: There is no such file.
-      ValueError: It is another one, or cannot be read.
+      FileNotFoundError: The file does not exist.
+      ValueError: The file cannot be read, or its arrays are not those of the description.
     """
-    broken = "It was damaged or cut short; copy the folder again."
+    broken = "It was damaged or truncated. Copy the folder again."
     try:
         if description["format"] > 1:
             want, found = description["arrays"]["sha256"], _sha256(path)
@@ -284,8 +291,8 @@ def _arrays(path: Path, description: Mapping[str, Any], about: Path) -> dict[str
         want = trained[name][0] if name in trained else None
         if have != want:
             raise ValueError(
-                f"'{path}': '{name}' has shape {have}, and '{about}' says {want}. The folder's two "
-                "files do not belong together."
+                f"'{path}': '{name}' has shape {have}, and '{about}' says {want}. The two files "
+                "of the folder do not belong together."
             )
     return arrays
 
@@ -296,9 +303,9 @@ def _check_dtypes(
     for path, x in adapter.items():
         if (dtype := trained[path][1]) != x.dtype.name:
             raise ValueError(
-                f"'{about}': '{path}' has dtype {x.dtype} where {dtype} was saved. For 64 bits, "
-                "set `jax.config.update('jax_enable_x64', True)`; elsewhere the folder's two files "
-                "do not belong together."
+                f"'{about}': '{path}' was loaded as {x.dtype}, but was saved as {dtype}. If that "
+                "has 64 bits, set `jax.config.update('jax_enable_x64', True)`; otherwise the two "
+                "files of the folder do not belong together."
             )
 
 
@@ -307,14 +314,14 @@ def _requantized(method: Method, format: str | None, about: Path) -> Method:
     names = {step.name for step in steps(method)}
     if starts := sorted(names & set(STARTS)):
         raise ValueError(
-            f"`load_adapter(quantize={format!r})`: '{about}' holds `{starts[0]}`, which takes away "
-            "from the base what follows from its values as they were quantized. Load it as it was "
-            "saved."
+            f"`load_adapter(quantize={format!r})`: '{about}' holds `{starts[0]}`, which subtracts "
+            "from the base what it computes from the quantized values. Load it as it was saved, "
+            "without `quantize`."
         )
     if format is not None and "quantize" not in names:
         raise ValueError(
             f"`load_adapter(quantize={format!r})`: the method of '{about}' quantizes nothing. "
-            "Quantize the params, and give them with base='any precision'."
+            "Quantize `params`, and load the adapter with `base='any precision'`."
         )
 
     def one(method: Method) -> Method:
@@ -322,7 +329,7 @@ def _requantized(method: Method, format: str | None, about: Path) -> Method:
             return chain(*map(one, method.options["methods"]))
         if method.name != "quantize":
             return method
-        # An empty chain keeps the place, by which the other steps have their keys.
+        # An empty chain takes its place: the keys of the other steps depend on their positions.
         return quantize(format, method.options["sites"]) if format else chain()
 
     return one(method)
@@ -331,10 +338,10 @@ def _requantized(method: Method, format: str | None, about: Path) -> Method:
 def _shapes(
     method: Method, key: jax.Array, params: Any, about: Path
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the method trains, found before anything of that size is made.
+    """The shapes of what the method trains, found before any array of such a shape is made.
 
     Raises:
-      ValueError: The method cannot be put on these params.
+      ValueError: The method cannot be applied to these params.
     """
     leaves, treedef = jax.tree.flatten(params)
     at = [i for i, x in enumerate(leaves) if isinstance(x, (jax.Array, np.ndarray))]
@@ -348,6 +355,8 @@ def _shapes(
     shapes = [jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) for i in at]
     try:
         return jax.eval_shape(trained, key, shapes)
-    except Exception as error:  # whatever a description does that no file of this library has
+    except Exception as error:  # a description that this library did not write may do anything
         said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"'{about}': its method cannot be put on these params: {said}") from error
+        raise ValueError(
+            f"'{about}': its method cannot be applied to these params: {said}"
+        ) from error

@@ -1,290 +1,364 @@
-"""Linear weights in four bits as bitsandbytes stores them, beside the other tensors of a folder.
+"""One linear weight in four bits, as bitsandbytes stores it beside the other tensors of a folder.
 
 Of a weight (out, in) with n entries there are
 
-    X.weight                                 uint8 (n / 2, 1)  codes, two to a byte
+    X.weight                                 uint8 (n / 2, 1)  quantized values, two to a byte
     X.weight.absmax                          one scale per block, float32, or uint8 where nested
-    X.weight.quant_map                       float32 (16,), the values of the codes
-    X.weight.nested_absmax                   float32, one per 256 scales
-    X.weight.nested_quant_map                float32 (256,), the values of the scales' codes
+    X.weight.quant_map                       float32 (16,), what the quantized values stand for
+    X.weight.nested_absmax                   float32, one scale per 256 scales
+    X.weight.nested_quant_map                float32 (256,), what the quantized scales stand for
     X.weight.quant_state.bitsandbytes__nf4   uint8, JSON: block size, shape, dtype, the offset
 
-the nested ones only where the scales are quantized too. Layers are stacked to one `Flat`.
+the nested ones only where the scales are quantized too. Such a weight is read into a `Flat`, with
+the values of the file; `_stacked.py` stacks the layers.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from functools import reduce
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft._view import View, is_view
-from jaxpeft._weight import STACK
-from jaxpeft.io._coded import Coded, view_of
+from jaxpeft._schema import conform
+from jaxpeft._view import View
+from jaxpeft.io._plan import Stack, folder_of, refuse
 from jaxpeft.io._safetensors import NAMES, Lazy, Tensor, read
-from jaxpeft.io._stacked import Stack, disassemble, flat, nested, refuse
 from jaxpeft.quant._book import GROUP, Book
 from jaxpeft.quant._dynamic import dynamic_map
 from jaxpeft.quant._flat import Flat
 from jaxpeft.quant._fp4 import FP4
 from jaxpeft.quant._nf4 import NF4
 
-__all__ = ["configured", "stored", "written"]
+__all__ = [
+    "FourBit",
+    "configuration",
+    "stored",
+    "unwritable",
+    "without_configuration",
+    "written",
+]
 
-_CONFIG = "quantization_config"
 BOOKS = {"nf4": NF4, "fp4": FP4}
 DTYPES = {np.dtype(t).name: np.dtype(t) for t in (np.float32, np.float16, jnp.bfloat16)}
 ABSMAX, MAP, NESTED, NESTED_MAP = "absmax", "quant_map", "nested_absmax", "nested_quant_map"
 STATE = "quant_state.bitsandbytes__"
 # Maps are computed where a file is written, and may differ by the last bit of a float32.
 LAST_BITS = 3e-7
+# Bytes of a state. It has seven short fields.
+LONGEST_STATE = 10_000
+# bitsandbytes has blocks of up to 4096 entries.
+LARGEST_BLOCK = 4096
+_CONFIG = "quantization_config"
+_FIELDS = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list[int]}
+_NESTED_FIELDS = {"nested_blocksize": int, "nested_dtype": str, "nested_offset": float}
 
 
 class QuantState(NamedTuple):
-    """What a stack of layers must agree in."""
+    """What all layers of a stack must agree in."""
 
     book: Book
     block: int
     nested: bool
 
+    def __str__(self) -> str:
+        nested = " with nested scales" if self.nested else ""
+        return f"{self.book.name} in blocks of {self.block}{nested}"
 
-class Entry(NamedTuple):
-    """One weight of a file: its state, and what is its own."""
 
+class FourBit(NamedTuple):
+    """A weight of a folder whose parts fit together; none of it but its state is in memory."""
+
+    name: str
+    values: Tensor
+    parts: Mapping[str, Tensor]
     state: QuantState
-    dtype: np.dtype
+    dtype: np.dtype  # of the weight that was quantized
     offset: float
+    shape: tuple[int, int]  # (in, out)
+
+    @property
+    def file(self) -> Path:
+        """The file that holds the quantized values."""
+        return self.values.file
+
+    def like(self) -> Flat:
+        """The weight, with `jax.ShapeDtypeStruct`s for its fields."""
+        nested = self.state.nested
+        n_bytes, blocks, groups = _counts(math.prod(self.shape), self.state.block)
+        scale = np.uint8 if nested else np.float32
+        return Flat(
+            jax.ShapeDtypeStruct((n_bytes,), np.uint8),
+            jax.ShapeDtypeStruct((blocks,), scale),
+            jax.ShapeDtypeStruct((groups,), np.float32) if nested else None,
+            jax.ShapeDtypeStruct((), np.float32) if nested else None,
+            self.shape,
+            self.state.block,
+            self.state.book,
+        )
+
+    def read(self) -> Flat:
+        """The weight, with NumPy arrays for its fields.
+
+        Raises:
+          ValueError: A scale is infinite or NaN.
+        """
+        nested = self.state.nested
+        scales = read(self.parts[ABSMAX]).reshape(-1)
+        scales_of_scales = read(self.parts[NESTED]).reshape(-1) if nested else None
+        part, values = (ABSMAX, scales) if scales_of_scales is None else (NESTED, scales_of_scales)
+        if bad := int(np.sum(~np.isfinite(values))):
+            raise ValueError(
+                f"{self.name}.{part} in {self.parts[part].file} has {bad} entries of "
+                f"{values.size} that are infinite or NaN. Download the folder again."
+            )
+        # They may be stored under the name of another dtype, as bytes all the same.
+        packed = read(self.values).reshape(-1).view(np.uint8)
+        offset = np.asarray(self.offset, np.float32) if nested else None
+        state = self.state
+        return Flat(packed, scales, scales_of_scales, offset, self.shape, state.block, state.book)
+
+
+def _counts(size: int, block: int) -> tuple[int, int, int]:
+    """Bytes of quantized values, scales, and scales of scales."""
+    blocks = math.ceil(size / block)
+    return math.ceil(size / 2), blocks, math.ceil(blocks / GROUP)
 
 
 # Reading -----------------------------------------------------------------------------------------
 
 
-def configured(hf: Mapping[str, Any]) -> dict[str, Any]:
+def without_configuration(hf: Mapping[str, Any]) -> dict[str, Any]:
     """A parsed `config.json` without its `quantization_config`, if that is what is read here."""
-    about = hf.get("quantization_config") or {}
-    ours = about.get("quant_method") == "bitsandbytes" and (
-        about.get("load_in_4bit") or about.get("_load_in_4bit")
+    about = hf.get(_CONFIG)
+    ours = (
+        isinstance(about, Mapping)
+        and about.get("quant_method") == "bitsandbytes"
+        and (about.get("load_in_4bit") or about.get("_load_in_4bit"))
     )
     return {name: value for name, value in hf.items() if not (ours and name == _CONFIG)}
 
 
 def stored(
-    tensors: Mapping[str, Tensor], plan: Mapping[str, Stack], dtype: Any = None
-) -> tuple[dict[str, Tensor], dict[str, Stack], dict[str, Coded]]:
-    """Takes the weights in four bits out of a folder.
-
-    The numbers of the file are kept as they are. Only the maps are not: they must be those of
-    the format, up to the last bit of a float32, and are then written nowhere else.
-
-    Args:
-      tensors: All of the folder.
-      plan: All that is wanted.
-      dtype: That the program is to see. `None` keeps what the files say (the wider, where
-        layers differ).
-    Returns:
-      The tensors and the plan without those weights, and the weights by path.
-    Raises:
-      ValueError: Names every weight and file in which a part is missing, of another size or
-        kind than the others say, or of a form that `Flat` is not; and every stack whose layers
-        differ.
-    """
-    parts = _parts(tensors, plan)
-    coded: dict[str, Coded] = {}
-    faults: list[str] = []
-    for path, stack in plan.items():
-        if any(name in parts for name in stack.names):
-            found = _stack(path, stack, tensors, parts, dtype, faults)
-            if found is not None:
-                coded[path] = found
-    refuse(
-        "These weights in four bits cannot be read:",
-        faults,
-        "Fetch the folder again, or quantize the original model: load(folder, quantize='nf4').",
-    )
-    used = {f"{name}.{part}" for name, own in parts.items() for part in own} | set(parts)
-    rest = {name: tensor for name, tensor in tensors.items() if name not in used}
-    return rest, {path: stack for path, stack in plan.items() if path not in coded}, coded
-
-
-def _parts(
     tensors: Mapping[str, Tensor], plan: Mapping[str, Stack]
-) -> dict[str, dict[str, Tensor]]:
-    """The parts beside each weight in four bits, by the rest of their names."""
-    names = {name: stack for stack in plan.values() for name in stack.names}
-    parts: dict[str, dict[str, Tensor]] = {}
-    for full, tensor in tensors.items():
-        for name in (full.rsplit(".", 1)[0], full.rsplit(".", 2)[0]):
-            part = full[len(name) + 1 :]
-            if name in names and (
-                part in (ABSMAX, MAP, NESTED, NESTED_MAP) or part.startswith("quant_state.")
-            ):
-                parts.setdefault(name, {})[part] = tensor
-        # Codes alone: their parts are missing, rather than that they have a wrong shape.
-        stack = names.get(full)
-        if stack and stack.transposed and tensor.dtype == np.uint8:
-            if tensor.shape != stack.tensor_shape:
-                parts.setdefault(full, {})
-    return parts
+) -> tuple[dict[str, list[FourBit]], set[str]]:
+    """The layers of every parameter that bitsandbytes has quantized, and all tensors of these.
+
+    Raises:
+      ValueError: Names every weight and file in which a part is missing, of another size or kind
+        than the others say, or of a form that is not read; and every stack whose layers differ.
+    """
+    found = _parts(tensors)
+    weights: dict[str, list[FourBit]] = {}
+    faults: list[str] = []
+    used: set[str] = set()
+    for path, stack in plan.items():
+        own = {name: found.get(name, {}) for name in stack.names if name in found}
+        for name in stack.names:  # Values alone: their parts are missing, not their shape wrong.
+            tensor = tensors.get(name)
+            if tensor and tensor.dtype == np.uint8 and tensor.shape != stack.tensor_shape:
+                if stack.transposed:
+                    own.setdefault(name, {})
+        if not own:
+            continue
+        used |= own.keys() | {f"{name}.{part}" for name in own for part in own[name]}
+        before = len(faults)
+        layers = _layers(path, stack, tensors, own, faults)
+        if len(faults) == before:
+            weights[path] = layers
+    refuse(
+        f"{folder_of(tensors)} holds weights in four bits that cannot be read:",
+        faults,
+        "Download the folder again, or quantize the original model: load(folder, quantize='nf4').",
+    )
+    return weights, used
 
 
-def _stack(
+def _layers(
     path: str,
     stack: Stack,
     tensors: Mapping[str, Tensor],
     parts: Mapping[str, Mapping[str, Tensor]],
-    dtype: Any,
     faults: list[str],
-) -> Coded | None:
-    """The weights of one path; `None` after a fault has been noted."""
-    if not stack.transposed:
-        faults.append(f"{stack.names[0]} ('{path}') is no linear weight, but has quantized parts")
-        return None
-    before = len(faults)
-    entries: dict[str, Entry] = {}
+) -> list[FourBit]:
+    """The layers of one parameter, checked; what is wrong is added to `faults`."""
+    if not stack.transposed or not stack.is_matrix:
+        name, own = next(iter(parts.items()))
+        files = ", ".join(sorted({str(part.file) for part in own.values()}))
+        faults.append(f"{name} ('{path}') is no linear weight, but has quantized parts in {files}")
+        return []
+    layers = []
     for name in stack.names:
-        at = tensors.get(name)
-        if at is None:
-            faults.append(f"missing: {name}")
+        tensor = tensors.get(name)
+        if tensor is None:
+            files = ", ".join(sorted({str(part.file) for part in parts.get(name, {}).values()}))
+            faults.append(f"missing: {name}" + (f", whose parts are in {files}" if files else ""))
         elif name not in parts:
-            other = next(n for n in stack.names if n in parts)
             faults.append(
-                f"layers of '{path}' differ: {name} in {at.file} is dense, {other} is quantized"
+                f"layers of '{path}' differ: {name} in {tensor.file} is dense, "
+                f"{next(iter(parts))} is quantized"
             )
         else:
-            entry, found = _entry(stack.tensor_shape, at, parts[name])
-            faults.extend(f"{name} in {at.file}: {fault}" for fault in found)
-            if entry is not None:
-                entries[name] = entry
-    if len(faults) > before:
-        return None
-    first, state = stack.names[0], entries[stack.names[0]].state
-    for name, entry in entries.items():
-        if entry.state != state:
+            layer, found = _check(name, tensor, parts[name], stack.tensor_shape)
+            faults.extend(found)
+            layers += [layer] if layer else []
+    for layer in layers[1:]:
+        if (first := layers[0]).state != layer.state:
             faults.append(
-                f"layers of '{path}' differ: {name} in {tensors[name].file} is "
-                f"{_described(entry.state)}, {first} in {tensors[first].file} is "
-                f"{_described(state)}"
+                f"layers of '{path}' differ: {layer.name} in {layer.file} is {layer.state}, "
+                f"{first.name} in {first.file} is {first.state}"
             )
-            return None
-    kept = reduce(jnp.promote_types, (entry.dtype for entry in entries.values()))
-    shape = (stack.shape[-2], stack.shape[-1])
-
-    def layer(i: int) -> Flat:
-        name = stack.names[i]
-        return _flat(name, tensors[name], parts[name], entries[name], shape)
-
-    view = view_of(path, stack.shape, np.dtype(dtype or kept), _shapes(state, shape))
-    return Coded(view, layer)
+            break
+    return layers
 
 
-def _described(state: QuantState) -> str:
-    nested = " with nested scales" if state.nested else ""
-    return f"{state.book.name} in blocks of {state.block}{nested}"
+def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors beside each weight in four bits, {weight: {rest of the name: tensor}}."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        weight, _, part = name.rpartition(".")
+        if weight.endswith(".quant_state"):
+            weight, part = weight.removesuffix(".quant_state"), f"quant_state.{part}"
+        if part in (ABSMAX, MAP, NESTED, NESTED_MAP) or part.startswith("quant_state."):
+            found.setdefault(weight, {})[part] = tensor
+    return found
 
 
-def _counts(size: int, block: int) -> tuple[int, int, int]:
-    """Bytes of codes, scales, and scales of scales."""
-    blocks = math.ceil(size / block)
-    return math.ceil(size / 2), blocks, math.ceil(blocks / GROUP)
+def _check(
+    name: str, values: Tensor, parts: Mapping[str, Tensor], shape: Sequence[int]
+) -> tuple[FourBit | None, list[str]]:
+    """Whether the parts of a weight fit together, as far as can be told before it is read.
 
+    The maps must be those of the format, up to the last bit of a float32.
 
-def _shapes(state: QuantState, shape: tuple[int, int]) -> Flat:
-    codes, blocks, groups = _counts(math.prod(shape), state.block)
-    scale = np.uint8 if state.nested else np.float32
-    return Flat(
-        jax.ShapeDtypeStruct((codes,), np.uint8),
-        jax.ShapeDtypeStruct((blocks,), scale),
-        jax.ShapeDtypeStruct((groups,), np.float32) if state.nested else None,
-        jax.ShapeDtypeStruct((), np.float32) if state.nested else None,
-        shape,
-        state.block,
-        state.book,
-    )
-
-
-def _flat(
-    name: str, codes: Tensor, parts: Mapping[str, Tensor], entry: Entry, shape: tuple[int, int]
-) -> Flat:
-    state = entry.state
-    scales = read(parts[ABSMAX]).reshape(-1)
-    tiles = read(parts[NESTED]).reshape(-1) if state.nested else None
-    part, values = (ABSMAX, scales) if tiles is None else (NESTED, tiles)
-    if bad := int(np.sum(~np.isfinite(values))):
-        raise ValueError(
-            f"{name}.{part} in {parts[part].file} has {bad} entries of {values.size} that are "
-            "infinite or NaN. Fetch the folder again."
-        )
-    # Codes may be stored under the name of another dtype, as bytes all the same.
-    packed = read(codes).reshape(-1).view(np.uint8)
-    offset = np.asarray(entry.offset, np.float32) if state.nested else None
-    return Flat(packed, scales, tiles, offset, shape, state.block, state.book)
-
-
-def _entry(
-    shape: tuple[int, ...], codes: Tensor, parts: Mapping[str, Tensor]
-) -> tuple[Entry | None, list[str]]:
-    """What the parts of one weight say, and what is wrong with them."""
+    Args:
+      name: Of the weight.
+      values: Its quantized values.
+      parts: What is beside it, from `_parts`.
+      shape: (out, in), as the model wants it.
+    Returns:
+      The weight, or else what is wrong with it, each fault with the names of tensor and file.
+    """
+    here = f"{name} in {values.file}"
     found = [part for part in parts if part.startswith("quant_state.")]
-    missing = [f"{part} is missing" for part in (ABSMAX, MAP) if part not in parts]
+    missing = [f"{here}: {part} is missing" for part in (ABSMAX, MAP) if part not in parts]
     if len(found) != 1:
         kinds = " or ".join(f"{STATE}{kind}" for kind in BOOKS)
         said = f"{kinds} is missing" if not found else f"there are {' and '.join(sorted(found))}"
-        return None, [*missing, said]
+        return None, [*missing, f"{here}: {said}"]
     kind = found[0].removeprefix(STATE)
     if kind not in BOOKS:
-        return None, [*missing, f"unknown quant_type: {found[0]}, known are {', '.join(BOOKS)}"]
+        known = ", ".join(BOOKS)
+        return None, [*missing, f"{here}: unknown quant_type: {found[0]}, known are {known}"]
+    nested = any(part.startswith("nested_") for part in parts)
+    at = f"{name}.{found[0]} in {parts[found[0]].file}"
     try:
-        about = json.loads(read(parts[found[0]]).tobytes().decode())
-        block, dtype = int(about["blocksize"]), DTYPES[about["dtype"]]
-        said_kind, said_shape = about["quant_type"], tuple(about["shape"])
-        nested = any(key.startswith("nested_") for key in (*about, *parts))
-        offset = float(about["nested_offset"]) if nested else 0.0
-        group = about["nested_blocksize"] if nested else GROUP
-    except (ValueError, KeyError, TypeError) as error:
-        return None, [*missing, f"{found[0]} cannot be read: {error!r}"]
+        about = _parsed(parts[found[0]])
+        nested = nested or any(field.startswith("nested_") for field in about)
+        _check_fields(about, _FIELDS | (_NESTED_FIELDS if nested else {}))
+    except (ValueError, RecursionError) as error:
+        return None, [*missing, f"{at} cannot be read: {error}"]
     if nested:
-        missing += [f"{part} is missing" for part in (NESTED, NESTED_MAP) if part not in parts]
-    if missing:
-        return None, missing
-    size = math.prod(shape)
-    faults = []
-    if said_kind != kind:
-        faults.append(f"{found[0]} says quant_type={said_kind!r}")
-    if said_shape != shape:
-        faults.append(f"wrong shape: {said_shape}, should be {shape}")
-    if block < 1:
-        faults.append(f"foreign block size: blocksize={block}, must be 1 or more")
-    if group != GROUP:
-        faults.append(f"foreign block size: nested_blocksize={group!r}, only {GROUP} is read")
-    if not math.isfinite(offset):
-        faults.append(f"nested_offset={offset} is no number")
+        wanted = [part for part in (NESTED, NESTED_MAP) if part not in parts]
+        missing += [f"{here}: {part} is missing" for part in wanted]
+    faults = [f"{at} {fault}" for fault in _foreign(about, kind, tuple(shape), nested)]
+    if missing or faults:
+        return None, missing + faults
+    state = QuantState(BOOKS[kind], about["blocksize"], nested)
+    faults = _sizes(name, values, parts, tuple(shape), state) + _maps(name, parts, state)
     if faults:
         return None, faults
-    n_codes, blocks, groups = _counts(size, block)
-    n_bytes = math.prod(codes.shape) * codes.dtype.itemsize
-    if n_bytes != n_codes:
-        faults.append(f"{n_bytes} bytes of codes, should be {n_codes} for {shape}")
-    scales = [(ABSMAX, blocks, np.dtype(np.uint8 if nested else np.float32))]
-    scales += [(NESTED, groups, np.dtype(np.float32))] * nested
+    offset = float(about["nested_offset"]) if nested else 0.0
+    dtype = DTYPES[about["dtype"]]
+    return FourBit(name, values, parts, state, dtype, offset, (shape[1], shape[0])), []
+
+
+def _parsed(state: Tensor) -> dict[str, Any]:
+    """The JSON object that a state holds."""
+    if state.dtype != np.uint8 or math.prod(state.shape) > LONGEST_STATE:
+        raise ValueError(
+            f"it is {NAMES[state.dtype]} {state.shape}, and should be U8, of at most "
+            f"{LONGEST_STATE} bytes"
+        )
+    about = json.loads(read(state).tobytes().decode())
+    conform(about, Mapping[str, Any], "quant_state")
+    return about
+
+
+def _check_fields(about: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    if lacks := [field for field in fields if field not in about]:
+        raise ValueError(f"it lacks {', '.join(lacks)}")
+    for field, kind in fields.items():
+        conform(about[field], kind, field)
+
+
+def _foreign(
+    about: Mapping[str, Any], kind: str, shape: tuple[int, ...], nested: bool
+) -> list[str]:
+    """In what a state differs from those that are read."""
+    faults = []
+    if about["quant_type"] != kind:
+        faults.append(f"says quant_type={about['quant_type']!r}")
+    if about["dtype"] not in DTYPES:
+        faults.append(f"says dtype={about['dtype']!r}, should be one of {', '.join(DTYPES)}")
+    if tuple(about["shape"]) != shape:
+        faults.append(f"has the wrong shape: {tuple(about['shape'])}, should be {shape}")
+    # A block may be longer than the weight, but decoding takes as much memory as a block.
+    largest = max(LARGEST_BLOCK, math.prod(shape))
+    if not 1 <= about["blocksize"] <= largest:
+        faults.append(f"has blocksize={about['blocksize']}, should be 1 to {largest}")
+    if nested:
+        if about["nested_blocksize"] != GROUP:
+            faults.append(f"has nested_blocksize={about['nested_blocksize']}, only {GROUP} is read")
+        if about["nested_dtype"] != "float32":
+            faults.append(f"has nested_dtype={about['nested_dtype']!r}, only float32 is read")
+        if abs(about["nested_offset"]) > float(np.finfo(np.float32).max):
+            faults.append(f"has nested_offset={about['nested_offset']}, too large for a float32")
+    return faults
+
+
+def _sizes(
+    name: str,
+    values: Tensor,
+    parts: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    state: QuantState,
+) -> list[str]:
+    faults = []
+    wanted_bytes, blocks, groups = _counts(math.prod(shape), state.block)
+    n_bytes = math.prod(values.shape) * values.dtype.itemsize
+    if n_bytes != wanted_bytes:
+        faults.append(
+            f"{name} in {values.file} has {n_bytes} bytes of quantized values, should have "
+            f"{wanted_bytes} for {shape}"
+        )
+    scales = [(ABSMAX, blocks, np.dtype(np.uint8 if state.nested else np.float32))]
+    scales += [(NESTED, groups, np.dtype(np.float32))] * state.nested
     for part, count, wanted in scales:
         tensor = parts[part]
         if (math.prod(tensor.shape), tensor.dtype) != (count, wanted):
             faults.append(
-                f"{part} is {NAMES[tensor.dtype]} {tensor.shape}, should be {NAMES[wanted]} "
-                f"({count},) for {shape} in blocks of {block}"
+                f"{name}.{part} in {tensor.file} is {NAMES[tensor.dtype]} {tensor.shape}, should "
+                f"be {NAMES[wanted]} ({count},) for {shape} in blocks of {state.block}"
             )
-    maps = [(MAP, np.asarray(BOOKS[kind].values, np.float32), f"the values of {kind}")]
-    maps += [(NESTED_MAP, dynamic_map(), "the signed dynamic map of 8 bits")] * nested
-    for part, values, what in maps:
-        if not _same(parts[part], values):
-            faults.append(f"{part} is not {what}, so its codes mean something else")
-    return None if faults else Entry(QuantState(BOOKS[kind], block, nested), dtype, offset), faults
+    return faults
+
+
+def _maps(name: str, parts: Mapping[str, Tensor], state: QuantState) -> list[str]:
+    book = state.book
+    maps = [(MAP, np.asarray(book.values, np.float32), f"the values of {book.name}")]
+    maps += [(NESTED_MAP, dynamic_map(), "the signed dynamic map of 8 bits")] * state.nested
+    return [
+        f"{name}.{part} in {parts[part].file} is not {what}, so that the quantized values mean "
+        "something else"
+        for part, values, what in maps
+        if not _same(parts[part], values)
+    ]
 
 
 def _same(tensor: Tensor, values: np.ndarray) -> bool:
@@ -298,61 +372,35 @@ def _same(tensor: Tensor, values: np.ndarray) -> bool:
 # Writing -----------------------------------------------------------------------------------------
 
 
-def written(
-    params: Mapping[str, Any], plan: Mapping[str, Stack]
-) -> tuple[dict[str, Lazy], dict[str, Any]]:
-    """The tensors to write for a tree of arrays and `Flat` weights, and what config.json adds.
-
-    Returns:
-      The tensors, and the `quantization_config` that transformers needs to load them ({} where
-      there are only arrays).
-    Raises:
-      ValueError: Names every weight that no file holds, and what `disassemble` refuses.
-    """
-    leaves = flat(params)
-    views = {path: leaf for path, leaf in leaves.items() if is_view(leaf) and path in plan}
-    faults = [
-        f"'{path}' is {fault}"
-        for path, view in views.items()
-        if (fault := _fault(view, plan[path]))
-    ]
-    refuse(
-        "Of all structured weights, only 'flat' ones with codes of bitsandbytes can be saved:",
-        faults,
-        "Save `jp.merge(params)`, all arrays, or quantize those with "
-        "`jp.quantize('nf4', sites, layout='flat')`.",
-    )
-    dense = {path: leaf for path, leaf in leaves.items() if path not in views}
-    tensors = disassemble(nested(dense), {p: s for p, s in plan.items() if p not in views})
-    for path, view in views.items():
-        for i, name in enumerate(plan[path].names):
-            tensors.update(_tensors(name, view, i, plan[path]))
-    return tensors, _config(views, plan) if views else {}
-
-
-def _fault(view: View, stack: Stack) -> str:
-    """Why a view cannot be written; empty if it can."""
-    weight, kind = view.weight, type(view.weight).__name__
+def unwritable(view: View) -> str | None:
+    """Why no file holds a weight: the end of a sentence that begins with its kind."""
+    weight = view.weight
     if not isinstance(weight, Flat):
-        return f"a {kind}"
+        return ""
     if weight.book not in BOOKS.values():
-        return f"in codes of {weight.book.name}"
-    if not stack.transposed:
-        return f"a {kind} of no linear weight"
-    if view.shape != stack.shape or len(view.sizes(STACK)) != stack.stacked:
-        return f"a {kind} of shape {view.shape}, should be {stack.shape}"
+        return f" in the format {weight.book.name}"
     if (weight.scales if weight.nested is None else weight.nested).dtype != np.float32:
-        return f"a {kind} with scales of {weight.scales.dtype}, should be float32"
+        return f" with scales of {weight.scales.dtype}, should be float32"
     if view.dtype not in DTYPES.values():
-        return f"a {kind} that stands for {view.dtype}, should be one of {', '.join(DTYPES)}"
-    return ""
+        return f" that stands for {view.dtype}, should be one of {', '.join(DTYPES)}"
+    return None
 
 
-def _tensors(name: str, view: View, index: int, stack: Stack) -> Iterable[tuple[str, Lazy]]:
+def written(
+    name: str, view: View, layer: int | None, shape: tuple[int, ...]
+) -> Iterable[tuple[str, Lazy]]:
+    """The tensors of a weight, by name.
+
+    Args:
+      name: Of the weight.
+      view: Of a `Flat`, or of a stack of them.
+      layer: Which of the stack; `None` where there is none.
+      shape: (out, in).
+    """
     w: Flat = view.weight
 
     def part(field: Any) -> Any:
-        return field[index] if stack.stacked else field
+        return field if layer is None else field[layer]
 
     def fetched(field: Any, shape: tuple[int, ...]) -> Lazy:
         return Lazy(shape, np.dtype(field.dtype), lambda: np.asarray(part(field)).reshape(shape))
@@ -361,7 +409,7 @@ def _tensors(name: str, view: View, index: int, stack: Stack) -> Iterable[tuple[
         "quant_type": w.book.name,
         "blocksize": w.block,
         "dtype": np.dtype(view.dtype).name,
-        "shape": stack.tensor_shape,
+        "shape": shape,
     }
     yield name, fetched(w.values, (w.values.shape[-1], 1))
     yield f"{name}.{ABSMAX}", fetched(w.scales, w.scales.shape[-1:])
@@ -379,17 +427,13 @@ def _lazy(array: np.ndarray) -> Lazy:
     return Lazy(array.shape, array.dtype, lambda: array)
 
 
-def _config(views: Mapping[str, View], plan: Mapping[str, Stack]) -> dict[str, Any]:
-    view = next(iter(views.values()))
-    # transformers puts four-bit modules in the place of all linear ones but these. A tied head
-    # has no tensor, and is one.
-    linear = {
-        name.removesuffix(".weight"): path in views
-        for path, stack in plan.items()
-        for name in stack.names
-        if stack.transposed
-    }
-    linear.setdefault("lm_head", False)
+def configuration(view: View, dense: Sequence[str]) -> dict[str, Any]:
+    """The entry of config.json that transformers needs to load weights in four bits.
+
+    Args:
+      view: One of the weights.
+      dense: Names of the linear modules that are not quantized.
+    """
     return {
         _CONFIG: {
             "quant_method": "bitsandbytes",
@@ -399,6 +443,6 @@ def _config(views: Mapping[str, View], plan: Mapping[str, Stack]) -> dict[str, A
             "bnb_4bit_use_double_quant": view.weight.nested is not None,
             "bnb_4bit_compute_dtype": np.dtype(view.dtype).name,
             "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": [name for name, coded in linear.items() if not coded],
+            "llm_int8_skip_modules": list(dense),
         }
     }

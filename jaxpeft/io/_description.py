@@ -1,7 +1,7 @@
-"""adapter.json: its fields, how they are written, and how they are read with suspicion.
+"""adapter.json: its fields, how they are written, and how they are checked when they are read.
 
-A description is checked field by field before anything is built of it, and then, from format
-2 on, against its own hash: nothing but whitespace can change unseen.
+A description is checked field by field before anything is built from it. From format 2 on it is
+also checked against its own hash, so that every change but one of whitespace is noticed.
 """
 
 import hashlib
@@ -34,14 +34,14 @@ _FIELDS_2 = {**_FIELDS, "arrays": Mapping, "sha256": str}
 
 
 class UncheckedAdapterWarning(UserWarning):
-    """An adapter folder of format 1, in which damage to a number cannot be seen."""
+    """An adapter folder of format 1, in which a damaged number cannot be detected."""
 
 
 _warned = False
 
 
 def written(description: Mapping[str, Any]) -> str:
-    """The text of a description: one line for each field, array and parameter."""
+    """The text of a description, with one line for each field, array and parameter."""
     whole = {**description, "sha256": digest(description)}
     lines = []
     for name, value in whole.items():
@@ -58,22 +58,23 @@ def _compact(value: Any) -> str:
 
 
 def digest(description: Mapping[str, Any]) -> str:
-    """SHA-256 of all other fields of a description, whatever their order and whitespace."""
+    """The SHA-256 of all other fields of a description, whatever their order and whitespace."""
     rest = {name: value for name, value in description.items() if name != "sha256"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def parsed(text: bytes, about: Path) -> dict[str, Any]:
-    """The description that a file holds, every field but the method checked.
+    """The description that a file holds, with every field checked except the method.
 
     Raises:
-      ValueError: It is none, of a newer version, or damaged; names the file and the field.
+      ValueError: The file holds no description, one of a newer version, or a damaged one; the error
+        names the file and the field.
     """
     try:
         description = json.loads(text.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"'{about}' is no description of an adapter: {error}.") from None
+        raise ValueError(f"'{about}' does not describe an adapter: {error}.") from None
     try:
         _check(description)
     except (ValueError, RecursionError) as error:
@@ -84,7 +85,7 @@ def parsed(text: bytes, about: Path) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check(description: Any) -> None:
@@ -94,13 +95,13 @@ def _check(description: Any) -> None:
     if version > FORMAT:
         raise ValueError(
             f"it has format {version}, written by jaxpeft {shown(description.get('jaxpeft'))}, "
-            f"and this is jaxpeft {__version__}, which reads up to {FORMAT}. If it is whole, "
-            "install a newer version."
+            f"and this is jaxpeft {__version__}, which reads formats up to {FORMAT}. Install a "
+            "newer version, unless the file is damaged."
         )
     if version < 1:
-        raise ValueError(f"it has format {version}, and the first one is 1.")
+        raise ValueError(f"it has format {version}, but formats begin with 1.")
     if version == 1 and (newer := sorted(_FIELDS_2.keys() - _FIELDS.keys() & description.keys())):
-        raise ValueError(f"it says format 1, but has {newer}, which only format 2 has.")
+        raise ValueError(f"it says format 1, but has {newer}, which exist only since format 2.")
     conform_fields(description, _FIELDS if version == 1 else _FIELDS_2, "description")
     for path, entry in description["adapter"].items():
         conform(entry, tuple[list[int], str], f"adapter.{path}")
@@ -117,49 +118,50 @@ def _check(description: Any) -> None:
         arrays = description["arrays"]
         conform_fields(arrays, {"file": str, "sha256": str}, "arrays")
         if not re.fullmatch("[0-9a-f]{64}", arrays["sha256"]):
-            raise ValueError(f"`arrays.sha256` is no SHA-256: {shown(arrays['sha256'])}.")
+            raise ValueError(f"`arrays.sha256` is not a SHA-256: {shown(arrays['sha256'])}.")
         if arrays["file"] != file_name(arrays["sha256"]):
             raise ValueError(
-                f"`arrays.file` is {shown(arrays['file'])}, and should be "
-                f"'{file_name(arrays['sha256'])}', by its hash."
+                f"`arrays.file` is {shown(arrays['file'])}, and by its hash should be "
+                f"'{file_name(arrays['sha256'])}'."
             )
         if (found := digest(description)) != description["sha256"]:
             raise ValueError(
-                f"its `sha256` is {shown(description['sha256'])}, and that of its fields is "
-                f"'{found}': one of them is not what was written. Copy the folder again."
+                f"its `sha256` is {shown(description['sha256'])}, but the hash of its fields is "
+                f"'{found}', so that one of them has changed since it was written. Copy the folder "
+                "again."
             )
 
 
 def file_name(sha256: str) -> str:
-    """Of the arrays with this hash."""
+    """The name of the file of arrays that has this hash."""
     return f"adapter-{sha256[:16]}.safetensors"
 
 
 def _check_array(shape: Any, dtype: str, at: str) -> None:
     if min(shape, default=0) < 0:
-        raise ValueError(f"`{at}` has the shape {shape}.")
+        raise ValueError(f"`{at}` has the shape {shape}, with a negative size.")
     try:
         jnp.dtype(dtype)
     except TypeError:
-        raise ValueError(f"`{at}` has no dtype: {shown(dtype)}.") from None
+        raise ValueError(f"`{at}` has an unknown dtype: {shown(dtype)}.") from None
 
 
 def _say_unchecked(about: Path) -> None:
-    """Once in a process."""
+    """Warns, once in a process, that damage cannot be detected."""
     global _warned
     if not _warned:
         _warned = True
         warnings.warn(
-            f"'{about}' has format 1, which carries no hash: damage to a number in it cannot be "
-            "seen. Load the adapter and save it again. (Said once, whatever else is loaded.)",
+            f"'{about}' has format 1, which has no hash, so that a damaged number cannot be "
+            "detected. Load the adapter and save it again. (This warning is given only once.)",
             UncheckedAdapterWarning,
-            stacklevel=5,  # who called `load_adapter`
+            stacklevel=5,  # the caller of `load_adapter`
         )
 
 
-#: Methods that acted on whole weights, whatever part was selected, while the format was 1; today
-#: they refuse one.
-_PASSED_OVER_PARTS = (
+#: Methods that ignored a selected part and acted on the whole weight while the format was 1. Today
+#: they refuse a part.
+_IGNORED_PARTS = (
     "loftq",
     "p_tuning",
     "prompt_tuning",
@@ -171,17 +173,17 @@ _PASSED_OVER_PARTS = (
 
 
 def as_it_acted(method: Any, whole: bool = False) -> Any:
-    """The method of a description of format 1, without the parts that it passed over.
+    """The method of a description of format 1, without the parts of weights that it ignored.
 
     Args:
-      method: As JSON, or something in it; checked later.
-      whole: Whether it belongs to a method that passed over parts.
+      method: A method as JSON, with today's names, or a value in one. It is checked later.
+      whole: Whether the value belongs to a method that ignored parts.
     """
     if isinstance(method, list):
         return [as_it_acted(item, whole) for item in method]
     if not isinstance(method, dict):
         return method
-    whole = method.get("method") in _PASSED_OVER_PARTS if "method" in method else whole
+    whole = method.get("method") in _IGNORED_PARTS if "method" in method else whole
     return {
         name: None if whole and name == "part" else as_it_acted(item, whole)
         for name, item in method.items()
@@ -189,16 +191,16 @@ def as_it_acted(method: Any, whole: bool = False) -> Any:
 
 
 def key_of(stored: Mapping[str, Any]) -> jax.Array:
-    """The key that a description holds.
+    """The PRNG key that a description holds.
 
     Raises:
-      ValueError: It is none.
+      ValueError: It is not a key.
     """
     try:
         data = jnp.asarray(stored["data"], jnp.uint32)
         key = jax.random.wrap_key_data(data, impl=stored["impl"])
     except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"`key` is none: {error}.") from None
+        raise ValueError(f"`key` is not a PRNG key: {error}.") from None
     if key.shape or jax.random.key_data(key).tolist() != stored["data"]:
-        raise ValueError(f"`key.data` is {shown(stored['data'])}, not one key.")
+        raise ValueError(f"`key.data` is {shown(stored['data'])}, which is not one PRNG key.")
     return key

@@ -1,8 +1,8 @@
-"""What an adapter folder remembers of the base, and what it asks of another one.
+"""The fingerprint of a base in an adapter folder, and how another base is compared with it.
 
-A parameter is remembered by its shape, its dtype, a hash of up to 64 of its values, and a few
-of these values as they are. The hash tells any other values, the few tell rounded ones from
-those of another model.
+The fingerprint of a parameter is its shape, its dtype, a hash of up to 64 of its values, and a few
+of these values as they are. The hash detects any difference; the few values tell whether it is
+one of rounding or of another model.
 """
 
 import hashlib
@@ -15,16 +15,17 @@ import numpy as np
 
 from jaxpeft._method import Method
 from jaxpeft._tree import flatten
-from jaxpeft._view import is_view
+from jaxpeft._view import View, is_view
 from jaxpeft._weight import IN
+from jaxpeft.io._aliases import current_weight, first_field
 
-#: What a base may be, beside the one of training: see `load_adapter`.
+#: Which bases are allowed: see `load_adapter`.
 Base = Literal["same", "any precision", "any values"]
 
-_HASHED = 64  # values of each parameter
-_KEPT = 8  # of these, as numbers
+_HASHED = 64  # values of each parameter that are hashed
+_KEPT = 8  # values of these that are kept as numbers
 
-#: Of one parameter, in a description of format 2.
+#: The fingerprint of one parameter in a description of format 2.
 ENTRY: Mapping[str, Any] = {
     "shape": list[int],
     "dtype": str,
@@ -33,19 +34,19 @@ ENTRY: Mapping[str, Any] = {
     "sample": list[float | None],
 }
 
-#: Methods that take away from the base what they start at, computed from its values.
+#: Methods that compute their initial update from the values of the base and subtract it there.
 STARTS = ("pissa", "olora", "loftq")
 
 
 def fingerprint(
     params: Any, replaced: Mapping[str, tuple[int, Sequence[int]]] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """{path: entry} of a base, one for each parameter, be it an array or a structured weight.
+    """{path: fingerprint} of every parameter of a base, be it an array or a structured weight.
 
     Args:
       params: The base.
-      replaced: {path: (axis, indices)} of what an adapter brings along, so that the base's own
-        values there do not matter.
+      replaced: {path: (axis, indices)} of the values that an adapter replaces. They are left out
+        of the fingerprint.
     """
     flat, _ = flatten(params, is_leaf=is_view)
     return {path: _entry(x, (replaced or {}).get(path)) for path, x in flat.items()}
@@ -54,7 +55,7 @@ def fingerprint(
 def _entry(x: Any, replaced: tuple[int, Sequence[int]] | None) -> dict[str, Any]:
     entry = {"shape": list(x.shape), "dtype": jnp.dtype(x.dtype).name}
     if is_view(x):
-        leaves = {path: leaf for path, leaf in flatten(x)[0].items() if hasattr(leaf, "shape")}
+        leaves = {path: leaf for path, leaf in _fields(x).items() if hasattr(leaf, "shape")}
         rows = [[path, str(leaf.dtype), _hash(_sampled(leaf))] for path, leaf in leaves.items()]
         name = type(x.weight).__name__
         return {**entry, "weight": name, "values": _hash_of_text(str(rows)), "sample": []}
@@ -65,8 +66,23 @@ def _entry(x: Any, replaced: tuple[int, Sequence[int]] | None) -> dict[str, Any]
     return {**entry, "weight": None, "values": _hash(values), "sample": sample}
 
 
+def _fields(view: View) -> dict[str, Any]:
+    """{path: leaf} of a structured weight, by the first names of its fields.
+
+    The hash of a weight is taken over these names too, and has to outlast that they change.
+    """
+    fields = {}
+    for path, leaf in flatten(view)[0].items():
+        node, names = view.weight, []
+        for name in path.split("/"):
+            names.append(first_field(node, name))
+            node = getattr(node, name, None)
+        fields["/".join(names)] = leaf
+    return fields
+
+
 def _sampled(x: Any, replaced: tuple[int, Sequence[int]] | None = None) -> np.ndarray:
-    """Up to 64 values, spread over all of an array but for what an adapter replaces."""
+    """Up to 64 values, spread over the array, without those that an adapter replaces."""
     shape = list(x.shape)
     rows = None
     if replaced is not None:
@@ -92,19 +108,20 @@ def _hash_of_text(text: str) -> str:
 
 
 def replaced_by(method: Any, trained: Mapping[str, Any]) -> dict[str, tuple[int, Sequence[int]]]:
-    """{path: (axis, indices)} of the base's values that an adapter has others for.
+    """{path: (axis, indices)} of the values of a base that an adapter replaces.
 
     Args:
-      method: Of the adapter.
-      trained: {path: [shape, dtype]} of its arrays.
+      method: The method of the adapter.
+      trained: {path: [shape, dtype]} of the adapter's arrays.
     """
     found: dict[str, tuple[int, Sequence[int]]] = {}
     for step in steps(method):
         if step.name == "trainable_tokens":
+            ids = step.options.get("token_ids", step.options.get("ids"))
             for path, site in step.options["sites"].items():
                 axes = [axis.role for axis in site.axes]
                 if len(axes) == len(site.shape) and axes.count(IN) == 1:
-                    found[path] = (axes.index(IN), step.options["ids"])
+                    found[path] = (axes.index(IN), ids)
         if step.name == "last_layers":
             for path, site in step.options["sites"].every.items():
                 if f"{path}/trained_part" in trained:
@@ -116,7 +133,7 @@ def replaced_by(method: Any, trained: Mapping[str, Any]) -> dict[str, tuple[int,
 
 
 def steps(method: Any) -> list[Method]:
-    """The methods of a chain, and of the chains in it; of another method, itself."""
+    """The methods in a chain and in the chains inside it; for any other method, itself alone."""
     if method.name != "chain":
         return [method]
     return [step for one in method.options["methods"] for step in steps(one)]
@@ -132,17 +149,17 @@ def check_base(
     trained: Mapping[str, Any],
     base: Base,
 ) -> bool:
-    """Whether the base is the one of training.
+    """Whether the given base is the one that the adapter was trained on.
 
     Args:
-      stored, found: Fingerprints of the base of training, and of the one that is given.
-      method: That the folder names.
-      trained: {path: ...} of the adapter's arrays. One that is trained whole (a new head) comes
-        from the adapter.
-      base: What else is taken.
+      stored, found: Fingerprints of the base of training and of the given base.
+      method: The method of the adapter.
+      trained: {path: ...} of the adapter's arrays. The values of a parameter that is trained as a
+        whole (a new head) come from the adapter.
+      base: Which other bases are allowed.
 
     Raises:
-      ValueError: It is neither that one nor what `base` allows; names the first difference.
+      ValueError: The given base is neither that one nor allowed; names the first difference.
     """
     if base not in get_args(Base):
         raise ValueError(f"`load_adapter(base={base!r})` should be one of {list(get_args(Base))}.")
@@ -157,9 +174,12 @@ def check_base(
             raise ValueError(f"{fault}. {_prefixed(stored, found)}")
         for name in ("shape", "weight", "dtype", "values"):
             was, given = before[name], now[name]
+            if name == "weight":
+                was, given = current_weight(was), current_weight(given)
             if was == given or was is _UNKNOWN or name == "values" and path in trained:
                 continue
-            fault = f"the {name} of '{path}' differ: trained on {was}, given {given}"
+            differ = "differ" if name == "values" else "differs"
+            fault = f"the {name} of '{path}' {differ}: trained on {was}, given {given}"
             if name == "weight":
                 fault = f"'{path}' was {_kind(was)} in training, and is {_kind(given)} here"
             if path in trained and (base == "same" or name == "shape"):
@@ -172,24 +192,25 @@ def check_base(
                 raise ValueError(f"{fault}. {_remedy(before, now, near, method)}")
             if base == "any precision" and name == "values" and not near:
                 raise ValueError(
-                    f"{fault}, and by more than rounding. Give the params it was trained on, in "
-                    "any dtype, or allow others: `load_adapter(..., base='any values')`."
+                    f"{fault}, and by more than rounding. Give the params that it was trained on, "
+                    "in any dtype, or allow others: `load_adapter(..., base='any values')`."
                 )
     if differs and (names := [step.name for step in steps(method) if step.name in STARTS]):
         raise ValueError(
-            f"`{names[0]}` starts at a part of the base and takes that away from it, so it needs "
-            f"the base that it was trained on as it was. There, {_PLAIN[names[0] == 'loftq']}."
+            f"`{names[0]}` computes its initial update from the base and subtracts it there, so "
+            "that it needs exactly the base that it was trained on. Where you have that base, "
+            f"{_PLAIN[names[0] == 'loftq']}."
         )
     return not differs
 
 
 _PLAIN = (
-    "make plain LoRA of the adapter with `to_lora`, and save that",
-    "make plain arrays of the model with `merge`",
+    "convert the adapter to plain LoRA with `to_lora`, and save that",
+    "merge the model into plain arrays with `merge`, and save those",
 )
 
 
-#: Of a parameter in format 1, what is not known of it; and a structured weight, of any kind.
+#: In format 1: a property of a parameter that is not known, and a structured weight of any class.
 _UNKNOWN: Any = object()
 _SOME = "of some format"
 
@@ -199,10 +220,11 @@ def _kind(weight: str | None) -> str:
 
 
 def _near(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether values are the same but for rounding, as far as is known.
+    """Whether values are the same except for rounding, as far as this is known.
 
-    Nothing is known of quantized values, and in format 1 of any. Values may have been rounded
-    before, whatever the dtype says, so that of bfloat16 is the least that is allowed for.
+    It is not known for quantized weights, nor for any values in format 1. Values may have been
+    rounded earlier to a coarser dtype than their own, so that the rounding of bfloat16 is always
+    allowed.
     """
     if before["weight"] or now["weight"]:
         return True
@@ -224,56 +246,59 @@ def _near(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 
 def _remedy(before: Mapping, now: Mapping, near: bool, method: Method) -> str:
-    """The way out where the base is not the same, and shapes are."""
+    """What to do where the base is another one of the same shapes."""
     if near:
         allow = "base='any precision'"
         if now["weight"] and any(step.name == "quantize" for step in steps(method)):
             allow += ", quantize=None"
         return (
-            "Give the params it was trained on, in the same dtype, or, if these are the same "
-            f"weights in another precision, allow it: `load_adapter(..., {allow})`."
+            "Give the params that it was trained on, in the same dtype. If these are the same "
+            f"weights in another precision, allow that: `load_adapter(..., {allow})`."
         )
     return (
-        "Give the params it was trained on, or, if this base is meant (one that was trained "
-        "further), allow it: `load_adapter(..., base='any values')`."
+        "Give the params that it was trained on. If you mean this base (because it was trained "
+        "further, for example), allow it: `load_adapter(..., base='any values')`."
     )
 
 
 def _whole(before: Mapping[str, Any]) -> str:
     return (
-        f"Give one of shape {before['shape']} in {before['dtype']}, with any values: the adapter "
-        "brings its own."
+        f"Give an array of shape {before['shape']} in {before['dtype']} with any values: the "
+        "adapter replaces them."
     )
 
 
 def _prefixed(stored: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """The way out where paths differ: often it is one level of the tree."""
+    """What to do where paths differ: often the trees differ by one level."""
     for outer, inner, how in ((found, stored, "give what is in"), (stored, found, "put them in")):
         first = {path.split("/")[0] for path in outer}
         if len(first) == 1 and {path.partition("/")[2] for path in outer} == {*inner}:
             return f"All paths differ by '{first.pop()}/': {how} it."
-    return "Give the params it was trained on."
+    return "Give the params that it was trained on."
 
 
 # Format 1 -----------------------------------------------------------------------------------------
 
 
 def _leaf_fingerprint(params: Any) -> dict[str, list]:
-    """{path: [shape, dtype, hash of values]} of a base, as format 1 has it: of each array."""
-    flat, _ = flatten(params)
+    """{path: [shape, dtype, hash of values]} of every array of a base, as in format 1."""
+    leaves: dict[str, Any] = {}
+    for path, x in flatten(params, is_leaf=is_view)[0].items():
+        fields = _fields(x) if is_view(x) else {"": x}
+        leaves |= {f"{path}/{name}" if name else path: leaf for name, leaf in fields.items()}
     return {
         path: [list(x.shape), jnp.dtype(x.dtype).name, _hash(_sampled(x))]
-        for path, x in flat.items()
+        for path, x in leaves.items()
     }
 
 
 def of_leaves(
     stored: Mapping[str, list], params: Any
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Fingerprints of format 1, of training and of a base, as entries of parameters.
+    """Fingerprints of the base of training, in format 1, and of a base, in the form of format 2.
 
-    Arrays of a structured weight have paths of their own there; they are told by what the base
-    has, or a path above them.
+    In format 1 every array of a structured weight has a path of its own. Those that lie below a
+    parameter of the given base are taken for parts of that parameter.
     """
     flat, _ = flatten(params, is_leaf=is_view)
     leaves = _leaf_fingerprint(params)

@@ -1,4 +1,4 @@
-"""Files that take the place of others, whole or not at all, while others read and write."""
+"""Files that replace others completely or not at all, while other processes read and write."""
 
 import contextlib
 import os
@@ -12,15 +12,16 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-#: Of files that are being written. Those of a writer that was killed stay behind.
+#: The prefix of files that are being written. Those of a killed process stay behind.
 DRAFT = ".writing-"
 
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[bool]:
-    """Waits until no other process or thread writes to a folder; whether that could be had.
+    """Locks a folder, after waiting until no other process or thread writes to it.
 
-    The system lets go when a process ends, however it ends. Some file systems have no locks.
+    Yields whether the folder is locked: some file systems have no locks. The system releases the
+    lock when a process ends, however it ends.
     """
     if fcntl is None:
         yield False
@@ -39,10 +40,10 @@ def alone(folder: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def draft(folder: Path, write: Callable[[Path], object]) -> Iterator[Path]:
-    """A file in the folder that `write` has written and that is on the disk.
+    """Yields the path of a file in the folder that `write` has written and that is on the disk.
 
-    It has the permissions that any new file has, whatever `write` does about them, and is gone
-    afterwards where it was not moved.
+    The file has the permissions of any new file, whichever `write` has set, and is removed
+    afterwards unless it was moved.
     """
     path = folder / f"{DRAFT}{uuid.uuid4().hex}"
     try:
@@ -57,7 +58,7 @@ def draft(folder: Path, write: Callable[[Path], object]) -> Iterator[Path]:
 
 
 def on_disk(path: Path) -> None:
-    """Returns when a file, or the names in a folder, would outlast a power failure."""
+    """Waits until a file, or the list of names in a folder, would survive a power failure."""
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -68,7 +69,7 @@ def on_disk(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, where it is still there."""
+    """Removes a file or a folder, if it still exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

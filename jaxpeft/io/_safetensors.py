@@ -1,7 +1,8 @@
 """Hugging Face model folders: `config.json` beside one or several safetensors files.
 
-A folder is opened by its headers alone. Tensors are then read one by one with plain reads, never
-through a memory map, whose pages count as memory of the process. `stacked.py` makes arrays of them.
+Opening a folder reads only the headers of its files. Tensors are then read one by one with plain
+reads, never through a memory map, whose pages count as memory of the process. `_stacked.py` builds
+parameters from them.
 
 The format: 8 bytes with the length of a JSON header (little endian), the header, the data.
 https://huggingface.co/docs/safetensors, "Format".
@@ -43,14 +44,14 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-# The limit of the reference implementation. A longer header is a file of another kind.
+# The limit of the reference implementation. A file with a longer header is of another kind.
 MAX_HEADER = 100_000_000
-# A message lists this many faults and counts the rest.
+# A message lists at most this many faults, and says how many more there are.
 MAX_FAULTS = 20
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies: nothing of it is in memory."""
+    """Where a tensor lies in a file; its values are not in memory."""
 
     file: Path
     start: int  # byte in the file
@@ -59,7 +60,7 @@ class Tensor(NamedTuple):
 
 
 class Lazy(NamedTuple):
-    """A tensor to be written, computed when its turn comes."""
+    """A tensor to be written, which is computed only when it is written."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -73,7 +74,7 @@ def open_file(file: str | Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file by name, from its header.
 
     Raises:
-      ValueError: The file is truncated, longer than its header says, or no safetensors file.
+      ValueError: The file is truncated, longer than its header says, or not a safetensors file.
     """
     file = Path(file)
     size = file.stat().st_size
@@ -81,7 +82,7 @@ def open_file(file: str | Path) -> dict[str, Tensor]:
         prefix = f.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > MAX_HEADER:
-            raise ValueError(f"{file} is no safetensors file: it has no header ({size} bytes).")
+            raise ValueError(f"{file} is not a safetensors file: it has no header ({size} bytes).")
         if 8 + length > size:
             raise ValueError(_truncated(file, 8 + length, size))
         try:
@@ -94,15 +95,16 @@ def open_file(file: str | Path) -> dict[str, Tensor]:
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, _nbytes(item[1]))):
         if tensor.start != end:
             raise ValueError(
-                f"{file} is damaged: tensor '{name}' starts at byte {tensor.start}, the one before "
-                f"it ends at {end}. Fetch the file again."
+                f"{file} is damaged: tensor '{name}' starts at byte {tensor.start}, but the one "
+                f"before it ends at {end}. Download the file again."
             )
         end += _nbytes(tensor)
     if end > size:
         raise ValueError(_truncated(file, end, size))
     if end < size:
         raise ValueError(
-            f"{file} is damaged: its header covers {end} bytes, it has {size}. Fetch it again."
+            f"{file} is damaged: its header describes {end} bytes, but it has {size}. Download it "
+            "again."
         )
     return tensors
 
@@ -116,17 +118,18 @@ def open_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Returns:
       The parsed `config.json`, and every tensor by its name.
     Raises:
-      FileNotFoundError: No folder, no `config.json`, or no safetensors files.
-      ValueError: An index that names a file outside the folder or disagrees with its files, or a
-        file that `open_file` refuses.
+      FileNotFoundError: There is no such folder, or it has no `config.json` or no safetensors
+        files.
+      ValueError: The index names a file outside the folder or disagrees with its files, or
+        `open_file` refuses a file.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}. Give the path of a model folder.")
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(
-            f"{folder} has no {CONFIG}, only {_listing(folder)}. Copy the model's {CONFIG} there; "
-            "a save that was interrupted also leaves none."
+            f"{folder} has no {CONFIG}, only {_listing(folder)}. Copy the model's {CONFIG} there, "
+            "or save the model again if saving it was interrupted."
         )
     config = _json(folder / CONFIG)
     if (folder / SINGLE).is_file():
@@ -134,13 +137,13 @@ def open_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(
             f"{folder} has neither {SINGLE} nor {INDEX}, only {_listing(folder)}. Weights in "
-            "another format must be saved as safetensors first."
+            "another format have to be saved as safetensors first."
         )
     return config, _open_shards(folder)
 
 
 def read(tensor: Tensor, rows: slice | None = None) -> np.ndarray:
-    """The values of a tensor, or of a range of its rows, in a new array of the file's dtype."""
+    """Reads the values of a tensor, or of a range of its rows, into a new array of its dtype."""
     rows = rows or slice(None)
     start, stop, _ = rows.indices(tensor.shape[0]) if tensor.shape else (0, 1, 1)
     shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
@@ -160,18 +163,18 @@ def read(tensor: Tensor, rows: slice | None = None) -> np.ndarray:
 def _open_shards(folder: Path) -> dict[str, Tensor]:
     weight_map = _json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{folder / INDEX} has no 'weight_map'. Fetch it again.")
+        raise ValueError(f"{folder / INDEX} has no 'weight_map'. Download it again.")
     files: dict[str, dict[str, Tensor]] = {}
     for name in sorted(set(map(str, weight_map.values()))):
-        # By name only: in the hub's cache the files themselves are links to elsewhere.
+        # Only names are checked: in the cache of the hub, the files are links to elsewhere.
         if name in ("", ".", "..") or "/" in name or "\\" in name:
             raise ValueError(
                 f"{folder / INDEX} points outside its folder, to '{name}'. Only names of files "
-                "beside it are followed; do not use this folder unless you trust where it is from."
+                "beside it are followed. Do not use this folder unless you trust its source."
             )
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder} lacks {name}, which its index names. Fetch it again."
+                f"{folder} lacks {name}, which its index names. Download it again."
             )
         files[name] = open_file(folder / name)
     tensors: dict[str, Tensor] = {}
@@ -180,14 +183,14 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
             if weight_map.get(name) != file:
                 raise ValueError(
                     f"{folder / file} holds tensor '{name}', which the index places in "
-                    f"{weight_map.get(name)}. Fetch the folder again."
+                    f"{weight_map.get(name)}. Download the folder again."
                 )
             tensors[name] = tensor
     for name, file in weight_map.items():
         if name not in tensors:
             raise ValueError(
                 f"{folder / INDEX} places tensor '{name}' in {file}, which does not hold it. "
-                "Fetch the folder again."
+                "Download the folder again."
             )
     return tensors
 
@@ -198,10 +201,10 @@ def _entry(file: Path, data: int, row: Mapping[str, Any]) -> Tensor:
     start, end = row["data_offsets"]
     shape = tuple(row["shape"])
     numbers = (start, end, *shape)
-    whole = all(type(n) is int and 0 <= n < 2**63 for n in numbers)  # a JSON `true` is none
+    whole = all(type(n) is int and 0 <= n < 2**63 for n in numbers)  # a JSON `true` is not a number
     tensor = Tensor(file, data + start if whole else 0, DTYPES[row["dtype"]], shape)
     if not whole or end - start != _nbytes(tensor):
-        raise ValueError(f"{row} does not fit together")
+        raise ValueError(f"the shape, dtype and offsets of {row} do not agree")
     return tensor
 
 
@@ -210,14 +213,17 @@ def _nbytes(tensor: Tensor | Lazy) -> int:
 
 
 def _truncated(file: Path, needed: int, size: int) -> str:
-    return f"{file} is truncated: its header needs {needed} bytes, it has {size}. Fetch it again."
+    return (
+        f"{file} is truncated: its header describes {needed} bytes, but it has {size}. Download it "
+        "again."
+    )
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no valid JSON: {error}. Fetch it again.") from error
+        raise ValueError(f"{file} is not valid JSON: {error}. Download it again.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} must hold a JSON object, it holds a {type(value).__name__}.")
     return value
@@ -239,17 +245,18 @@ def write_folder(
 ) -> None:
     """Writes a Hugging Face folder: weights, index where there are several files, `config.json`.
 
-    All files are first written beside their place. They are moved in with `config.json` last,
-    so that a folder whose save was cut short lacks it and is not taken for whole. Other files
-    in the folder (a tokenizer) stay; weights of an earlier save do not.
+    All files are first written to a temporary folder inside this one, and then moved, `config.json`
+    last: a folder whose save was interrupted has none, and is refused. Other files in the folder
+    (a tokenizer) stay; weights of an earlier save are removed.
 
     Args:
-      folder: Made if it is not there.
+      folder: The folder; it is created if it does not exist.
       config: The contents of `config.json`.
-      tensors: By name, in the order of the files.
-      shard_bytes: At most this much data per file, unless one tensor alone is larger.
+      tensors: The tensors by name, in the order in which files hold them.
+      shard_bytes: The most data per file, in bytes, unless one tensor alone is larger.
     Raises:
-      OSError: The disk is full, or the folder cannot be written; it is then as it was.
+      ValueError: `shard_bytes` is not positive.
+      OSError: The disk is full, or the folder cannot be written; it is then unchanged.
     """
     if shard_bytes < 1:
         raise ValueError(f"`shard_bytes` must be positive, got {shard_bytes}.")
@@ -278,7 +285,7 @@ def write_folder(
         needed = sum(map(_nbytes, tensors.values()))
         raise OSError(
             error.errno,
-            f"Could not save {needed} bytes to {folder}: {error.strerror}. Make room there",
+            f"Could not save {needed} bytes to {folder}: {error.strerror}. Free some space there",
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -297,7 +304,7 @@ def _split(tensors: Mapping[str, Lazy], shard_bytes: int) -> list[dict[str, Lazy
 
 
 def _write_file(file: Path, tensors: Mapping[str, Lazy]) -> None:
-    # transformers asks for this key, whatever wrote the file.
+    # transformers requires this entry, whichever library wrote the file.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -305,7 +312,7 @@ def _write_file(file: Path, tensors: Mapping[str, Lazy]) -> None:
         row = {"dtype": NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": (start, end)}
         header[name] = row
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # Data aligned to 8 bytes, as the format recommends.
+    text += b" " * (-len(text) % 8)  # The data is aligned to 8 bytes, as the format recommends.
     with open(file, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():

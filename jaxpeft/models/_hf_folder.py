@@ -1,6 +1,7 @@
-"""Between the parameters of a reference model and the tensors of a Hugging Face folder.
+"""Reads the parameters of a reference model from a Hugging Face folder, and writes them to one.
 
-A model says with a table what each kind of array is called in a file; the rest follows from that.
+A model has a table of the names of its parameters in such a folder. With it, `plan` says which
+tensors each parameter is made of, and `jaxpeft.io` reads and writes them.
 """
 
 from __future__ import annotations
@@ -16,19 +17,18 @@ from flax.traverse_util import flatten_dict
 from jaxpeft._schema import check_dtype_option
 from jaxpeft.io import _bitsandbytes as bitsandbytes
 from jaxpeft.io import _safetensors as safetensors
-from jaxpeft.io._formats import Formats, encoders
-from jaxpeft.io._stacked import Stack, assemble
+from jaxpeft.io._stacked import Formats, Stack, assemble, disassemble, quantization_config
 
 __all__ = ["TOKENIZER_FILES", "Table", "open", "plan", "read", "write"]
 
 Params = dict[str, Any]
 
-#: One row per kind of array: pattern of our path, the tensor in the file (with `{}` where layers
-#: that are stacked here have their number), and whether it is (out, in) there.
+#: One row per kind of parameter: a pattern of its path, the name of the tensor in the file (with
+#: `{}` for the number of the layer, where layers are stacked in the parameter), and whether it is
+#: (out, in) there.
 Table = tuple[tuple[str, str, bool], ...]
 
-
-#: What a folder holds beside the model itself, for text to become tokens and back.
+#: Files of a folder that turn text into tokens and back.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -48,13 +48,25 @@ TOKENIZER_FILES = (
 
 
 def open(folder: str | Path) -> tuple[dict[str, Any], dict[str, safetensors.Tensor]]:
-    """The parsed `config.json`, cleared of how bitsandbytes has quantized, and the tensors."""
+    """The parsed `config.json`, and the tensors by name; only headers are read.
+
+    The entry of `config.json` about weights in four bits of bitsandbytes is left out, since the
+    tensors say the same.
+
+    Raises:
+      FileNotFoundError, ValueError: As `jaxpeft.io._safetensors.open_folder`.
+    """
     hf, tensors = safetensors.open_folder(folder)
-    return bitsandbytes.configured(hf), tensors
+    return bitsandbytes.without_configuration(hf), tensors
 
 
 def plan(arrays: Params, table: Table) -> dict[str, Stack]:
-    """What each array is made of, by path; the first row that matches a path counts."""
+    """What each parameter is made of, by path. The first row of the table that matches counts.
+
+    Args:
+      arrays: A nested dict of arrays, or of their shapes.
+      table: Of the model.
+    """
     stacks = {}
     for path, array in flatten_dict(arrays, sep="/").items():
         pattern, name, transposed = next(row for row in table if re.fullmatch(row[0], path))
@@ -75,31 +87,19 @@ def read(
     quantize: Formats,
     ignore: Callable[[str], bool],
 ) -> Params:
-    """The parameters, read straight into stacked arrays and codes.
+    """Reads the parameters of a plan; see `jaxpeft.io._stacked.assemble` for how.
 
+    Args:
+      folder: The folder that the tensors are from.
+      tensors: From `open`, possibly under other names.
+      plan: From `plan`.
+      dtype, sharding, quantize, ignore: As `assemble` takes them.
     Raises:
-      ValueError: As `jaxpeft.io._stacked.assemble`, or a weight is quantized already, or `dtype` is
-        of no floating-point numbers.
+      ValueError: As `assemble`, or `dtype` is not a floating-point dtype.
     """
+    del folder  # every tensor names its file
     check_dtype_option("dtype", dtype)
-    # What `sites.hidden` selects.
-    hidden = [path for path, stack in plan.items() if stack.stacked and stack.transposed]
-    encode = encoders(quantize, plan, hidden)
-    tensors, wanted, coded = bitsandbytes.stored(tensors, plan, dtype)
-    if twice := [path for path in encode if path in coded]:
-        raise ValueError(
-            f"`load(quantize={quantize!r})`: {', '.join(map(repr, twice))} of {folder} are "
-            "quantized already. Leave `quantize` out, or give a mapping that spares them."
-        )
-    return assemble(
-        tensors,
-        wanted,
-        dtype=dtype,
-        sharding=sharding,
-        ignore=ignore,
-        encoders=encode,
-        coded=coded,
-    )
+    return assemble(tensors, plan, dtype=dtype, sharding=sharding, quantize=quantize, ignore=ignore)
 
 
 def write(
@@ -111,17 +111,28 @@ def write(
     shard_bytes: int,
     tokenizer_from: str | Path | None,
 ) -> None:
-    """Writes `config.json` and the tensors; `Flat` weights in four bits as bitsandbytes does.
+    """Writes a folder: `config.json`, the tensors, and on request the files of a tokenizer.
 
+    Args:
+      folder: The folder; it is created if it does not exist.
+      hf: The contents of `config.json`.
+      params: Arrays, and `Flat` weights in four bits, which are written as bitsandbytes has them.
+      plan: From `plan`.
+      shard_bytes: The most data per file, in bytes.
+      tokenizer_from: The folder whose tokenizer is copied, in place of one that is there. `None`
+        copies none.
     Raises:
       FileNotFoundError: `tokenizer_from` holds no tokenizer.
-      ValueError: The arrays are not those of the plan, or are weights that no such folder holds.
+      ValueError: The parameters are not those of the plan, or are weights that no such folder can
+        hold.
+      OSError: The disk is full, or the folder cannot be written.
     """
     carried = [] if tokenizer_from is None else _tokenizer_files(Path(tokenizer_from))
-    tensors, more = bitsandbytes.written(params, plan)
-    safetensors.write_folder(folder, {**hf, **more}, tensors, shard_bytes=shard_bytes)
+    tensors = disassemble(params, plan)
+    config = {**hf, **quantization_config(params, plan)}
+    safetensors.write_folder(folder, config, tensors, shard_bytes=shard_bytes)
     if carried and Path(folder).resolve() != Path(tokenizer_from or "").resolve():
-        # Files of two tokenizers do not fit together.
+        # Files of two tokenizers must not be mixed.
         for name in TOKENIZER_FILES:
             (Path(folder) / name).unlink(missing_ok=True)
         for file in carried:
@@ -133,6 +144,6 @@ def _tokenizer_files(source: Path) -> list[Path]:
     if not any(file.name not in ("generation_config.json",) for file in files):
         raise FileNotFoundError(
             f"`tokenizer_from`: {source} holds no tokenizer, none of {', '.join(TOKENIZER_FILES)}. "
-            f"Name the folder that the model was loaded from, or leave it out."
+            "Give the folder that the model was loaded from, or leave `tokenizer_from` out."
         )
     return files

@@ -23,6 +23,7 @@ import numpy as np
 
 import jaxpeft as jp
 from jaxpeft.io import save_adapter
+from jaxpeft.io._description import FORMAT
 
 FOLDERS = Path(__file__).parent / "folders"
 KEY = jax.random.key(1)
@@ -117,6 +118,22 @@ def layers():
     norms = {f"{at}_{what}": (D,) for at in ("attn", "mlp") for what in ("scale", "bias")}
     params = arrays(L, **kernels, **norms, **MLP)
     return Base(lambda p, x: jax.lax.scan(layer, x, p)[0], params, (uniform("x", 2, O, D),))
+
+
+@base
+def quantized():
+    """The same layers, every kernel in another format before there is any adapter."""
+    dense = layers()
+    formats = {
+        "q": ("nf4+dq", dict(block=2)),
+        "k": ("nf4+dq", dict(block=8, layout="flat")),
+        "v": ("int8", {}),
+        "o": ("int8", dict(block=2)),
+        "up": ("int4+asym", dict(block=3)),
+        "down": ("fp8", {}),
+    }
+    steps = [jp.quantize(f, dense.sites.match(path), **o) for path, (f, o) in formats.items()]
+    return Base(dense.fn, jp.chain(*steps)(KEY, dense.params), dense.args)
 
 
 @base
@@ -492,6 +509,7 @@ CASES: dict[str, Case] = {
     ),
     "lora_under_scan": on("layers", lambda s: lora(s.linear)),
     "qlora_under_scan": on("layers", qlora("nf4+dq", block=4)),
+    "lora_on_quantized": Case("quantized", lambda b: lora(layers().sites.linear)),
     "dora_under_scan": on("layers", lambda s: jp.dora(2, s.linear, dtype=FULL)),
     "gates_of_entries": on(
         "layers",
@@ -551,9 +569,7 @@ def outputs(case: Case, frozen: Any, adapter: Mapping[str, Any]) -> np.ndarray:
 
 def main() -> None:
     jax.config.update("jax_enable_x64", True)
-    from jaxpeft.io import _adapter as adapter
-
-    root = FOLDERS / f"format{adapter._FORMAT}"
+    root = FOLDERS / f"format{FORMAT}"
     for name, case in CASES.items():
         if (folder := root / name).exists():
             continue

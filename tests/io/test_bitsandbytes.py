@@ -132,7 +132,7 @@ def test_a_map_may_differ_in_the_last_bit(tmp_path):
     name = f"{UP.format(0)}.nested_quant_map"
     values = safetensors.read(safetensors.open_folder(tmp_path)[1][name])
     rewrite(tmp_path, {name: np.nextafter(values, np.float32(2))})
-    with pytest.raises(ValueError, match="nested_quant_map is not the signed dynamic map"):
+    with pytest.raises(ValueError, match="nested_quant_map in .* is not the signed dynamic map"):
         decoder.load(tmp_path)  # the next of zero is not near it
     values = np.where(values == 0, values, np.nextafter(values, np.float32(2)))
     rewrite(tmp_path, {name: values})
@@ -175,7 +175,7 @@ def test_what_is_quantized_already_is_not_quantized_again(tmp_path):
 
 NESTED = np.zeros(256, np.float32)
 FAULTS = {
-    "codes": (lambda f: {UP.format(1): None}, "missing: model.layers.1.mlp.up_proj.weight"),
+    "codes": (lambda f: {UP.format(1): None}, "missing: {name}, whose parts are in {file}"),
     "scales": (lambda f: {f"{UP.format(1)}.absmax": None}, "{at}: absmax is missing"),
     "map": (lambda f: {f"{UP.format(1)}.quant_map": None}, "{at}: quant_map is missing"),
     "scales of scales": (
@@ -210,63 +210,91 @@ FAULTS = {
     ),
     "another type": (
         lambda f: {f"{UP.format(1)}.{STATE}": state(f, quant_type="fp4")},
-        f"{{at}}: {STATE} says quant_type='fp4'",
+        "{state} says quant_type='fp4'",
     ),
     "no JSON": (
         lambda f: {f"{UP.format(1)}.{STATE}": np.frombuffer(b"{nf4", np.uint8)},
-        f"{{at}}: {STATE} cannot be read: JSONDecodeError",
+        "{state} cannot be read: Expecting property name",
     ),
     "no block size": (
         lambda f: {f"{UP.format(1)}.{STATE}": state(f, blocksize=None)},
-        f"{{at}}: {STATE} cannot be read: KeyError('blocksize')",
+        "{state} cannot be read: it lacks blocksize",
     ),
     "no offset": (
         lambda f: {f"{UP.format(1)}.{STATE}": state(f, nested_offset=None)},
-        f"{{at}}: {STATE} cannot be read: KeyError('nested_offset')",
+        "{state} cannot be read: it lacks nested_offset",
     ),
     "an unknown dtype": (
         lambda f: {f"{UP.format(1)}.{STATE}": state(f, dtype="int3")},
-        f"{{at}}: {STATE} cannot be read: KeyError('int3')",
+        "{state} says dtype='int3', should be one of float32, float16, bfloat16",
     ),
     "an infinite offset": (
         lambda f: {f"{UP.format(1)}.{STATE}": state(f, nested_offset=float("inf"))},
-        "{at}: nested_offset=inf is no number",
+        "{state} cannot be read: `nested_offset` should be float, and is inf",
     ),
     "a block of zero": (
         lambda f: {f"{UP.format(1)}.{STATE}": state(f, blocksize=0)},
-        "{at}: foreign block size: blocksize=0, must be 1 or more",
+        "{state} has blocksize=0, should be 1 to 6400",
     ),
     "blocks of other scales": (
         lambda f: {f"{UP.format(1)}.{STATE}": state(f, nested_blocksize=128)},
-        "{at}: foreign block size: nested_blocksize=128, only 256 is read",
+        "{state} has nested_blocksize=128, only 256 is read",
+    ),
+    "scales of scales said to be of another dtype": (
+        lambda f: {f"{UP.format(1)}.{STATE}": state(f, nested_dtype="float16")},
+        "{state} has nested_dtype='float16', only float32 is read",
+    ),
+    "an offset beyond float32": (
+        lambda f: {f"{UP.format(1)}.{STATE}": state(f, nested_offset=1e39)},
+        "{state} has nested_offset=1e+39, too large for a float32",
+    ),
+    "a block size in quotes": (
+        lambda f: {f"{UP.format(1)}.{STATE}": state(f, blocksize="64")},
+        "{state} cannot be read: `blocksize` should be int, and is '64'",
+    ),
+    "a block of more than the weight": (
+        lambda f: {f"{UP.format(1)}.{STATE}": state(f, blocksize=6401)},
+        "{state} has blocksize=6401, should be 1 to 6400",
+    ),
+    "no object": (
+        lambda f: {f"{UP.format(1)}.{STATE}": np.frombuffer(b"[64]", np.uint8)},
+        "{state} cannot be read: `quant_state` should be Mapping[str, anything], and is [64]",
+    ),
+    "a state in floats": (
+        lambda f: {f"{UP.format(1)}.{STATE}": state(f).astype(np.float32)},
+        "{state} cannot be read: it is F32 (",
+    ),
+    "a state without end": (
+        lambda f: {f"{UP.format(1)}.{STATE}": np.frombuffer(b" " * 10_001, np.uint8)},
+        "{state} cannot be read: it is U8 (10001,), and should be U8, of at most 10000 bytes",
     ),
     "another block size than the scales": (
         lambda f: {f"{UP.format(1)}.{STATE}": state(f, blocksize=128)},
-        "{at}: absmax is U8 (100,), should be U8 (50,) for (100, 64) in blocks of 128",
+        "{name}.absmax in {file} is U8 (100,), should be U8 (50,) for (100, 64) in blocks of 128",
     ),
     "another shape": (
         lambda f: {f"{UP.format(1)}.{STATE}": state(f, shape=[64, 100])},
-        "{at}: wrong shape: (64, 100), should be (100, 64)",
+        "{state} has the wrong shape: (64, 100), should be (100, 64)",
     ),
     "too few codes": (
         lambda f: {UP.format(1): np.zeros((3100, 1), np.uint8)},
-        "{at}: 3100 bytes of codes, should be 3200 for (100, 64)",
+        "{at} has 3100 bytes of quantized values, should have 3200 for (100, 64)",
     ),
     "scales in another dtype": (
         lambda f: {f"{UP.format(1)}.absmax": np.zeros(100, np.float32)},
-        "{at}: absmax is F32 (100,), should be U8 (100,)",
+        "{name}.absmax in {file} is F32 (100,), should be U8 (100,)",
     ),
     "too many scales of scales": (
         lambda f: {f"{UP.format(1)}.nested_absmax": np.zeros(2, np.float32)},
-        "{at}: nested_absmax is F32 (2,), should be F32 (1,)",
+        "{name}.nested_absmax in {file} is F32 (2,), should be F32 (1,)",
     ),
     "a foreign map": (
         lambda f: {f"{UP.format(1)}.quant_map": np.linspace(-1, 1, 16, dtype=np.float32)},
-        "{at}: quant_map is not the values of nf4, so its codes mean something else",
+        "{name}.quant_map in {file} is not the values of nf4, so that the quantized values mean",
     ),
     "a foreign map of scales": (
         lambda f: {f"{UP.format(1)}.nested_quant_map": NESTED},
-        "{at}: nested_quant_map is not the signed dynamic map of 8 bits",
+        "{name}.nested_quant_map in {file} is not the signed dynamic map of 8 bits",
     ),
     "a dense layer": (
         lambda f: {
@@ -299,10 +327,14 @@ def test_a_fault_is_named_with_its_tensor_and_file(tmp_path, change, fault):
     decoder.save(tmp_path, CONFIG, params())
     rewrite(tmp_path, change(tmp_path))
     file = tmp_path / "model.safetensors"
-    fault = fault.format(at=f"{UP.format(1)} in {file}", file=file)
+    name = UP.format(1)
+    fault = fault.format(
+        at=f"{name} in {file}", name=name, state=f"{name}.{STATE} in {file}", file=file
+    )
     with pytest.raises(ValueError, match=re.escape(fault)) as info:
         decoder.load(tmp_path)
-    assert "cannot be read:\n  " in str(info.value) and "Fetch the folder again" in str(info.value)
+    head = f"{tmp_path} holds weights in four bits that cannot be read:\n  "
+    assert str(info.value).startswith(head) and "Download the folder again" in str(info.value)
 
 
 @pytest.mark.parametrize(("format", "part"), [("nf4", "absmax"), ("nf4+dq", "nested_absmax")])
@@ -369,7 +401,7 @@ REFUSED = {
         lambda: jp.quantize("int8", found().match("*up*"))(
             jax.random.key(0), decoder.init(CONFIG, jax.random.key(0))
         ),
-        "'layers/mlp/up/kernel' is a Columns",
+        "'layers/mlp/up/kernel' is a PerChannel",
     ),
     "an adapter": (adapted, "'layers/mlp/up/kernel' is a LowRank"),
     "an embedding": (

@@ -196,7 +196,7 @@ def test_numbers_that_are_none_are_not_saved(tmp_path, bad, count):
         save(tmp_path / "new", broken)
     assert not (tmp_path / "new").exists()
     broken = {path: x * bad for path, x in ADAPTER.items()}
-    with pytest.raises(ValueError, match=f"has {size} entries .*, and 1 more arrays have some"):
+    with pytest.raises(ValueError, match=f"has {size} entries .*other arrays with such entries: 1"):
         save(tmp_path / "new", broken)
 
 
@@ -220,9 +220,15 @@ def test_format_1_says_once_that_it_carries_no_hash(monkeypatch):
         (lambda d: d | {"more": 1}, r"Missing: none. Not expected: \['more'\]"),
         (lambda d: d | {"key": {"impl": "dice", "data": [0, 1]}}, "its `sha256` is"),
         (lambda d: d | {"arrays": d["arrays"] | {"file": "../x"}}, "`arrays.file` is '../x'"),
-        (lambda d: d | {"arrays": d["arrays"] | {"sha256": "x"}}, "`arrays.sha256` is no SHA-256"),
+        (
+            lambda d: d | {"arrays": d["arrays"] | {"sha256": "x"}},
+            "`arrays.sha256` is not a SHA-256",
+        ),
         (lambda d: d | {"adapter": {PATH: [[-1], "float64"]}}, rf"`adapter.{PATH}` has the shape"),
-        (lambda d: d | {"adapter": {PATH: [[1], "real"]}}, rf"`adapter.{PATH}` has no dtype: 'rea"),
+        (
+            lambda d: d | {"adapter": {PATH: [[1], "real"]}},
+            rf"`adapter.{PATH}` has an unknown dtype: 'rea",
+        ),
         (lambda d: [d], "`description` should be Mapping.*, and is "),
     ],
 )
@@ -317,7 +323,9 @@ def test_a_folder_of_another_library_is_recognised(tmp_path):
 
 def test_what_is_no_folder_of_an_adapter_is_said(tmp_path):
     (tmp_path / "config.json").touch()
-    with pytest.raises(FileNotFoundError, match=r"It holds \['config.json'\]. It is a model's"):
+    with pytest.raises(
+        FileNotFoundError, match=r"It holds \['config.json'\]. It is the folder of a model"
+    ):
         load(tmp_path)
     with pytest.raises(FileNotFoundError, match="it is a file"):
         load(tmp_path / "config.json")

@@ -175,7 +175,7 @@ def test_a_folder_without_weights_says_what_it_has(tmp_path):
 
 def test_a_config_that_is_no_json_is_named(folder):
     (folder / "config.json").write_text("{'a'")
-    refuses(folder, f"{folder / 'config.json'} is no valid JSON: Expecting property name")
+    refuses(folder, f"{folder / 'config.json'} is not valid JSON: Expecting property name")
     (folder / "config.json").write_text("[1]")
     refuses(folder, f"{folder / 'config.json'} must hold a JSON object, it holds a list")
 
@@ -193,34 +193,36 @@ def test_a_truncated_file_is_named(folder, where):
     }[where]
     file.write_bytes(data[:kept])
     if needed:
-        refuses(folder, f"{file} is truncated: its header needs {needed} bytes, it has {kept}")
+        refuses(
+            folder, f"{file} is truncated: its header describes {needed} bytes, but it has {kept}"
+        )
     else:
-        refuses(folder, f"{file} is no safetensors file: it has no header (3 bytes)")
+        refuses(folder, f"{file} is not a safetensors file: it has no header (3 bytes)")
 
 
 def test_a_file_of_another_kind_is_named(folder):
     file = folder / "model-00001-of-00002.safetensors"
     file.write_bytes(b"PK\x03\x04 a zip file, say, of some length")
-    refuses(folder, f"{file} is no safetensors file: it has no header")
+    refuses(folder, f"{file} is not a safetensors file: it has no header")
     for header in (b"[1, 2]", b"[" * 100_000):
         put_header(file, header, b"")
         refuses(folder, f"{file} has a header that cannot be read: ")
     (folder / "config.json").write_bytes(b"[" * 100_000)
-    refuses(folder, f"{folder / 'config.json'} is no valid JSON: ")
+    refuses(folder, f"{folder / 'config.json'} is not valid JSON: ")
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"dtype": "F8_E4M3"}, "F8_E4M3 is none of the types F64, F32, F16, BF16, "),
-        ({"shape": [5]}, "does not fit together"),
-        ({"shape": [4.0]}, "does not fit together"),
-        ({"shape": [True, 4]}, "does not fit together"),
-        ({"shape": [float("inf")]}, "does not fit together"),
-        ({"shape": [0, 2**70], "data_offsets": [0, 0]}, "does not fit together"),
-        ({"data_offsets": [0.0, 32.0]}, "does not fit together"),
-        ({"shape": [-4]}, "does not fit together"),
-        ({"data_offsets": [0, 24]}, "does not fit together"),
+        ({"shape": [5]}, "do not agree"),
+        ({"shape": [4.0]}, "do not agree"),
+        ({"shape": [True, 4]}, "do not agree"),
+        ({"shape": [float("inf")]}, "do not agree"),
+        ({"shape": [0, 2**70], "data_offsets": [0, 0]}, "do not agree"),
+        ({"data_offsets": [0.0, 32.0]}, "do not agree"),
+        ({"shape": [-4]}, "do not agree"),
+        ({"data_offsets": [0, 24]}, "do not agree"),
         ({"data_offsets": [8, 40]}, "tensor 'a' starts at byte"),
     ],
     ids=str,
@@ -238,7 +240,7 @@ def test_a_file_longer_than_its_header_says_is_refused(folder):
     file = folder / "model-00001-of-00002.safetensors"
     size = file.stat().st_size
     file.write_bytes(file.read_bytes() + b"xyz")
-    refuses(folder, f"{file} is damaged: its header covers {size} bytes, it has {size + 3}")
+    refuses(folder, f"{file} is damaged: its header describes {size} bytes, but it has {size + 3}")
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/b", "..\\x", "..", ""])

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpeft.io import _buffers, _stacked
 from jaxpeft.io import _safetensors as folders
 from jaxpeft.io._stacked import Stack, assemble, disassemble
 
@@ -101,16 +102,43 @@ def test_one_sharding_serves_all_arrays(tmp_path, values):
     assert all(array.is_fully_replicated for array in jax.tree.leaves(got))
 
 
+@pytest.mark.parametrize("spec", [P(), P("x"), P(None, "x"), P(("x", "y"))], ids=str)
+def test_no_row_is_read_twice_and_at_most_a_strip_at_once(tmp_path, values, monkeypatch, spec):
+    """However an array is divided or replicated over devices."""
+    parts = []
+
+    def spy(tensor, rows):
+        parts.append(read(tensor, rows))
+        return parts[-1]
+
+    read = _stacked.read
+    monkeypatch.setattr(_stacked, "read", spy)
+    monkeypatch.setattr(_stacked, "STRIP", 1000)
+    monkeypatch.setattr(_stacked, "BLOCK", 8)
+    mesh = jax.make_mesh((2, 2), ("x", "y"))
+    plan = {"table": PLAN["table"], "layers/up/kernel": PLAN["layers/up/kernel"]}
+    where = {"table": NamedSharding(mesh, spec), "layers": {"up": {"kernel": None}}}
+    where["layers"]["up"]["kernel"] = NamedSharding(mesh, P("x", None, "y"))
+    wanted = {name: values[name] for stack in plan.values() for name in stack.names}
+    got = assemble(write(tmp_path, wanted), plan, sharding=where)
+    np.testing.assert_array_equal(got["table"], values["table"])
+    whole = sum(value.nbytes for value in wanted.values())
+    # Columns of a row-major file are cut out of whole rows: one time for each part.
+    columns = values["table"].nbytes * (spec == P(None, "x"))
+    assert sum(part.nbytes for part in parts) == whole + columns
+    assert max(part.nbytes for part in parts) <= 1000
+
+
 def test_on_cpu_the_buffer_is_taken_over_without_a_copy(tmp_path, values, monkeypatch):
     tensors, buffers = write(tmp_path, values), set()
-    aligned = assemble.__globals__["aligned"]
+    aligned = _buffers.aligned
 
     def spy(shape, dtype):
         out = aligned(shape, dtype)
         buffers.add(out.ctypes.data)
         return out
 
-    monkeypatch.setitem(assemble.__globals__, "aligned", spy)
+    monkeypatch.setattr(_buffers, "aligned", spy)
     got = assemble(tensors, PLAN)
     assert {array.unsafe_buffer_pointer() for array in jax.tree.leaves(got)} == buffers
 
@@ -135,16 +163,16 @@ def test_all_that_is_wrong_with_a_folder_is_said_at_once(tmp_path, values):
     for fault in (
         "missing: layer2.up of shape (200, 6)",
         "wrong shape: head is (6, 16), should be (16, 6)",
-        "no float: table is I8",
+        "not floating-point: table is I8",
         "left over: extra of shape (3,)",
     ):
         assert f"\n  {fault}" in message
-    assert "Fetch the folder again" in message
+    assert "Download the folder again" in message
 
 
 def test_a_long_list_of_faults_is_cut(tmp_path):
     tensors = write(tmp_path, {f"t{i:02}": np.zeros(1, np.float32) for i in range(30)})
-    with pytest.raises(ValueError, match=r"t19 of shape \(1,\)\n  and 10 more\nFetch"):
+    with pytest.raises(ValueError, match=r"t19 of shape \(1,\)\n  and 10 more\nDownload"):
         assemble(tensors, {})
 
 

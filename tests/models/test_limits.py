@@ -59,7 +59,7 @@ def test_weights_are_made_and_used_in_no_such_dtype_either(model):
 def test_a_head_is_made_in_no_such_dtype_and_what_is_no_dtype_is_named(folders):
     with pytest.raises(ValueError, match="`dtype=int32` cannot hold weights"):
         heads.sequence_classification(8, num_classes=2).init(jax.random.key(0), jnp.int32)
-    with pytest.raises(ValueError, match="`dtype='nf4'` is no dtype"):
+    with pytest.raises(ValueError, match="`dtype='nf4'` is not a dtype"):
         decoder.load(folders[decoder], "nf4")
 
 
