@@ -231,7 +231,7 @@ class Batches:
     `segment_ids` int32 (1, 2, ... for the examples of a row, 0 for padding), `positions`
     int32 (from 0 in each example). With `virtual`, rows are longer by as many places, each
     example stands behind virtual tokens of its own, in its segment and its positions, and there are
-    `slots` int32 (0, 1, ... at virtual tokens, -1 at real ones), for `combine(..., virtual=slots)`.
+    `virtual_positions` int32 (0, 1, ... at virtual tokens, -1 at real ones), for `combine(..., virtual_positions=virtual_positions)`.
 
         batches = Batches(examples, batch_size=8, epochs=3)
         len(batches)               # steps of three epochs
@@ -307,7 +307,7 @@ class Batches:
             "positions": np.zeros(shape, np.int32),
         }
         if len(self._front):
-            batch["slots"] = np.full(shape, -1, np.int32)
+            batch["virtual_positions"] = np.full(shape, -1, np.int32)
         for row in range(rows):
             self._fill({name: x[row] for name, x in batch.items()}, self._row(first + row))
         return batch
@@ -334,7 +334,7 @@ class Batches:
             row["segment_ids"][whole] = segment
             row["positions"][whole] = np.arange(virtual + len(ids) - 1)
             if virtual:
-                row["slots"][end : place.start] = np.arange(virtual)
+                row["virtual_positions"][end : place.start] = np.arange(virtual)
             end = whole.stop
 
     def _row(self, row):

@@ -112,10 +112,12 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-np.asarray(x)))
 
 
-def z_by_hand(kind, logits, sharpness=None):
+def z_by_hand(kind, logits, inverse_temperature=None):
     if kind == "hard concrete":
         return np.clip(sigmoid(logits) * (1.1 - -0.1) - 0.1, 0, 1)
-    return sigmoid(sharpness * logits) if sharpness else (logits > 0).astype(float)
+    return (
+        sigmoid(inverse_temperature * logits) if inverse_temperature else (logits > 0).astype(float)
+    )
 
 
 def run(frozen, adapter, **call):
@@ -130,21 +132,25 @@ def merged(frozen, adapter, **call):
 
 
 @pytest.mark.parametrize(
-    "mix, kind, sharpness",
+    "mix, kind, inverse_temperature",
     [
         *((mix, "hard concrete", None) for mix in MIXES),
         (MIXES[1], "sigmoid", None),
         (MIXES[1], "sigmoid", 1.7),
     ],
 )
-def test_gates_are_those_of_the_formula(mix, kind, sharpness):
+def test_gates_are_those_of_the_formula(mix, kind, inverse_temperature):
     frozen, adapter = mixed(mix, kind, 3.0)
-    got = merged(frozen, adapter, **({} if sharpness is None else {"sharpness": sharpness}))
+    got = merged(
+        frozen,
+        adapter,
+        **({} if inverse_temperature is None else {"inverse_temperature": inverse_temperature}),
+    )
     for path, w in flat(PARAMS).items():
         logits = np.asarray(adapter[f"{path}/gates/{label(mix[path])}"])
         *stack, n, m = SIDES[path]
         assert logits.shape == (*stack, n * m // math.prod(block_sides(mix[path], n, m)))
-        z = over_entries(mix[path], path, z_by_hand(kind, logits, sharpness))
+        z = over_entries(mix[path], path, z_by_hand(kind, logits, inverse_temperature))
         np.testing.assert_allclose(got[path], w * z, rtol=1e-12)
 
 
@@ -165,7 +171,7 @@ def test_masks_and_openness_are_those_of_the_formula(structure, kind):
             chance = sigmoid(2.5 * logits)
         chances.append(over_entries(structure, path, chance).ravel())
     given = 2.5 if kind == "sigmoid" else None
-    share = expected_density(method, adapter, sharpness=given)
+    share = expected_density(method, adapter, inverse_temperature=given)
     np.testing.assert_allclose(share, np.concatenate(chances).mean(), rtol=1e-6)
     if kind == "sigmoid":
         np.testing.assert_allclose(
@@ -232,7 +238,7 @@ def test_the_share_of_open_draws_is_the_openness():
         ("hard concrete", {"gates": KEY}, 0),
         ("hard concrete", {}, 2),
         ("hard concrete", {"gates": KEY}, 3),
-        ("sigmoid", {"sharpness": 3.0}, 1),
+        ("sigmoid", {"inverse_temperature": 3.0}, 1),
     ],
 )
 def test_a_lifted_model_and_its_gradients_are_those_of_the_merged_one(kind, call, mix):
@@ -296,16 +302,22 @@ def test_training_closes_the_gates_of_inputs_that_do_not_matter(kind):
     method = gates(sites, kind=kind, structure="input", dtype=jnp.float64)
     frozen, adapter = jp.split(method(KEY, params))
     steps, tx = 300, optax.adam(0.1)
-    sharpness = optax.exponential_decay(1.0, steps, 200.0)
+    inverse_temperature = optax.exponential_decay(1.0, steps, 200.0)
 
     def step(carry, i):
         adapter, state = carry
         hard = kind == "hard concrete"
-        call = {"gates": jax.random.fold_in(KEY, i)} if hard else {"sharpness": sharpness(i)}
+        call = (
+            {"gates": jax.random.fold_in(KEY, i)}
+            if hard
+            else {"inverse_temperature": inverse_temperature(i)}
+        )
 
         def loss(a):
             off = jp.lift(linear)(jp.combine(frozen, a, **call), x) - y
-            return jnp.mean(off**2) + 0.02 * expected_density(method, a, call.get("sharpness"))
+            return jnp.mean(off**2) + 0.02 * expected_density(
+                method, a, call.get("inverse_temperature")
+            )
 
         updates, state = tx.update(jax.grad(loss)(adapter), state, adapter)
         return (optax.apply_updates(adapter, updates), state), None
@@ -363,8 +375,10 @@ def test_inputs_and_outputs_of_one_weight_may_have_gates():
 
 def test_a_sharpness_may_be_traced():
     _, frozen, adapter = made("input", "sigmoid", TABLE)
-    traced = jax.jit(lambda s: jp.merge(jp.combine(frozen, adapter, sharpness=s))["embed"])
-    given = merged(frozen, adapter, sharpness=1.7)["embed"]
+    traced = jax.jit(
+        lambda s: jp.merge(jp.combine(frozen, adapter, inverse_temperature=s))["embed"]
+    )
+    given = merged(frozen, adapter, inverse_temperature=1.7)["embed"]
     np.testing.assert_allclose(traced(1.7), given, rtol=1e-12)
     assert np.abs(traced(4.0) - given).max() > 1e-2
 
@@ -427,13 +441,13 @@ def test_a_method_survives_its_description(structure, start):
     [
         (
             lambda: gates(SITES, kind="gumbel"),
-            r"kind='gumbel'\)`: choose 'hard concrete' or 'sigmoid'",
+            r"kind='gumbel'\)`: `kind` must be 'hard concrete' or 'sigmoid'",
         ),
-        (lambda: gates(SITES, start=0.9), r"'hard concrete', start=0.9\)`: 0.92 <= start < 1 is"),
-        (lambda: gates(SITES, start=1.0), r"'hard concrete', start=1.0\)`: 0.92 <= start < 1 is"),
+        (lambda: gates(SITES, start=0.9), r"'hard concrete', start=0.9\)` needs 0.92 <= start < 1"),
+        (lambda: gates(SITES, start=1.0), r"'hard concrete', start=1.0\)` needs 0.92 <= start < 1"),
         (
             lambda: gates(SITES, kind="sigmoid", start=0.5),
-            r"kind='sigmoid', start=0.5\)`: 0.5 < start < 1 is needed",
+            r"kind='sigmoid', start=0.5\)` needs 0.5 < start < 1",
         ),
         (lambda: gates(TABLE, structure=(4, 1)), "Blocks of 4 x 1 do not.*'embed', which is 6 x 4"),
         (lambda: gates(TABLE, structure="ring"), "no structure 'ring'; there are entry"),
@@ -462,8 +476,8 @@ def test_a_method_survives_its_description(structure, start):
             r"`gate_masks`: \['layers/o', 'layers/q'\] have no gates.*at \['embed'\]",
         ),
         (
-            lambda: expected_density(gates(TABLE), {}, sharpness=3),
-            r"sharpness=3\)`: gates of kind 'hard",
+            lambda: expected_density(gates(TABLE), {}, inverse_temperature=3),
+            r"inverse_temperature=3\)`: gates of kind 'hard",
         ),
     ],
 )

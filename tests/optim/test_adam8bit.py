@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import toy
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,6 +17,7 @@ from jaxpeft.optim._adam8bit import (
     dynamic_map,
     encode,
 )
+from tests.train import toy
 
 
 def described_map(signed):

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import toy
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpeft import optim, train
 from jaxpeft.optim import _paging as paging
 from tests.compiles import compilations
+from tests.train import toy
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 SMALL = 4  # elements from which on arrays are paged in these tests
@@ -89,7 +89,7 @@ def assert_paged(state, min_size=SMALL):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_paging_changes_no_value_and_the_state_stays_on_the_host(name, in_flight):
     tx = OPTIMIZERS[name]
-    got = after(optim.paged(tx, min_size=SMALL, in_flight=in_flight))
+    got = after(optim.paged(tx, min_size=SMALL, max_in_flight=in_flight))
     assert_same(got, after(tx))
     assert_paged(got[1])
     assert any(kind(x) == "pinned_host" for x in jax.tree.leaves(got[1]))
@@ -178,7 +178,7 @@ def barriers(tx):
 def test_a_piece_is_what_needs_nothing_of_the_others(name, pieces):
     """Each piece ends with a barrier, and each but the first waits for one before it."""
     assert barriers(optim.paged(OPTIMIZERS[name], min_size=SMALL)) == pieces + pieces - 1
-    assert barriers(optim.paged(OPTIMIZERS[name], min_size=SMALL, in_flight=2)) == pieces
+    assert barriers(optim.paged(OPTIMIZERS[name], min_size=SMALL, max_in_flight=2)) == pieces
 
 
 def test_a_state_that_the_update_leaves_alone_is_not_fetched():
@@ -353,7 +353,7 @@ def test_a_backend_without_host_memory_is_refused_or_keeps_the_state(monkeypatch
     told = r"'pinned_host' memory, .*0.* has \['device'\].*missing=\"device\""
     with pytest.raises(ValueError, match=told):
         optim.paged(tx, min_size=SMALL).init(params())
-    got = after(optim.paged(tx, min_size=SMALL, missing="device"))
+    got = after(optim.paged(tx, min_size=SMALL, if_unsupported="device"))
     assert_same(got, after(tx))
     assert all(kind(x) == "device" for x in jax.tree.leaves(got))
 

@@ -7,8 +7,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft.sparsity import sparsegpt_update
-
-from .stack import model, normal, params
+from tests.methods.stack import model, normal, params
 
 L, D, F, OUT = 2, 6, 8, 5
 KEY = jax.random.key(0)
@@ -143,7 +142,10 @@ def test_kernels_of_several_axes_are_those_of_their_matrices():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: sparsegpt_update(PARAMS, HEAD, MASKS, {}), "no moments of the inputs of 'head'"),
+        (
+            lambda: sparsegpt_update(PARAMS, HEAD, MASKS, {}),
+            "there are no moments of the inputs of 'head'",
+        ),
         (
             lambda: sparsegpt_update(
                 PARAMS,
@@ -151,7 +153,7 @@ def test_kernels_of_several_axes_are_those_of_their_matrices():
                 MASKS,
                 {"head": MOMENTS["head"]._replace(second=jnp.eye(5))},
             ),
-            r"moments of 'head' have shape \(5, 5\), should be \(6, 6\)",
+            r"moments of 'head' have shape \(5, 5\), but must have \(6, 6\)",
         ),
         (
             lambda: sparsegpt_update(PARAMS, HEAD, {}, MOMENTS),
@@ -159,11 +161,11 @@ def test_kernels_of_several_axes_are_those_of_their_matrices():
         ),
         (
             lambda: sparsegpt_update(PARAMS, HEAD, {"head": MASKS["head"].T}, MOMENTS),
-            r"mask of 'head' has shape \(5, 6\), should be \(6, 5\)",
+            r"mask of 'head' has shape \(5, 6\), but must have \(6, 5\)",
         ),
         (
             lambda: sparsegpt_update(PARAMS, HEAD, MASKS, MOMENTS, damping=0.0),
-            r"damping=0.0\)`: a positive share",
+            r"damping=0.0\)`: `damping` must be positive",
         ),
         (
             lambda: sparsegpt_update(

@@ -137,14 +137,18 @@ def test_embeddings_have_a_rate_of_their_own(given):
     assert fast(method, sites) == FACTORS
     frozen, adapter = jp.split(method(KEY, PARAMS))
     assert not adapter["table/a"].any() and adapter["table/b"].any()
-    gone = moves(optim.lora_plus(optax.sgd, 1.0, frozen, sites, embedding=0.25), adapter)
+    gone = moves(
+        optim.lora_plus(optax.sgd, 1.0, frozen, sites, embedding_learning_rate=0.25), adapter
+    )
     tables = {f"{path}/{name}": 0.25 for path in ("table", "places") for name in "ab"}
     assert gone == {**tables, "up/w/a": 1, "up/w/b": 16, "down/w/a": 1, "down/w/b": 16}
 
 
 def test_the_rate_of_embeddings_may_be_a_schedule():
     frozen, adapter = jp.split(jp.lora(R, SITES.matrices)(KEY, PARAMS))
-    tx = optim.lora_plus(optax.sgd, 1.0, frozen, SITES, embedding=lambda step: 0.5 / (step + 1))
+    tx = optim.lora_plus(
+        optax.sgd, 1.0, frozen, SITES, embedding_learning_rate=lambda step: 0.5 / (step + 1)
+    )
     assert [moves(tx, adapter, steps)["table/a"] for steps in (1, 2)] == [0.5, 0.25]
 
 
