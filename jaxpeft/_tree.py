@@ -201,8 +201,8 @@ def combine(frozen: Any, adapter: Mapping[str, Any], **call: Any) -> Any:
     Args:
       frozen: From `split`.
       adapter: `{path: array}`, of the same paths and shapes, in any dtype of the same kind.
-      call: Values of this call by name, such as `dropout=key` or `virtual=virtual_positions`. A dropout
-        key is folded by path and split over stacks, so that every layer has its own.
+      call: Values of this call by name, such as `dropout=key` or `virtual_positions=positions`. A
+        dropout key is folded by path and split over stacks, so that every layer has its own.
 
     Raises:
       KeyError: A trained array is missing from the adapter, or one has no place in the tree.

@@ -70,7 +70,7 @@ class Row:
       make: From the places of a model, and what it `needs`, to the method, without the head.
       length: Virtual positions in front of the input.
       swept: Tasks with a sweep of its rates; on others with one, its family's centre is taken.
-      virtual: What stands there: "ids" beyond the table, or placeholders with "virtual_positions".
+      virtual: What stands there: "ids" beyond the table, or placeholders at "virtual_positions".
       decoder: Why it has no row on the decoder; `None` where it has one.
       rate_of: Another row whose rate it takes, instead of a sweep of its own.
       wrap: From the adapter's optimizer, the places and the steps to what it is trained with.

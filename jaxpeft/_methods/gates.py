@@ -152,8 +152,8 @@ def gates(
         of a block (rows, columns), with None for a whole side, as for `sparsity.topk_mask`. A
         head is `(None, head_dim)` in the projection that computes it, and `(head_dim, None)` in
         the one that reads it.
-      start: sigmoid(logit) at the start, below 1: at least 0.92 for "hard concrete", whose gates are
-        then clipped to 1, and above 0.5 for "sigmoid".
+      start: sigmoid(logit) at the start, below 1: at least 0.92 for "hard concrete", whose gates
+        are then clipped to 1, and above 0.5 for "sigmoid".
       dtype: Dtype of the logits.
 
     Returns:

@@ -114,8 +114,8 @@ def p_tuning(
     given = [n for n in (hidden, embed) if n is not None]
     if not lengths or min(*lengths, layers, *given, 1) < 1:
         raise ValueError(
-            f"`p_tuning(length={length}, hidden={hidden}, layers={layers}, embed={embed})`: each of "
-            "them must be at least 1, or None for the width of the model."
+            f"`p_tuning(length={length}, hidden={hidden}, layers={layers}, embed={embed})`: each "
+            "of them must be at least 1, or None for the width of the model."
         )
     if encoder not in ENCODERS:
         raise ValueError(

@@ -221,8 +221,8 @@ def prefix_tuning(
     widths = [n for n in (hidden, embed) if n is not None]
     if min(widths, default=1) < 1 or embed is not None and hidden is None:
         raise ValueError(
-            f"`prefix_tuning(hidden={hidden}, embed={embed})`: both must be at least 1, and `embed`, "
-            "the width of the network's input, needs `hidden`, its hidden size."
+            f"`prefix_tuning(hidden={hidden}, embed={embed})`: both must be at least 1, and "
+            "`embed`, the width of the network's input, needs `hidden`, its hidden size."
         )
     if twice := [path for path in keys if path in values]:
         raise ValueError(
@@ -256,8 +256,9 @@ def prefix_tuning(
     def make(key: jax.Array, site: Site, view: View) -> View:
         if "linear" not in site.kinds or "embedding" in site.kinds:
             raise ValueError(
-                f"`prefix_tuning`: the model uses '{site.path}' as {', '.join(sorted(site.kinds))}, "
-                "which is no projection. Select the key and the value projections of attention."
+                f"`prefix_tuning`: the model uses '{site.path}' as "
+                f"{', '.join(sorted(site.kinds))}, which is no projection. Select the key and the "
+                "value projections of attention."
             )
         if any(_has_prefix_at(w, positions_name) for w in chain_of(view.weight)):
             raise ValueError(
@@ -268,9 +269,9 @@ def prefix_tuning(
         rotary = frequencies if site.path in keys else None
         if rotary is not None and site.size(OUT) % (2 * len(rotary)):
             raise ValueError(
-                f"`prefix_tuning(rope=...)` has {len(rotary)} frequencies, one per pair, so heads of "
-                f"size {2 * len(rotary)}, but '{site.path}' has {site.size(OUT)} outputs, which is "
-                "no multiple of it. Give the frequencies of one head of this model."
+                f"`prefix_tuning(rope=...)` has {len(rotary)} frequencies, one per pair, so heads "
+                f"of size {2 * len(rotary)}, but '{site.path}' has {site.size(OUT)} outputs, which "
+                "is no multiple of it. Give the frequencies of one head of this model."
             )
         kind, fields = made(key, site)
         rest = (Placeholder(positions_name), bias_of(site, both), rotary, lengths, site.path)

@@ -140,9 +140,9 @@ def prompt_tuning(
         else:
             if not 0 <= min(start) <= max(start) < rows:
                 raise ValueError(
-                    f"`prompt_tuning(init={_shortened(start)})` has ids out of range: '{site.path}' "
-                    f"has {rows} rows, so ids are from 0 to {rows - 1}. Use the tokenizer of this "
-                    "model."
+                    f"`prompt_tuning(init={_shortened(start)})` has ids out of range: "
+                    f"'{site.path}' has {rows} rows, so ids are from 0 to {rows - 1}. Use the "
+                    "tokenizer of this model."
                 )
             values = embeddings(view, jnp.resize(jnp.asarray(start), (length,)))
         weight = SoftPrompt(view.weight, Trainable(values.astype(dtype)))
@@ -213,8 +213,8 @@ def _ids_of_text(text: str, tokenizer: Any, init: Any) -> list[int]:
     ids = tokenize(tokenizer, text)
     if not len(ids):
         raise ValueError(
-            f"`prompt_tuning(init_text={text!r})`: the tokenizer gives no token for this text. Give "
-            "a longer text, or init='random'."
+            f"`prompt_tuning(init_text={text!r})`: the tokenizer gives no token for this text. "
+            "Give a longer text, or init='random'."
         )
     return list(ids)
 

@@ -112,8 +112,8 @@ def prune(masks: Mapping[str, Any], sites: Sites) -> Method:
         mask, w = found[site.path], view.weight
         if isinstance(w, Trainable):
             raise ValueError(
-                f"`prune`: '{site.path}' is already trained as a whole, and training would move its "
-                "zeros. Train the kept entries with `sparse_delta`, or use "
+                f"`prune`: '{site.path}' is already trained as a whole, and training would move "
+                "its zeros. Train the kept entries with `sparse_delta`, or use "
                 "`optim.fixed_mask` as the optimizer."
             )
         if isinstance(w, Weight):

@@ -311,9 +311,9 @@ def check_finite_statistics(
     if bad:
         names = dict.fromkeys(_site_of(path) for path in bad)
         raise ValueError(
-            f"`{caller}`: {what} {', '.join(repr(name) for name in names)} in batch {number} are not "
-            "finite. Leave that batch out, or fix the model; in a 16-bit dtype, the usual cause "
-            "is overflow."
+            f"`{caller}`: {what} {', '.join(repr(name) for name in names)} in batch {number} are "
+            "not finite. Leave that batch out, or fix the model; in a 16-bit dtype, the usual "
+            "cause is overflow."
         )
 
 

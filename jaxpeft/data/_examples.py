@@ -231,7 +231,8 @@ class Batches:
     `segment_ids` int32 (1, 2, ... for the examples of a row, 0 for padding), `positions`
     int32 (from 0 in each example). With `virtual`, rows are longer by as many places, each
     example stands behind virtual tokens of its own, in its segment and its positions, and there are
-    `virtual_positions` int32 (0, 1, ... at virtual tokens, -1 at real ones), for `combine(..., virtual_positions=virtual_positions)`.
+    `virtual_positions` int32 (0, 1, ... at virtual tokens, -1 at real ones), for
+    `combine(..., virtual_positions=...)`.
 
         batches = Batches(examples, batch_size=8, epochs=3)
         len(batches)               # steps of three epochs

@@ -148,8 +148,9 @@ def check_prefix(
         if wrong.any():
             at = tuple(int(x[0]) for x in np.nonzero(wrong))
             raise ValueError(
-                f"`check_prefix`: output {i} of shape {a.shape} depends on a placeholder: with token "
-                f"{new} instead of {old} at virtual positions, its entry {at} is {b[at]} instead of "
+                f"`check_prefix`: output {i} of shape {a.shape} depends on a placeholder: with "
+                f"token {new} instead of {old} at virtual positions, its entry {at} is {b[at]} "
+                "instead of "
                 f"{a[at]}. " + _WAY_OUT
             )
     for path in paths:
@@ -246,8 +247,8 @@ def _check_rows_matter(path: str, outputs: list, other: list, virtual: np.ndarra
         example, time = (int(x[0]) for x in np.nonzero(missing))
         where = f"example {example}" + (f", position {time}" if positions else "")
         raise ValueError(
-            f"`check_prefix`: the output at {where}, one of {int(missing.sum())}, does not depend on "
-            f"the prefix at '{path}'. A mask hides virtual positions, the row is packed, or a "
+            f"`check_prefix`: the output at {where}, one of {int(missing.sum())}, does not depend "
+            f"on the prefix at '{path}'. A mask hides virtual positions, the row is packed, or a "
             "sliding window ends before them. For `jaxpeft.models.decoder`, give "
             "`prepend_virtual_tokens` the `segment_ids`; for another model, give each example "
             "virtual positions of its own (`jaxpeft.data.Batches(..., virtual=...)`). Check with "
@@ -291,8 +292,8 @@ def check_loss(loss_fn: Callable, adapter: Any, frozen: Any, batch: Any, key: An
         if not all(calls):
             row, count = packed
             raise ValueError(
-                f"Row {row} of the batch packs {count} examples, but the loss puts virtual tokens in "
-                "front of the first one only. For `jaxpeft.models.decoder`, give "
+                f"Row {row} of the batch packs {count} examples, but the loss puts virtual tokens "
+                "in front of the first one only. For `jaxpeft.models.decoder`, give "
                 "`prepend_virtual_tokens` (or `prepend_prefixes`) the `segment_ids`; for another "
                 "model, give each example virtual tokens of its own: "
                 "`jaxpeft.data.Batches(..., virtual=...)`."

@@ -150,8 +150,8 @@ def _options(method: Any, caller: str) -> Mapping[str, Any]:
     name = method.name if isinstance(method, Method) else repr(method)
     if name != "gates":
         raise ValueError(
-            f"`{caller}` takes a method that `gates` returned, but this one is '{name}'. For a chain, "
-            "give its method `gates` and the whole adapter."
+            f"`{caller}` takes a method that `gates` returned, but this one is '{name}'. For a "
+            "chain, give its method `gates` and the whole adapter."
         )
     return method.options
 

@@ -173,8 +173,8 @@ def prunable_groups(
         if stack != found[0]:
             raise ValueError(
                 f"`prunable_groups({count})`: '{members[0].path}' has a stack {found[0]}, but "
-                f"'{member.path}' of shape {member.shape} has a stack {stack}. A group needs a block "
-                "in each of its arrays: select arrays of one stack."
+                f"'{member.path}' of shape {member.shape} has a stack {stack}. A group needs a "
+                "block in each of its arrays: select arrays of one stack."
             )
     return PrunableGroups(count, found[0], tuple(members))
 

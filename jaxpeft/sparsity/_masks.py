@@ -93,8 +93,8 @@ def topk_mask(
         if len(empty) and not allow_empty:
             which = f"matrix {empty[0]} of '{path}'" if len(own) > 1 else f"'{path}'"
             raise ValueError(
-                f"`topk_mask(density={density})` keeps no entry of {which}. Raise the density, rank "
-                "the entries of each matrix on their own (scope='matrix'), or allow it "
+                f"`topk_mask(density={density})` keeps no entry of {which}. Raise the density, "
+                "rank the entries of each matrix on their own (scope='matrix'), or allow it "
                 "(allow_empty=True)."
             )
         masks[path] = expand_groups(jnp.asarray(own), site, structure)

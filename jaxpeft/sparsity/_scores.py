@@ -26,9 +26,9 @@ from jaxpeft.calibration._statistics import (
     Moments,
     check_finite_statistics,
     check_moments,
-    selected_arrays,
-    mean_gradients,
     first_batches,
+    mean_gradients,
+    selected_arrays,
     to_float32,
 )
 

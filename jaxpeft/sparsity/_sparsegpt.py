@@ -82,8 +82,8 @@ def sparsegpt_update(
         w = _updated(site.matrices(selected[path]), site.matrices(mask), second, damping)
         if not jnp.all(jnp.isfinite(w)):
             raise ValueError(
-                f"`sparsegpt_update(damping={damping})`: the moments of '{path}' cannot be inverted "
-                f"in {second.dtype}, or the weight is not finite. Give a larger damping."
+                f"`sparsegpt_update(damping={damping})`: the moments of '{path}' cannot be "
+                f"inverted in {second.dtype}, or the weight is not finite. Give a larger damping."
             )
         updated[path] = site.array(w)
     return with_selected(updated, params)

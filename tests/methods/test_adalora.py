@@ -173,11 +173,11 @@ BUDGET = {"total_steps": 9, "warmup_steps": 2, "final_steps": 2}
             lambda: optim.rank_allocator(
                 optax.sgd(1), 1, total_steps=4, warmup_steps=2, final_steps=2
             ),
-            "fewer than all",
+            "together less than `total_steps`",
         ),
         (
             lambda: optim.rank_allocator(optax.sgd(1), 0, **BUDGET),
-            "update_every=10, budget=0.*at least 1",
+            "budget=0, update_every=10.*at least 1",
         ),
         (
             lambda: optim.rank_allocator(optax.sgd(1), 1, beta2=1.0, **BUDGET),

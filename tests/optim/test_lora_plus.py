@@ -161,17 +161,17 @@ def split(method):
     [
         (
             lambda: optim.lora_plus(optax.sgd, 1.0, {}, SITES, ratio=0),
-            "`lora_plus(ratio=0)`: a positive number",
+            "`lora_plus(ratio=0)`: `ratio` must be positive",
         ),
         (
             lambda: optim.lora_plus(optax.sgd, 1.0, split(jp.bitfit(SITES))[0], SITES),
-            "no low-rank weight whose `b` is trained. It is for LoRA",
+            "no low-rank weight whose `b` is trained. Use it with LoRA",
         ),
         (
             lambda: optim.lora_plus(
                 optax.sgd, 1.0, split(jp.lora(R, SITES.match("table")))[0], SITES
             ),
-            "trained but the embeddings' ['table/a', 'table/b']. It is for LoRA",
+            "trained but the embeddings' ['table/a', 'table/b']. Use it with LoRA",
         ),
         (
             lambda: optim.lora_plus(
@@ -180,14 +180,14 @@ def split(method):
                 split(jp.lora(R, LINEAR))[0],
                 jp.sites(lambda p, x: x @ p["other"], {"other": jnp.ones((2, 2))}, jnp.ones(2)),
             ),
-            "do not know 'down/w', which has low-rank factors, so whether it is an embedding is "
-            "not known. They know ['other']",
+            "do not have 'down/w', which has low-rank factors, so it is unknown whether it is an "
+            "embedding. They have ['other']",
         ),
         (
             lambda: optim.lora_plus(optax.sgd, 1.0, split(jp.lora(R, LINEAR))[0], SITES).init(
                 {"x/c": jnp.ones(2)}
             ),
-            "places for ['down/w/b', 'up/w/b'], but this adapter has ['x/c']",
+            "placeholders for ['down/w/b', 'up/w/b'], but this adapter has ['x/c']",
         ),
     ],
 )

@@ -85,11 +85,11 @@ def assert_paged(state, min_size=SMALL):
         assert kind(x) == ("pinned_host" if x.size >= min_size else "device"), x.shape
 
 
-@pytest.mark.parametrize("in_flight", [1, 2])
+@pytest.mark.parametrize("max_in_flight", [1, 2])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_paging_changes_no_value_and_the_state_stays_on_the_host(name, in_flight):
+def test_paging_changes_no_value_and_the_state_stays_on_the_host(name, max_in_flight):
     tx = OPTIMIZERS[name]
-    got = after(optim.paged(tx, min_size=SMALL, max_in_flight=in_flight))
+    got = after(optim.paged(tx, min_size=SMALL, max_in_flight=max_in_flight))
     assert_same(got, after(tx))
     assert_paged(got[1])
     assert any(kind(x) == "pinned_host" for x in jax.tree.leaves(got[1]))
@@ -165,7 +165,7 @@ def barriers(tx):
 
 
 @pytest.mark.parametrize(
-    "name, pieces",
+    "name, stages",
     [
         ("adamw", 2),
         ("momentum", 2),
@@ -175,10 +175,10 @@ def barriers(tx):
         ("every second step", 1),
     ],
 )
-def test_a_piece_is_what_needs_nothing_of_the_others(name, pieces):
-    """Each piece ends with a barrier, and each but the first waits for one before it."""
-    assert barriers(optim.paged(OPTIMIZERS[name], min_size=SMALL)) == pieces + pieces - 1
-    assert barriers(optim.paged(OPTIMIZERS[name], min_size=SMALL, max_in_flight=2)) == pieces
+def test_a_stage_is_what_depends_on_no_other_state(name, stages):
+    """Each stage ends with a barrier, and each but the first waits for one before it."""
+    assert barriers(optim.paged(OPTIMIZERS[name], min_size=SMALL)) == stages + stages - 1
+    assert barriers(optim.paged(OPTIMIZERS[name], min_size=SMALL, max_in_flight=2)) == stages
 
 
 def test_a_state_that_the_update_leaves_alone_is_not_fetched():
@@ -337,9 +337,12 @@ def test_a_step_with_a_paged_state_compiles_once():
 @pytest.mark.parametrize(
     "options, told",
     [
-        ({"min_size": 0}, "`min_size` counts elements, at least 1; got 0"),
-        ({"in_flight": 0}, "`in_flight` counts pieces, at least 1; got 0"),
-        ({"missing": "ignore"}, '`missing` is "error" or "device", got \'ignore\''),
+        ({"min_size": 0}, r"`paged\(min_size=0\)`: `min_size` must be at least 1"),
+        ({"max_in_flight": 0}, r"`paged\(max_in_flight=0\)`: `max_in_flight` must be at least 1"),
+        (
+            {"if_unsupported": "ignore"},
+            r"`paged\(if_unsupported='ignore'\)`: .* 'error' or 'device'",
+        ),
     ],
 )
 def test_an_option_out_of_its_range_is_refused(options, told):
@@ -350,7 +353,7 @@ def test_an_option_out_of_its_range_is_refused(options, told):
 def test_a_backend_without_host_memory_is_refused_or_keeps_the_state(monkeypatch):
     monkeypatch.setattr(paging, "_memory_kinds", lambda device: ["device"])
     tx = optax.adamw(1e-1)
-    told = r"'pinned_host' memory, .*0.* has \['device'\].*missing=\"device\""
+    told = r"'pinned_host' memory, .*0.* has \['device'\].*if_unsupported='device'"
     with pytest.raises(ValueError, match=told):
         optim.paged(tx, min_size=SMALL).init(params())
     got = after(optim.paged(tx, min_size=SMALL, if_unsupported="device"))

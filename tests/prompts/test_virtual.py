@@ -432,7 +432,8 @@ def test_a_model_with_time_first_is_refused_whatever_the_batch(rows, hidden):
     """With eight rows of eight positions too, where shapes alone say nothing."""
     ids = jax.random.randint(KEY, (rows, 6), 1, 20)
     tree, longer, virtual_positions = with_prefix(time_first, ids, hidden=hidden)
-    told = rf"prefix at 'k' was given virtual positions of shape \({min(rows, 7)}, 8\).*\(8, {min(rows, 7)}\)"
+    batch = min(rows, 7)
+    told = rf"prefix at 'k' was given virtual positions of shape \({batch}, 8\).*\(8, {batch}\)"
     for run in (jp.lift(time_first), jax.jit(jp.lift(time_first))):
         with pytest.raises(ValueError, match=told):
             run(tree, longer)

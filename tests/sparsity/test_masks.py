@@ -200,7 +200,7 @@ def test_masks_survive_the_text():
         ),
         (
             lambda s: jp.sparsity.topk_mask(s, HEAD, 0.5, structure=(3, 1)),
-            "structure=\(3, 1\): blocks of 3 x 1 do not.*'head'.*4 x 3",
+            r"structure=\(3, 1\): blocks of 3 x 1 do not.*'head'.*4 x 3",
         ),
         (
             lambda s: jp.sparsity.topk_mask({}, HEAD, 0.5),
