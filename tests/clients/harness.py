@@ -41,7 +41,8 @@ class Model(NamedTuple):
     args: tuple
 
 
-#: What puts rows at the output of projections: {path of the kernel: (rows, virtual_positions)} to a context.
+#: What puts rows at the output of projections, as a context, of {path of the kernel: (rows,
+#: virtual positions)}.
 Rows = Callable[[dict[str, tuple[jax.Array, jax.Array]]], contextlib.AbstractContextManager]
 
 
@@ -294,7 +295,7 @@ def _prefix_law(client: Client, frozen: Any, adapter: Any) -> tuple[float, float
 
 
 def virtual(client: Client, fill: int) -> tuple[tuple, dict[str, jax.Array]]:
-    """Arguments with virtual tokens in front, and the virtual_positions; all are virtual in a model without
+    """Arguments with virtual tokens in front, and their positions; all are virtual in a model without
     tokens, whose positions nothing can stand in front of."""
     args, virtual_positions = list(client.model.args), {}
     for i, name in client.virtual.items():

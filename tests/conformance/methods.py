@@ -320,9 +320,9 @@ _PARTS = dict.fromkeys(
 _TURNED = {"a bias subtracted, a bias times two": r"'(up|down)'.*subtracts or scales '\w+_bias'"}
 _POSITIONS = r"prefix at '.*' was given virtual positions of shape"
 _MISPLACED = {
-    "layers with time before batch, as many of both": r"was given virtual positions of shape \(4, 5\).*"
-    r"input has leading axes \(5, 4\)",
-    "a pooler of the first position": r"Output 0 of shape \(2, 19\) reads a placeholder",
+    "layers with time before batch, as many of both": r"was given virtual positions of shape "
+    r"\(4, 5\).*input has leading axes \(5, 4\)",
+    "a pooler of the first position": r"output 0 of shape \(2, 19\) depends on a placeholder",
 }
 
 # Sides are prime, so a block is all of them: as large as a square weight, cut where that is.

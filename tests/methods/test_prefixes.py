@@ -99,7 +99,7 @@ TASKS = np.array([2, 0, 1])
 
 @functools.cache
 def mixed():
-    """(frozen, adapter, tokens, virtual_positions, mask) of three tasks, the last padded at the left."""
+    """(frozen, adapter, tokens, positions, mask) of three tasks, the last padded at the left."""
     tokens, virtual_positions, mask = jp.prompts.prepend_prefixes(ids(), LENGTHS, TASKS)
     real = jnp.arange(T) >= jnp.array([[0], [0], [2]])
     mask = mask & jnp.concatenate([jnp.ones((B, 3), bool), real], axis=1)
@@ -423,11 +423,13 @@ def on_toy():
             lambda k, v: jp.chain(
                 jp.prefix_tuning(2, k, v), jp.lora(2, v), jp.prefix_tuning(3, v, v - v)
             ),
-            "`prefix_tuning`: 'layers/v/kernel' already has a prefix at the positions 'virtual_positions', which",
+            "`prefix_tuning`: 'layers/v/kernel' already has a prefix at the positions "
+            "'virtual_positions', which",
         ),
         (
             lambda k, v: jp.prefix_tuning(2, on_toy().match("embed"), v),
-            "`prefix_tuning`: the model uses 'embed' as embedding, head, linear, which is no projection",
+            "`prefix_tuning`: the model uses 'embed' as embedding, head, linear, which is no "
+            "projection",
         ),
         (
             lambda k, v: jp.prefix_tuning(2, on_toy().match("positions"), v),

@@ -380,7 +380,8 @@ def test_a_template_with_text_needs_its_tokenizer_at_once():
         ),
         (
             lambda t: jp.prompt_tuning(2, t, init=[3, 50]),
-            "`prompt_tuning(init=[3, 50])` has ids out of range: 'embed' has 50 rows, so ids are from 0 to 49",
+            "`prompt_tuning(init=[3, 50])` has ids out of range: 'embed' has 50 rows, "
+            "so ids are from 0 to 49",
         ),
         (
             lambda t: jp.prompt_tuning(2, t, init=[-1]),
@@ -388,7 +389,8 @@ def test_a_template_with_text_needs_its_tokenizer_at_once():
         ),
         (
             lambda t: jp.prompt_tuning(2, t, init="vocabulary", init_text="good", tokenizer=words),
-            "`prompt_tuning(init='vocabulary', init_text='good')`: give either `init` or `init_text`",
+            "`prompt_tuning(init='vocabulary', init_text='good')`: give either `init` or "
+            "`init_text`",
         ),
         (
             lambda t: jp.prompt_tuning(2, t, init_text="good or bad"),
