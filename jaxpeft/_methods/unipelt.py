@@ -78,9 +78,9 @@ class GatedBottleneck(Bottleneck):
 
     per_position = "virtual_positions"
 
-    def change(self, z):
+    def delta(self, z):
         g = gate(z, self.gate, self.gate_bias, self.virtual_positions, self.path)
-        return (g * super().change(z)).astype(z.dtype)
+        return (g * super().delta(z)).astype(z.dtype)
 
 
 @register_method

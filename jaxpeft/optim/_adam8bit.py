@@ -84,6 +84,7 @@ def adamw8bit(
       Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019.
       https://arxiv.org/abs/1711.05101
     """
+    _check_options("adamw8bit", b1, b2, block, min_size)
     return optax.chain(
         scale_by_adam8bit(b1, b2, eps, block=block, min_size=min_size),
         optax.add_decayed_weights(weight_decay, mask),
@@ -143,21 +144,7 @@ def scale_by_adam8bit(
       Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022, sections 2.1, 2.2 and
       figure 2; the unsigned map for v in section 2.2. https://arxiv.org/abs/2110.02861
     """
-    for name, decay in [("b1", b1), ("b2", b2)]:
-        if not 0 <= decay < 1:
-            raise ValueError(
-                f"`scale_by_adam8bit({name}={decay})`: a decay rate must be in [0, 1), such as 0.9."
-            )
-    if block < 2:
-        raise ValueError(
-            f"`scale_by_adam8bit(block={block})`: `block` must be at least 2, the number of "
-            "entries that share a scale."
-        )
-    if min_size < 1:
-        raise ValueError(
-            f"`scale_by_adam8bit(min_size={min_size})`: `min_size` must be at least 1, a number of "
-            "elements."
-        )
+    _check_options("scale_by_adam8bit", b1, b2, block, min_size)
 
     def init(params):
         def zeros(quantized_zero):
@@ -224,6 +211,23 @@ def scale_by_adam8bit(
         return directions, Adam8bitState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
+
+
+def _check_options(caller, b1, b2, block, min_size):
+    for name, decay in [("b1", b1), ("b2", b2)]:
+        if not 0 <= decay < 1:
+            raise ValueError(
+                f"`{caller}({name}={decay})`: a decay rate must be in [0, 1), such as 0.9."
+            )
+    if block < 2:
+        raise ValueError(
+            f"`{caller}(block={block})`: `block` must be at least 2, the number of entries that "
+            "share a scale."
+        )
+    if min_size < 1:
+        raise ValueError(
+            f"`{caller}(min_size={min_size})`: `min_size` must be at least 1, a number of elements."
+        )
 
 
 def _one_minus_power(b, count):

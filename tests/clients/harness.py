@@ -295,8 +295,10 @@ def _prefix_law(client: Client, frozen: Any, adapter: Any) -> tuple[float, float
 
 
 def virtual(client: Client, fill: int) -> tuple[tuple, dict[str, jax.Array]]:
-    """Arguments with virtual tokens in front, and their positions; all are virtual in a model without
-    tokens, whose positions nothing can stand in front of."""
+    """Arguments with virtual tokens in front, and their positions.
+
+    In a model without tokens nothing can be prepended, and all positions are virtual.
+    """
     args, virtual_positions = list(client.model.args), {}
     for i, name in client.virtual.items():
         args[i], virtual_positions[name] = prepend_virtual_tokens(args[i], LENGTH, fill)

@@ -282,7 +282,7 @@ def test_the_step_takes_it_and_it_can_be_paged():
     ],
 )
 def test_an_option_out_of_its_range_is_refused(options, told):
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=r"`scale_by_adam8bit\(" + told):
         optim.scale_by_adam8bit(**options)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=r"`adamw8bit\(" + told):
         optim.adamw8bit(1e-3, **options)
