@@ -53,7 +53,8 @@ COMMON = (
 #: What rows that are trained in their own way depend on.
 TUNED = (
     ROOT / "benchmarks/comparison/tuned.py",
-    *(ROOT / f"jaxpeft/train/{name}.py" for name in ("largest", "pruning", "rank_budget")),
+    *(ROOT / f"jaxpeft/optim/_{name}.py" for name in ("masking", "rank_allocator")),
+    *(ROOT / f"jaxpeft/optim/_{name}.py" for name in ("scheduled_pruning", "top_k")),
 )
 #: What rows depend on that are told of their task's batches.
 CALIBRATION = ROOT / "benchmarks/comparison/calibration.py"

@@ -340,7 +340,7 @@ def check_moments(moments: Any, site: Site, caller: str) -> Moments:
     found = moments.get(site.path)
     if found is None:
         raise ValueError(
-            f"`{caller}`: there are no moments of the inputs of '{site.path}', but of "
+            f"`{caller}`: there are no moments of the inputs of '{site.path}'; those given are of "
             f"{sorted(moments)}. Give those of `input_moments` with the same sites."
         )
     n = site.size(IN)

@@ -155,7 +155,7 @@ def test_gates_are_those_of_the_formula(mix, kind, inverse_temperature):
 
 
 @each_structure_or_two
-def test_masks_and_openness_are_those_of_the_formula(structure, kind):
+def test_masks_and_expected_density_are_those_of_the_formula(structure, kind):
     method, _, adapter = made(structure, kind)
     masks = gate_masks(method, adapter)
     assert list(masks) == list(SITES)
@@ -214,7 +214,7 @@ def test_every_weight_and_layer_has_draws_of_its_own():
             assert np.abs(a - b).max() > 0.1
 
 
-def test_the_share_of_open_draws_is_the_openness():
+def test_the_fraction_of_open_samples_is_the_expected_density():
     method, frozen, adapter = made("input", "hard concrete", size=1.5)
     count = 4000
 
@@ -260,7 +260,7 @@ def test_a_lifted_model_and_its_gradients_are_those_of_the_merged_one(kind, call
 
 
 @each_kind
-def test_the_openness_asks_every_gate_to_close(kind):
+def test_the_expected_density_asks_every_gate_to_close(kind):
     method, _, adapter = made("input", kind, TABLE)
     price = lambda a: expected_density(method, a, 1.5 if kind == "sigmoid" else None)  # noqa: E731
     (slope,) = jax.grad(price)(adapter).values()
@@ -449,8 +449,8 @@ def test_a_method_survives_its_description(structure, start):
             lambda: gates(SITES, kind="sigmoid", start=0.5),
             r"kind='sigmoid', start=0.5\)` needs 0.5 < start < 1",
         ),
-        (lambda: gates(TABLE, structure=(4, 1)), "Blocks of 4 x 1 do not.*'embed', which is 6 x 4"),
-        (lambda: gates(TABLE, structure="ring"), "no structure 'ring'; there are entry"),
+        (lambda: gates(TABLE, structure=(4, 1)), "blocks of 4 x 1 do not.*'embed', which is 6 x 4"),
+        (lambda: gates(TABLE, structure="ring"), "structure='ring' is unknown; it must be one of entry"),
         (lambda: gates(SITES - SITES)(KEY, PARAMS), "`gates` selects no parameter"),
         (lambda: gates(TABLE.output_slice(0, 2)), "`gates`: a part of the columns of 'embed'"),
         (

@@ -450,8 +450,8 @@ def of_nan(path):
             lambda: jp.eva(R + 1, SITES.match("head").output_slice(0, 5), moments()),
             r"eva\(rank=3\)` needs .* 'head' of shape \(8, 5\) is 8 x 1",
         ),
-        (lambda: jp.eva(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; it has"),
-        (lambda: jp.corda(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; it has"),
+        (lambda: jp.eva(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; those given"),
+        (lambda: jp.corda(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; those given"),
         (lambda: jp.corda(R, LAYERS, moments(), keep="all"), "keep='all'.*choose 'task' or"),
         (lambda: jp.corda(R, LAYERS, moments(), damping=0), "damping=0.*positive share"),
         (

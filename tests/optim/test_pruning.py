@@ -316,7 +316,7 @@ MASKS = {path: jnp.ones(x.shape, bool) for path, x in START.items()}
         (lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, rewind_step=-1), "rewind_step=-1"),
         (
             lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, structure=(5, 1)),
-            r"Blocks of 5 x 1 do not divide '.*', which is 4 x 3|which is 4 x 6|which is 6 x 4",
+            r"blocks of 5 x 1 do not divide '.*', which is 4 x 3|which is 4 x 6|which is 6 x 4",
         ),
         (
             lambda: optim.scheduled_pruning(ADAM, SITES, 0.5).init({"head": START["head"]}),
