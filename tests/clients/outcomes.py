@@ -27,7 +27,10 @@ REFUSED: dict[tuple[str, str], str] = {
     ("Equinox GRU", "IA3"): "adds 'cell/bias_n' of shape .16,. .* 16 numbers for 48 outputs",
     ("Equinox convolutions", "prefix"): _CONV,
     # Its pooler reads position 0, which `check_prefix` says.
-    ("FlaxBertForSequenceClassification", "prefix"): "output 0 of shape .* depends on a placeholder",
+    (
+        "FlaxBertForSequenceClassification",
+        "prefix",
+    ): "output 0 of shape .* depends on a placeholder",
     # Fused kernels.
     ("FlaxGPT2LMHeadModel", "prefix"): _BOTH,
     ("FlaxBloomForCausalLM", "prefix"): _BOTH,

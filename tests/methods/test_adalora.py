@@ -30,7 +30,12 @@ def loss(adapter, frozen, batch, key):
 def fitted(steps=30, budget=6, **options):
     method = jp.adalora(R, SITES, alpha=6.0, dtype=jnp.float64)
     frozen, adapter = jp.split(method(KEY, PARAMS))
-    options = {"total_steps": steps, "warmup_steps": 4, "final_steps": 6, "update_every": 3} | options
+    options = {
+        "total_steps": steps,
+        "warmup_steps": 4,
+        "final_steps": 6,
+        "update_every": 3,
+    } | options
     tx = optim.rank_allocator(optax.adam(3e-2), budget, **options)
     state, counts = train.init(adapter, tx), []
     step = jax.jit(train.train_step(loss, tx))

@@ -181,7 +181,7 @@ def test_masks_and_expected_density_are_those_of_the_formula(structure, kind):
     assert list(some) == ["embed"] and (some["embed"] == masks["embed"]).all()
 
 
-def test_a_drawn_gate_is_a_stretched_and_clipped_concrete_number():
+def test_a_sampled_gate_is_a_stretched_and_clipped_concrete_variable():
     logits = normal(0, 6)
     drawn = Gated(jnp.ones((3, 2)), logits, None, KEY, sides=(3, 2)).materialize()
     u = sigmoid(jax.random.logistic(KEY, (6,), jnp.float64))
@@ -194,7 +194,7 @@ def test_a_drawn_gate_is_a_stretched_and_clipped_concrete_number():
 # Draws ------------------------------------------------------------------------------------------
 
 
-def test_every_weight_and_layer_has_draws_of_its_own():
+def test_every_weight_and_layer_has_samples_of_its_own():
     sites = SITES.match("layers/*")
     _, frozen, adapter = made("entry", "hard concrete", sites)
     adapter = {k: jnp.zeros_like(v) for k, v in adapter.items()}
@@ -285,7 +285,7 @@ def test_training_starts_at_the_base_to_the_last_bit(structure, kind):
 
 
 @each_kind
-def test_a_start_is_the_sigmoid_of_the_logits(kind):
+def test_the_start_is_the_sigmoid_of_the_logits(kind):
     _, adapter = jp.split(gates(TABLE, kind=kind, start=0.97)(KEY, PARAMS))
     (logits,) = adapter.values()
     assert logits.dtype == jnp.float32
@@ -373,7 +373,7 @@ def test_inputs_and_outputs_of_one_weight_may_have_gates():
     np.testing.assert_allclose(merged(frozen, adapter)["layers/q"], want, rtol=1e-12)
 
 
-def test_a_sharpness_may_be_traced():
+def test_an_inverse_temperature_may_be_traced():
     _, frozen, adapter = made("input", "sigmoid", TABLE)
     traced = jax.jit(
         lambda s: jp.merge(jp.combine(frozen, adapter, inverse_temperature=s))["embed"]
@@ -404,7 +404,7 @@ def test_an_input_of_a_convolution_is_one_of_its_window(structure):
     "structure, side",
     [("entry", "in"), ("input", "in"), ("output", "out"), ((2, 3), "in"), ((2, 3), "out")],
 )
-def test_gates_are_cut_with_their_matrix(structure, side):
+def test_gates_are_sharded_with_their_matrix(structure, side):
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     w, x = normal(0, 8, 6), normal(1, 5, 8)
     specs = ((P("d"), P(None, "d")), P()) if side == "in" else ((P(None, "d"), P()), P(None, "d"))
@@ -450,7 +450,10 @@ def test_a_method_survives_its_description(structure, start):
             r"kind='sigmoid', start=0.5\)` needs 0.5 < start < 1",
         ),
         (lambda: gates(TABLE, structure=(4, 1)), "blocks of 4 x 1 do not.*'embed', which is 6 x 4"),
-        (lambda: gates(TABLE, structure="ring"), "structure='ring' is unknown; it must be one of entry"),
+        (
+            lambda: gates(TABLE, structure="ring"),
+            "structure='ring' is unknown; it must be one of entry",
+        ),
         (lambda: gates(SITES - SITES)(KEY, PARAMS), "`gates` selects no parameter"),
         (lambda: gates(TABLE.output_slice(0, 2)), "`gates`: a part of the columns of 'embed'"),
         (

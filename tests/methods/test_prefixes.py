@@ -75,7 +75,7 @@ def split(method, p=None):
 
 
 def prefixed(length, **options):
-    """A prefix with rows so large that it is felt."""
+    """A prefix with rows so large that outputs depend on it."""
     options = dict(rope=ROPE, dtype=F8) | options
     frozen, adapter = split(jp.prefix_tuning(length, *projections(), **options))
     return frozen, toy.perturbed(adapter, 1.0)
@@ -114,7 +114,7 @@ def alone(adapter, example):
     return frozen, rows_of(adapter, task), *jp.prompts.prepend_virtual_tokens(own, LENGTHS[task])
 
 
-def test_slots_of_tasks_stand_one_behind_the_other_and_next_to_the_input():
+def test_virtual_positions_of_tasks_follow_each_other_next_to_the_input():
     tokens, virtual_positions, mask = jp.prompts.prepend_prefixes(
         jnp.full((3, 2), 5), LENGTHS, TASKS, fill=9
     )
@@ -201,7 +201,7 @@ def test_prefixes_of_several_tasks_are_trained_together_and_then_one_by_one():
     close(lifted(base, start, at, one, None), lifted(frozen, adapter, where, both, seen))
 
 
-def test_an_encoded_prefix_folds_into_plain_rows():
+def test_dropping_the_encoder_of_a_prefix_leaves_plain_rows():
     """Of several tasks; the network has one table for all layers, `rows` are of each."""
     frozen, adapter = prefixed(LENGTHS, hidden=5, embed=4)
     keys = {f"layers/attn/k/kernel/{n}" for n in ("table", "down", "down_bias", "up", "up_bias")}
@@ -232,19 +232,19 @@ def test_keys_and_values_come_back_from_a_file(tmp_path, hidden):
 
 
 @pytest.mark.parametrize("format", ["int8", "nf4"])
-def test_a_prefix_over_codes_is_one_over_what_they_say(format):
+def test_a_prefix_over_a_quantized_base_is_one_over_the_dequantized_base(format):
     """The biases behind keys and values stay as they are, and are not added to the rows."""
     quantize = jp.quantize(format, sites().linear, **({"block": 4} if format == "nf4" else {}))
     prefix = jp.prefix_tuning(LENGTHS, *projections(), rope=ROPE, dtype=F8)
     _, adapter, tokens, virtual_positions, mask = mixed()
-    coded, _ = split(jp.chain(quantize, prefix))
-    decoded, _ = split(prefix, jp.merge(quantize(KEY, params())))
-    want = lifted(decoded, adapter, virtual_positions, tokens, mask)
-    close(lifted(coded, adapter, virtual_positions, tokens, mask), want)
+    quantized, _ = split(jp.chain(quantize, prefix))
+    dequantized, _ = split(prefix, jp.merge(quantize(KEY, params())))
+    want = lifted(dequantized, adapter, virtual_positions, tokens, mask)
+    close(lifted(quantized, adapter, virtual_positions, tokens, mask), want)
     assert np.abs(want - lifted(mixed()[0], adapter, virtual_positions, tokens, mask)).max() > 1e-3
 
 
-def test_a_slot_without_a_row_is_nan():
+def test_a_virtual_position_without_a_row_is_nan():
     frozen, adapter = prefixed(2)
     tokens, virtual_positions = jp.prompts.prepend_virtual_tokens(ids(), 3)
     out = lifted(frozen, adapter, virtual_positions.at[1, 2].set(1).at[2, 2].set(-1), tokens, None)
@@ -358,7 +358,7 @@ def test_an_encoder_decoder_has_a_prefix_before_inputs_and_one_before_targets():
     want = encoder_decoder.pure(T5, attention_fn=attend)(p, inputs, targets, mask=real)
     assert not list(calls)
     close(out, want)
-    for at in where:  # Each of the three is felt.
+    for at in where:  # The outputs depend on each of the three.
         silent = {k: -x if k.startswith(at) else x for k, x in adapter.items()}
         tree = jp.combine(
             frozen,
@@ -441,7 +441,7 @@ def on_toy():
         ),
     ],
 )
-def test_prefixes_say_what_is_wrong(make, message):
+def test_prefixes_refuse_wrong_options(make, message):
     found = on_toy()
     with pytest.raises(ValueError, match=re.escape(message)):
         make(found.match("*/k/kernel"), found.match("*/v/kernel"))(KEY, toy.params())

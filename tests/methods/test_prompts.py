@@ -75,7 +75,9 @@ class Tokenizer:
 @pytest.mark.parametrize(
     "length, ids", [(2, [7, 3]), (3, [7, 3, 41]), (7, [7, 3, 41, 7, 3, 41, 7])]
 )
-def test_a_text_gives_the_embeddings_of_its_tokens_cut_or_repeated(table, tokenizer, length, ids):
+def test_a_text_gives_the_embeddings_of_its_tokens_truncated_or_repeated(
+    table, tokenizer, length, ids
+):
     _, adapter = made(
         jp.prompt_tuning(length, table, init_text="good or bad", tokenizer=tokenizer, dtype=F8)
     )
@@ -94,7 +96,7 @@ def test_rows_of_the_vocabulary_are_drawn_anew_by_each_key(table):
     assert len(set(drawn[0])) > 20 and drawn[0] != drawn[1]
 
 
-def test_random_rows_have_the_deviation_they_are_given(table):
+def test_random_rows_have_the_given_standard_deviation(table):
     _, adapter = made(jp.prompt_tuning(4000, table, init_std=0.5))
     rows = adapter["embed/rows"]
     assert rows.shape == (4000, toy.D) and rows.dtype == jnp.float32
@@ -200,7 +202,7 @@ def test_an_lstm_reads_the_table_of_one_task_at_a_time(table):
 
 
 @pytest.mark.parametrize("encoder", ["lstm", "mlp"])
-def test_an_encoder_folds_into_the_rows_of_a_plain_prompt(table, encoder):
+def test_dropping_the_encoder_leaves_the_rows_of_a_plain_prompt(table, encoder):
     _, frozen, adapter = p_tuned(table, encoder=encoder)
     ids = behind(table["embed"], 5, 0, toy.ids())
     folded, rows = jp.adapters.drop_reparameterization(frozen, adapter)
@@ -250,8 +252,10 @@ def test_many_prompts_share_one_base_under_vmap(table):
 
 @pytest.mark.parametrize("format", ["int8", "nf4"])
 @pytest.mark.parametrize("encoded", [False, True], ids=["prompt", "p_tuning"])
-def test_a_prompt_over_codes_is_one_over_what_they_say(sites, table, format, encoded):
-    """The table, which is the head as well, and all layers are in codes."""
+def test_a_prompt_over_a_quantized_table_is_one_over_the_dequantized_table(
+    sites, table, format, encoded
+):
+    """The table, which is the head as well, and all layers are quantized."""
     options = {"block": 8} if format == "nf4" else {}
     quantize = jp.quantize(format, sites.matrices, **options)
     method = (
@@ -261,13 +265,13 @@ def test_a_prompt_over_codes_is_one_over_what_they_say(sites, table, format, enc
     )
     frozen, adapter = made(jp.chain(quantize, method))
     adapter = toy.perturbed(adapter)
-    decoded = jp.merge(quantize(KEY, toy.params()))
-    assert np.abs(decoded["embed"] - toy.params()["embed"]).max() > 1e-3
+    dequantized = jp.merge(quantize(KEY, toy.params()))
+    assert np.abs(dequantized["embed"] - toy.params()["embed"]).max() > 1e-3
     rows = (jp.adapters.drop_reparameterization(frozen, adapter)[1] if encoded else adapter)[
         "embed/rows"
     ]
     ids = behind(table["embed"], 3, 0, toy.ids())
-    close(lifted(frozen, adapter, ids), by_hand(decoded, rows, ids))
+    close(lifted(frozen, adapter, ids), by_hand(dequantized, rows, ids))
 
 
 def test_a_prompt_over_lora_on_the_tied_table_and_everywhere_else(sites, table):
@@ -415,13 +419,13 @@ def test_a_template_with_text_needs_its_tokenizer_at_once():
         ),
     ],
 )
-def test_prompts_say_what_is_wrong(table, make, message):
+def test_prompts_refuse_wrong_options(table, make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make(table)(KEY, toy.params())
 
 
 @pytest.mark.parametrize("name", ["prompt_tuning", "p_tuning"])
-def test_only_a_table_that_is_read_by_id_has_virtual_tokens(sites, name):
+def test_only_a_table_that_is_looked_up_by_id_has_virtual_tokens(sites, name):
     method = functools.partial(getattr(jp, name), 2)
     with pytest.raises(ValueError, match=f"`{name}`: the model uses 'layers/q/kernel' as linear"):
         method(sites.match("*/q/kernel"))(KEY, toy.params())

@@ -48,7 +48,7 @@ def test_known_entries_of_the_maps():
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_every_number_of_the_map_has_its_own_code(signed):
+def test_every_entry_of_the_map_has_its_own_quantized_value(signed):
     numbers = dynamic_map(signed)
     quantized = quantize(numbers, jnp.ones(1), signed=signed)
     np.testing.assert_array_equal(quantized, np.arange(256))
@@ -204,7 +204,7 @@ def size(tree):
         ((576, 1536), 2.042),
     ],
 )
-def test_bytes_a_parameter(shape, most):
+def test_bytes_per_parameter(shape, most):
     weights = {"w": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
     state = jax.eval_shape(optim.scale_by_adam8bit().init, weights)
     per = (size(state) - 4) / np.prod(shape)
@@ -226,7 +226,7 @@ def test_no_table_is_looked_up():
 
 
 @pytest.mark.parametrize("spec", [P("x", None), P(None, "x")])
-def test_the_moments_lie_where_their_parameter_lies(spec):
+def test_the_moments_are_sharded_like_their_parameter(spec):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     place = NamedSharding(mesh, spec)
     w = jax.device_put(jnp.ones((4096, 16), jnp.float32), place)

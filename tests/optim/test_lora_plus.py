@@ -1,4 +1,4 @@
-"""LoRA+: the larger rate is for the second factor of low-rank weights, and for nothing else."""
+"""LoRA+: the second factor of a low-rank weight has the larger learning rate, and nothing else."""
 
 import re
 

@@ -210,7 +210,7 @@ def test_a_sharded_state_keeps_its_spec_and_changes_its_memory(kind_of_axis):
         assert_same(got, after(optax.adamw(1e-1), start=start)[0])
 
 
-def test_what_cannot_be_cut_like_its_parameter_lies_everywhere():
+def test_a_state_that_its_parameters_sharding_does_not_divide_is_replicated():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     start = {"w": jax.device_put(jnp.ones((16, 16)), NamedSharding(mesh, P(None, "x")))}
     tx = optax.GradientTransformation(
@@ -361,7 +361,7 @@ def test_a_backend_without_host_memory_is_refused_or_keeps_the_state(monkeypatch
     assert all(kind(x) == "device" for x in jax.tree.leaves(got))
 
 
-def test_a_shape_that_lies_nowhere_is_refused():
+def test_a_shape_without_sharding_is_refused():
     state = {"m": jax.ShapeDtypeStruct((64,), jnp.float32)}
     with pytest.raises(ValueError, match=r"shape=\(64,\).* at \['m'\] has no sharding"):
         optim.to_host(state, min_size=SMALL)

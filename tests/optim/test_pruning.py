@@ -1,4 +1,4 @@
-"""Pruning while training, against the formulas in NumPy, and what its zeros and states are."""
+"""Pruning during training, against the formulas in NumPy: its zeros, masks and states."""
 
 import jax
 import jax.numpy as jnp

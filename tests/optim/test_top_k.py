@@ -1,4 +1,4 @@
-"""The largest by counting, against NumPy's stable sort."""
+"""The k largest by counting, against a stable sort of NumPy."""
 
 import jax
 import jax.numpy as jnp

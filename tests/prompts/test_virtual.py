@@ -243,13 +243,13 @@ def test_groups_of_tokens_that_do_not_see_the_prefix_are_refused():
         (np.full((2, 5), -1), "`segment_ids` contain -1, but must be 0 for padding"),
     ],
 )
-def test_segments_are_those_of_the_tokens(segments, message):
+def test_segment_ids_that_do_not_fit_the_tokens_are_refused(segments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         jp.prompts.prepend_virtual_tokens(jnp.ones((2, 5), int), N, segment_ids=segments)
 
 
 @pytest.mark.parametrize("virtual", [-2, [[1]]])
-def test_batches_say_what_virtual_tokens_are(virtual):
+def test_batches_refuse_wrong_virtual_tokens(virtual):
     examples = data.Examples([data.Tokens(np.arange(4), np.ones(4, bool))], context=4)
     with pytest.raises(ValueError, match=re.escape(f"sequence of ids; got {virtual!r}.")):
         data.Batches(examples, batch_size=1, virtual=virtual)
@@ -333,7 +333,7 @@ def test_a_model_that_reads_none_passes(how, hidden):
     jp.prompts.check_prefix(fn, *with_prefix(fn, hidden=hidden))
 
 
-def test_what_a_mask_or_a_window_hides_is_named():
+def test_a_prefix_hidden_by_a_mask_or_a_window_is_named():
     t = np.arange(9)
     masks = {
         "masked": (t >= 2)[None],
@@ -360,7 +360,7 @@ def test_what_a_mask_or_a_window_hides_is_named():
             jp.prompts.check_prefix(fn, tree, ids, virtual_positions)
 
 
-def test_the_decoder_is_told_to_show_a_prefix_beyond_its_window_and_in_packed_rows():
+def test_segment_ids_make_a_prefix_visible_beyond_the_window_and_in_packed_rows():
     ids, segments = packed()
     ids = ids[:, :9]
     longer, virtual_positions, shown = jp.prompts.prepend_virtual_tokens(
@@ -400,7 +400,7 @@ def test_an_encoder_pools_its_first_token_behind_virtual_ones():
     np.testing.assert_allclose(got, want, atol=1e-12)
 
 
-def test_a_check_needs_the_tokens_and_the_tree_of_the_same_slots():
+def test_a_check_needs_the_tokens_and_the_tree_of_the_same_positions():
     fn = reading(lambda x, ids: x)
     tree, ids, virtual_positions = with_prefix(fn)
     for given in [

@@ -245,7 +245,7 @@ def test_the_smaller_model_is_the_one_with_zeros(name):
             assert new.size == np.count_nonzero(zero) == old.size // 2
 
 
-def test_the_blocks_that_are_left_stand_in_their_order():
+def test_the_kept_blocks_stay_in_their_order():
     params = CASES["heads in fused kernels"][1]
     smaller = prune_structured(
         params, found("heads in fused kernels"), np.array([False, True, False, True])
@@ -272,7 +272,7 @@ def test_each_layer_of_a_stack_loses_its_own_groups():
 # Layouts ----------------------------------------------------------------------------------------
 
 
-def test_an_axis_that_the_program_cuts_is_cut_inside():
+def test_an_axis_that_the_model_reshapes_is_pruned_inside():
     def model(p, x):
         w = p["w"].reshape(L, D, F)  # layers and inputs on one axis of the array
         return jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w) @ p["back"], None), x, w)[0]
@@ -325,7 +325,7 @@ def test_an_axis_of_that_length_goes_before_one_that_divides(shape):
 @pytest.mark.parametrize(
     "kernel, bias", [((N, H), (N * H,)), ((N * H,), (N, H)), ((H, N), (N * H,))]
 )
-def test_a_bias_is_cut_where_the_outputs_of_its_kernel_are(kernel, bias):
+def test_a_bias_is_pruned_where_the_outputs_of_its_kernel_are(kernel, bias):
     def model(p, x):
         y = jnp.tensordot(x, p["w"], 1).reshape(-1, *bias)
         return y + p["b"]
@@ -340,13 +340,13 @@ def test_a_bias_is_cut_where_the_outputs_of_its_kernel_are(kernel, bias):
     np.testing.assert_array_equal(smaller["w"].reshape(D, -1), params["w"].reshape(D, -1)[:, left])
 
 
-def test_a_bias_that_is_selected_too_is_cut_once():
+def test_a_bias_that_is_also_selected_is_pruned_once():
     sites = mlp_sites()
     both = prunable_groups(F, outputs=sites.match("up", "up_bias"), inputs=sites.match("down"))
     assert both == found("mlp")
 
 
-def test_one_number_for_all_outputs_is_left_alone():
+def test_a_scalar_for_all_outputs_is_left_alone():
     def model(p, x):
         return x @ p["w"] + p["b"]
 

@@ -176,7 +176,7 @@ def test_masks_of_a_kernel_by_heads_follow_its_layout():
     assert mask[:, 1].all() and mask.sum() == 2 * D
 
 
-def test_masks_survive_the_text():
+def test_masks_survive_packing():
     (site,) = HEAD.values()
     mask = random_masks()["head"]
     np.testing.assert_array_equal(unpack_mask(pack_mask(mask), site, "f"), mask)
@@ -284,7 +284,7 @@ def test_what_cannot_be_is_refused(call, message):
         (jp.gates(SITES), "gates"),
     ],
 )
-def test_entries_of_what_is_no_matrix_are_refused(second, name):
+def test_entries_of_a_weight_without_dense_equivalent_are_refused(second, name):
     with pytest.raises(ValueError, match=rf"{name}.*: 'head' holds Mixture, .*behind `{name}"):
         jp.chain(jp.moelora(2, SITES, experts=2, tasks=2), second)(KEY, PARAMS)
 
@@ -336,7 +336,7 @@ def test_only_entries_of_the_mask_are_trained(dtype):
         assert (w[masks[path]] != flat(params)[path][masks[path]]).all()
 
 
-def test_random_entries_are_as_many_in_every_matrix_and_none_twice():
+def test_random_entries_have_one_density_in_every_matrix_and_no_duplicates():
     frozen, adapter = jp.split(jp.sparse_delta(0.5, SITES)(KEY, PARAMS))
     assert {k: v.shape for k, v in adapter.items()} == {
         "layers/up/values": (L, D * F // 2),

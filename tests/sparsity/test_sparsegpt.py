@@ -1,4 +1,4 @@
-"""What a pruned matrix keeps makes up for what it loses, on the inputs that were seen."""
+"""SparseGPT: the kept entries of a pruned matrix compensate, on the inputs of the calibration."""
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def test_every_matrix_of_a_stack_is_that_of_the_formula():
     assert np.abs(got["layers/up"] - jnp.where(MASKS["layers/up"], old["layers/up"], 0)).max() > 0.1
 
 
-def test_what_comes_first_is_made_up_for_by_the_least_squares_solution():
+def test_pruning_the_first_inputs_gives_the_least_squares_solution():
     w, lost = normal(7, D, OUT), [1, 3, 0, 2, 5]
     mask = np.arange(D)[:, None] >= np.array(lost)[None]  # the first so many of each column
     tree, sites, moments = one(w, X)
@@ -103,7 +103,7 @@ def test_zeros_are_exact_and_arrays_keep_their_dtypes(dtype):
         np.testing.assert_array_equal(w == 0, ~MASKS[path])
 
 
-def test_narrow_weights_are_computed_in_wide_ones():
+def test_16_bit_weights_are_computed_in_float32():
     w = normal(7, D, OUT).astype(jnp.bfloat16)
     tree, sites, moments = one(w, X)
     assert moments["w"].second.dtype == jnp.float32
