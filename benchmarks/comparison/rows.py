@@ -117,7 +117,7 @@ def _mam(p: Places) -> Any:
 
 def _unipelt(p: Places) -> Any:
     at = (p.queries | p.values, p.keys, p.values, p.outputs)
-    return jp.unipelt(*at, rank=RANK, length=10, width=p.width, norms=p.summed, eps=p.eps)
+    return jp.unipelt(*at, rank=RANK, length=10, bottleneck_dim=p.width, norms=p.summed, eps=p.eps)
 
 
 #: Deviation of the entries of stories260k's table; a random prompt starts at 0.02 unless told.

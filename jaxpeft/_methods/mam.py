@@ -14,7 +14,7 @@ from jaxpeft._sites import Sites
 @register_method
 def mam(
     length: int,
-    width: int,
+    bottleneck_dim: int,
     keys: Sites,
     values: Sites,
     inputs: Sites,
@@ -34,7 +34,7 @@ def mam(
 
     Args:
       length: Number of virtual positions of the prefix; 30 in the paper.
-      width: Bottleneck width of the parallel adapter; 512 in the paper.
+      bottleneck_dim: Bottleneck dimension of the parallel adapter; 512 in the paper.
       keys, values: The key and value projections of attention.
       inputs, outputs: The first and the last kernel of each feed-forward block.
       hidden: Hidden size of the network that computes the prefix. `None` trains its rows.
@@ -70,11 +70,17 @@ def mam(
     """
     prefix = prefix_tuning(length, keys, values, hidden=hidden, rope=rope, dtype=dtype)
     parallel = parallel_adapter(
-        width, inputs, outputs, scale=scale, activation=activation, dropout=dropout, dtype=dtype
+        bottleneck_dim,
+        inputs,
+        outputs,
+        scale=scale,
+        activation=activation,
+        dropout=dropout,
+        dtype=dtype,
     )
     options = dict(
         length=length,
-        width=width,
+        bottleneck_dim=bottleneck_dim,
         keys=keys,
         values=values,
         inputs=inputs,

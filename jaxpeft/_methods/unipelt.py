@@ -92,7 +92,7 @@ def unipelt(
     *,
     rank: int = 8,
     length: int = 10,
-    width: int = 48,
+    bottleneck_dim: int = 48,
     norms: Sites | None = None,
     eps: float = 1e-12,
     rope: Sequence[float] | None = None,
@@ -123,7 +123,7 @@ def unipelt(
       outputs: The last kernel of each feed-forward block, for the adapter.
       rank: Rank of LoRA.
       length: Number of virtual positions of the prefix.
-      width: Bottleneck width of the adapter.
+      bottleneck_dim: Bottleneck dimension of the adapter.
       norms: The LayerNorms behind the feed-forward blocks, as for `bottleneck_adapter`.
       eps: Epsilon of these LayerNorms.
       rope: The rotary frequencies of the model, as for `prefix_tuning`.
@@ -146,7 +146,7 @@ def unipelt(
       >>> params = {name: jnp.ones((4, 4)) for name in ("q", "k", "v", "down")}
       >>> x, positions = jnp.ones((1, 5, 4)), jnp.array([[0, 1, -1, -1, -1]])
       >>> q, k, v, down = map(jp.sites(model, params, x).match, ("q", "k", "v", "down"))
-      >>> method = jp.unipelt(q, k, v, down, rank=2, length=2, width=3)
+      >>> method = jp.unipelt(q, k, v, down, rank=2, length=2, bottleneck_dim=3)
       >>> frozen, adapter = jp.split(method(jax.random.key(0), params))
       >>> tree = jp.combine(frozen, adapter, virtual_positions=positions)
       >>> jp.lift(model)(tree, x).shape, sorted(path for path in adapter if "/gate" in path)[:2]
@@ -165,7 +165,7 @@ def unipelt(
     lora = low_rank("unipelt", rank, lora_sites, dtype=dtype)
     prefix = prefix_tuning(length, keys, values, rope=rope, dtype=dtype)
     bottleneck = bottleneck_adapter(
-        width,
+        bottleneck_dim,
         outputs,
         reads="sum",
         norms=norms,
@@ -223,7 +223,7 @@ def unipelt(
         outputs=outputs,
         rank=rank,
         length=length,
-        width=width,
+        bottleneck_dim=bottleneck_dim,
         norms=norms,
         eps=eps,
         rope=None if rope is None else [float(f) for f in rope],

@@ -360,7 +360,7 @@ def test_unipelt(pair):
         sites.match(K),
         sites.match(V),
         sites.match(DOWN),
-        width=WIDTH // 16,
+        bottleneck_dim=WIDTH // 16,
         rope=pair.rope,
         dtype=F8,
         **pair.norms,

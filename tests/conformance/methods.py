@@ -201,7 +201,7 @@ def _unipelt(sites, dtype):
         *map(sites.match, ("k", "v", "down")),
         rank=2,
         length=2,
-        width=3,
+        bottleneck_dim=3,
         norms=norms,
         dtype=dtype,
     )

@@ -428,7 +428,7 @@ CASES: dict[str, Case] = {
             *map(s.match, ("k", "v", "down")),
             rank=2,
             length=2,
-            width=3,
+            bottleneck_dim=3,
             norms=s.match("mlp_scale", "mlp_bias"),
             dtype=FULL,
         ),

@@ -503,7 +503,7 @@ ON_LORA = {
     "olora": jp.olora,
     "pissa": jp.pissa,
     "poly": lambda r, sites: jp.poly(r, sites, skills=2, tasks=2),
-    "unipelt": lambda r, sites: jp.unipelt(sites, *[sites] * 3, rank=r, width=1, length=1),
+    "unipelt": lambda r, sites: jp.unipelt(sites, *[sites] * 3, rank=r, bottleneck_dim=1, length=1),
 }
 
 

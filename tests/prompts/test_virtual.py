@@ -529,7 +529,7 @@ def test_fit_refuses_gates_over_packed_rows():
     """A gate of UniPELT is a mean over the row, in which examples would mix."""
     found = jp.sites(decoder.pure(CONFIG), params(), one(EXAMPLES[0]))
     k, v, down = (found.match(f"*/{name}/kernel") for name in ("attn/k", "attn/v", "down"))
-    method = jp.unipelt(found.match("*/q/kernel"), k, v, down, rank=2, length=N, width=2)
+    method = jp.unipelt(found.match("*/q/kernel"), k, v, down, rank=2, length=N, bottleneck_dim=2)
     frozen, adapter = jp.split(method(KEY, params()))
     batch = {"segment_ids": np.array([[1, 1, 0], [1, 2, 3]])}
     loss = lambda *given: None  # noqa: E731
