@@ -311,9 +311,20 @@ MASKS = {path: jnp.ones(x.shape, bool) for path, x in START.items()}
         ),
         (
             lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, update_every=0),
-            "update_every=0",
+            r"update_every=0\)`: `update_every` must be at least 1",
         ),
-        (lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, rewind_step=-1), "rewind_step=-1"),
+        (
+            lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, rewind_step=-1),
+            r"rewind_step=-1\)`: `rewind_step` must be at least 0",
+        ),
+        (
+            lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, decay=1.0),
+            r"decay=1.0\)`: `decay` must be in \[0, 1\)",
+        ),
+        (
+            lambda: optim.rigl(ADAM, SITES, MASKS, end_step=9, drop_fraction=1.0),
+            r"drop_fraction=1.0\)`: `drop_fraction` must be in \(0, 1\)",
+        ),
         (
             lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, structure=(5, 1)),
             r"blocks of 5 x 1 do not divide '.*', which is 4 x 3|which is 4 x 6|which is 6 x 4",
