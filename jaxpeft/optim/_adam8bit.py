@@ -365,8 +365,7 @@ def _edges(first):
 
 
 def _ten_to(decade, sign=1):
-    """10 ** (sign * (decade - 6)), exact, for decades 0 ... 6; by selects, not a power or a "
-    "table."""
+    """10 ** (sign * (decade - 6)) for decades 0 ... 6, exact: by selects, not a power or table."""
     power = jnp.full(decade.shape, 10.0 ** (sign * -6), jnp.float32)
     for e in range(1, DECADES):
         power = jnp.where(decade >= e, jnp.float32(10.0 ** (sign * (e - 6))), power)

@@ -150,8 +150,7 @@ def check_prefix(
             raise ValueError(
                 f"`check_prefix`: output {i} of shape {a.shape} depends on a placeholder: with "
                 f"token {new} instead of {old} at virtual positions, its entry {at} is {b[at]} "
-                "instead of "
-                f"{a[at]}. " + _WAY_OUT
+                f"instead of {a[at]}. " + _WAY_OUT
             )
     for path in paths:
         other = run(_with_other_rows(tree, path, positions), tokens)
