@@ -62,14 +62,14 @@ UNIT = dataclasses.replace(
 # Pruning while training --------------------------------------------------------------------------
 
 
-def _pruned(rule: Any, sparsity: int, structure: Any) -> Row:
+def _pruned(criterion: Any, sparsity: int, structure: Any) -> Row:
     """Everything in the layers is trained, its kernels are pruned."""
 
     def wrap(tx: Any, p: Places, steps: int) -> Any:
         begin, end = steps // 10, steps * 7 // 10
         density = optax.polynomial_schedule(1.0, 1 - sparsity / 100, 3, end - begin, begin)
         return optim.scheduled_pruning(
-            tx, p.kernels, density, rule=rule, structure=structure, every=5
+            tx, p.kernels, density, criterion=criterion, structure=structure, update_every=5
         )
 
     kind = "entries" if structure == "entry" else "blocks"
@@ -79,8 +79,8 @@ def _pruned(rule: Any, sparsity: int, structure: Any) -> Row:
         "taylor": "Molchanov et al. 2019",
     }
     make = lambda p: jp.unfreeze(p.sites.match("trunk/layers/*"))  # noqa: E731
-    name = f"{rule} {sparsity} % {kind}"
-    return Row(name, papers[rule], "weights", make, rate_of=FULL.name, wrap=wrap)
+    name = f"{criterion} {sparsity} % {kind}"
+    return Row(name, papers[criterion], "weights", make, rate_of=FULL.name, wrap=wrap)
 
 
 PRUNED = {
@@ -128,7 +128,7 @@ def _masks(score: str, density: float = DENSITY) -> dict[str, jax.Array]:
     else:
         about = (seen.loss, seen.params, kernels, seen.batches)
         found = jp.sparsity.saliency_scores(score, *about, key=jax.random.key(0))
-    return jp.sparsity.topk_mask(found, kernels, density, empty=True)
+    return jp.sparsity.topk_mask(found, kernels, density, allow_empty=True)
 
 
 def _chosen(score: str) -> Row:

@@ -201,7 +201,7 @@ def test_override_makes_a_matrix_where_the_program_reveals_none():
         ({}, r"The sites given are empty, and no parameter is known"),
     ],
 )
-def test_an_empty_selection_says_what_there_is(params, message):
+def test_an_empty_selection_says_choices(params, message):
     sites = jp.sites(lambda p, x: x @ p["w"] if p else x, params, X)
     with pytest.raises(ValueError, match=message):
         jp.lora(2, sites - sites)(jax.random.key(0), params)

@@ -279,7 +279,7 @@ def test_bitfit_needs_a_bias():
         (lambda: jp.norm_tuning(S), "norm_tuning"),
     ],
 )
-def test_an_empty_selection_lists_what_there_is(method, caller):
+def test_an_empty_selection_lists_choices(method, caller):
     there_is = "the matrices 'v', 'w'", "'b' (8,) (bias)"
     with says(ValueError, f"`{caller}` selects no parameter", *there_is):
         method()(KEY, P)

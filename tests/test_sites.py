@@ -67,7 +67,7 @@ def test_patterns_are_globs_regular_expressions_and_predicates(sites):
         (lambda s: s.override("embed", "in", "up"), r"not \('in', 'up'\)"),
     ],
 )
-def test_refusals_list_what_there_is_nearest_first(sites, call, message):
+def test_refusals_list_choices_nearest_first(sites, call, message):
     with pytest.raises((ValueError, KeyError), match=message):
         call(sites)
 

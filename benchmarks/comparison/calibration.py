@@ -36,9 +36,9 @@ class Calibration(NamedTuple):
 
     def moments(self, sites: jp.Sites) -> Mapping[str, jp.calibration.Moments]:
         """Of the inputs of these matrices at tokens that are no padding."""
-        counted = lambda batch: batch.mask.astype(np.float32)  # noqa: E731
+        mask = lambda batch: batch.mask.astype(np.float32)  # noqa: E731
         return jp.calibration.input_moments(
-            self.forward, self.params, sites, self.batches, counted=counted
+            self.forward, self.params, sites, self.batches, mask=mask
         )
 
     def gradients(self, sites: jp.Sites) -> Mapping[str, jax.Array]:

@@ -107,8 +107,8 @@ class Cell:
             # Prefixes are keys and values without a position: tokens stay where they were.
             there = jnp.concatenate([jnp.zeros(length, int), jnp.arange(tokens.shape[1])])
             where["positions"] = there[None].astype(jnp.int32)
-        tokens, slots = jp.prompts.prepend_virtual_tokens(tokens, length)
-        return tokens, where, {"virtual": slots}
+        tokens, virtual_positions = jp.prompts.prepend_virtual_tokens(tokens, length)
+        return tokens, where, {"virtual_positions": virtual_positions}
 
     def forward(self, frozen: Any, adapter: Any, tokens: Any, mask: Any, model: Any = None) -> Any:
         """Outputs at the tokens' own places, of the task's model or of another on the trunk."""
@@ -216,8 +216,8 @@ class Cell:
                 tokens, where, call = self.placed(tokens, mask)
                 tree = jp.combine(*trained, **call)
                 return jp.lift(self.model)(tree, tokens, cache=cache, **where)
-            slotted = self.row.length and self.row.virtual == "slots"
-            call = {"virtual": jnp.full(tokens.shape, -1, jnp.int32)} if slotted else {}
+            slotted = self.row.length and self.row.virtual == "virtual_positions"
+            call = {"virtual_positions": jnp.full(tokens.shape, -1, jnp.int32)} if slotted else {}
             return jp.lift(following)(jp.combine(*trained, **call), tokens, cache=cache)
 
         def init_cache(rows: int, length: int) -> Any:

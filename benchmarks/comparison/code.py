@@ -52,7 +52,8 @@ COMMON = (
 #: What rows that are trained in their own way depend on.
 TUNED = (
     ROOT / "benchmarks/comparison/tuned.py",
-    *(ROOT / f"jaxpeft/optim/_{name}.py" for name in ("top_k", "pruning", "rank_allocator")),
+    *(ROOT / f"jaxpeft/optim/_{name}.py" for name in ("masking", "rank_allocator")),
+    *(ROOT / f"jaxpeft/optim/_{name}.py" for name in ("scheduled_pruning", "top_k")),
 )
 #: What rows depend on that are told of their task's batches.
 CALIBRATION = ROOT / "benchmarks/comparison/calibration.py"

@@ -116,7 +116,7 @@ class Served(NamedTuple):
 
 def served(cell: Cell, trained: Trained) -> Served | None:
     """The trained tree as it is best served, if it is not so already."""
-    if not (cell.row.length and cell.row.virtual == "slots"):
+    if not (cell.row.length and cell.row.virtual == "virtual_positions"):
         try:
             return Served(Trained(jp.merge(jp.combine(*trained)), {}), True)
         except jp.NotMergeableError:

@@ -70,7 +70,7 @@ class Row:
       make: From the places of a model, and what it `needs`, to the method, without the head.
       length: Virtual positions in front of the input.
       swept: Tasks with a sweep of its rates; on others with one, its family's centre is taken.
-      virtual: What stands there: "ids" beyond the table, or placeholders with "slots".
+      virtual: What stands there: "ids" beyond the table, or placeholders at "virtual_positions".
       decoder: Why it has no row on the decoder; `None` where it has one.
       rate_of: Another row whose rate it takes, instead of a sweep of its own.
       wrap: From the adapter's optimizer, the places and the steps to what it is trained with.
@@ -85,7 +85,7 @@ class Row:
     family: str
     make: Callable[..., Any] | None
     length: int = 0
-    virtual: Literal["ids", "slots"] = "ids"
+    virtual: Literal["ids", "virtual_positions"] = "ids"
     swept: tuple[str, ...] = ("snips", "e2e")
     decoder: str | None = None
     rate_of: str | None = None
@@ -117,7 +117,7 @@ def _mam(p: Places) -> Any:
 
 def _unipelt(p: Places) -> Any:
     at = (p.queries | p.values, p.keys, p.values, p.outputs)
-    return jp.unipelt(*at, rank=RANK, length=10, width=p.width, norms=p.summed, eps=p.eps)
+    return jp.unipelt(*at, rank=RANK, length=10, bottleneck_dim=p.width, norms=p.summed, eps=p.eps)
 
 
 #: Deviation of the entries of stories260k's table; a random prompt starts at 0.02 unless told.
@@ -130,9 +130,9 @@ def _input(length: int, start: str) -> Row:
 
     def make(p: Places) -> Any:
         if start == "text":
-            return jp.prompt_tuning(length, p.table, text=_TEXT, tokenizer=p.tokenizer)
+            return jp.prompt_tuning(length, p.table, init_text=_TEXT, tokenizer=p.tokenizer)
         if start == "random words":
-            return jp.prompt_tuning(length, p.table, std=WORD)
+            return jp.prompt_tuning(length, p.table, init_std=WORD)
         return jp.prompt_tuning(length, p.table, init=start)  # type: ignore[arg-type]
 
     return Row(f"input {length}, {start}", "Lester et al. 2021", "prompts", make, length=length)
@@ -180,7 +180,7 @@ ROWS = [
         "prefix networks",
         lambda p: jp.prefix_tuning(VIRTUAL, p.keys, p.values, hidden=256),
         length=VIRTUAL,
-        virtual="slots",
+        virtual="virtual_positions",
     ),
     Row(
         "p-tuning v2",
@@ -188,10 +188,10 @@ ROWS = [
         "deep prompts",
         lambda p: jp.prefix_tuning(VIRTUAL, p.keys, p.values),
         length=VIRTUAL,
-        virtual="slots",
+        virtual="virtual_positions",
     ),
-    Row("mam", "He et al. 2021", "hybrids", _mam, length=VIRTUAL, virtual="slots"),
-    Row("unipelt", "Mao et al. 2022", "hybrids", _unipelt, length=10, virtual="slots"),
+    Row("mam", "He et al. 2021", "hybrids", _mam, length=VIRTUAL, virtual="virtual_positions"),
+    Row("unipelt", "Mao et al. 2022", "hybrids", _unipelt, length=10, virtual="virtual_positions"),
 ]
 
 
@@ -237,7 +237,12 @@ def adalora(rank: int) -> Row:
         matrices = sum(int(np.prod(site.stack)) for site in p.kernels.values())
         tenth, third = steps // 10, steps // 3
         return optim.rank_allocator(
-            tx, rank * matrices, steps=steps, warmup=tenth, final=third, every=5
+            tx,
+            rank * matrices,
+            total_steps=steps,
+            warmup_steps=tenth,
+            final_steps=third,
+            update_every=5,
         )
 
     def penalty(adapter: Any) -> Any:

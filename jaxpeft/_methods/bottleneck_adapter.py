@@ -52,7 +52,7 @@ class Bottleneck(Weight):
 
     def forward(self, x):
         y = x @ self.w
-        return y + self.change(self.read(y))
+        return y + self.delta(self.read(y))
 
     def read(self, y):
         """z, of the product y."""
@@ -64,7 +64,7 @@ class Bottleneck(Weight):
             return stream
         return self._norm(h + stream)
 
-    def change(self, z):
+    def delta(self, z):
         """What is added to the output."""
         h = ACTIVATIONS[self.activation](z @ self.down + self.down_bias)
         return dropped(self.scale * (h @ self.up + self.up_bias), self.key, self.dropout)

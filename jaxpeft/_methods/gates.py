@@ -1,9 +1,4 @@
-"""Gates: numbers in [0, 1] that multiply groups of entries, trained until some of them are zero.
-
-gates        the method: one logit for each group
-openness     the expected share of open entries, for the loss
-open_gates   masks of what is open at the end, for `prune`
-"""
+"""Learned gates: trainable factors in [0, 1] of groups of entries, some of which become zero."""
 
 import dataclasses
 import math
@@ -25,32 +20,33 @@ from jaxpeft.extend._apply import apply_to_sites, check_entries, check_whole
 from jaxpeft.sparsity._gates import gate_values, logits_name
 from jaxpeft.sparsity._masks import Structure, block_of
 
-#: Where gates may start, by kind. A hard concrete gate is clipped to 1 from sigmoid(logit) = 11/12
-#: on; what is above leaves room for rounding, logits of 16 bits included.
+#: The least `start` by kind. A hard concrete gate is clipped to 1 from sigmoid(logit) = 11/12
+#: = 0.9167 on; 0.92 leaves room for rounding, also of 16-bit logits.
 _STARTS = {
     "hard concrete": (0.92, "0.92 <= start"),
     "sigmoid": (math.nextafter(0.5, 1), "0.5 < start"),
 }
 
 
-def by_entry(gates: jax.Array, block: tuple[int, int]) -> jax.Array:
-    """(..., in, out): the number of each block for all of its entries."""
+def expand_blocks(gates: jax.Array, block: tuple[int, int]) -> jax.Array:
+    """(..., in, out): the gate of each block at all of its entries."""
     return jnp.repeat(jnp.repeat(gates, block[0], axis=-2), block[1], axis=-1)
 
 
 @weight
 class GatedEntries(Entrywise):
-    """The matrix `w`, each block of it times a number of its own."""
+    """The matrix `w`, each block multiplied by its gate."""
 
     w: Any = base_weight()
-    gates: Any = axes("in", "out")  # (in / rows, out / columns)
+    gates: Any = axes("in", "out")  # (in / rows, out / columns) of a block (rows, columns)
     block: tuple[int, int] = static((1, 1))
 
     def granularity(self, field, axis):
         return self.block[(IN, OUT).index(axis)], 1
 
-    def changes(self):
-        return {"gates": self.gates}, lambda matrix, gates: matrix * by_entry(gates, self.block)
+    def entrywise(self):
+        expanded = lambda gates: expand_blocks(gates, self.block)  # noqa: E731
+        return {"gates": self.gates}, lambda matrix, gates: matrix * expanded(gates)
 
     def lookup(self, ids):
         """w[ids] * gates[ids]."""
@@ -61,7 +57,7 @@ class GatedEntries(Entrywise):
 
 @weight
 class GatedRows(ScaledIn):
-    """The matrix `scale[:, None] * w`, which may be a table that is read by row."""
+    """The matrix `scale[:, None] * w`, which may be an embedding table."""
 
     def lookup(self, ids):
         """w[ids] * scale[ids]."""
@@ -73,26 +69,26 @@ class GatedRows(ScaledIn):
 class Gated(Weight):
     """The matrix `w * z`, with a gate z of its own for each block of entries.
 
-    hard concrete:  z = clip(1.2 sigmoid(s) - 0.1, 0, 1), s the logit, or with a key of the call
-                    s = (log u - log(1 - u) + logit) / beta, u uniform
-    sigmoid:        z = sigmoid(sharpness * logit), or without a sharpness whether logit > 0
+    hard concrete:  z = clip(1.2 sigmoid(s) - 0.1, 0, 1) with s = logit, or, in a call with a key,
+                    s = (log u - log(1 - u) + logit) / beta with u uniform in (0, 1)
+    sigmoid:        z = sigmoid(inverse_temperature * logit), or, in a call without it, logit > 0
 
-    Gates of whole outputs scale what comes out of a product, those of whole inputs what goes in;
-    else the matrix is formed where it is used, and again in the backward pass.
+    Gates of whole outputs scale the output of a product, gates of whole inputs its input;
+    otherwise the matrix is formed where it is used, and again in the backward pass.
     """
 
     w: Any = base_weight()
-    logits: Any = axes("group")  # blocks, row by row
-    sharpness: Any = arrays()  # a number or nothing
+    logits: Any = axes("group")  # of the blocks, row by row
+    inverse_temperature: Any = arrays()  # a scalar or None
     key: Any = axes(optional=True)
     kind: str = static("hard concrete")
     block: tuple[int, int] = static((1, 1))
     sides: tuple[int, int] = static((1, 1))
-    scales: str | None = static(None)  # "in" or "out" where gates are those of a whole side
+    scales: str | None = static(None)  # "in" or "out" where a gate covers a whole input or output
 
     def derived(self):
         key = None if self.key is None else self.key.array
-        gates = gate_values(self.kind, self.logits.array, key, self.sharpness)
+        gates = gate_values(self.kind, self.logits.array, key, self.inverse_temperature)
         rows, columns = self.block
         if self.scales == OUT:
             return {"gates": jnp.repeat(gates, columns)}
@@ -109,11 +105,11 @@ class Gated(Weight):
         return GatedEntries(self.w, gates, self.block)
 
     def materialize(self):
-        def weighed(w: jax.Array, logits: jax.Array) -> jax.Array:
-            gates = gate_values(self.kind, logits, self.key, self.sharpness)
-            return w * by_entry(self._by_block(gates), self.block)
+        def gated(w: jax.Array, logits: jax.Array) -> jax.Array:
+            gates = gate_values(self.kind, logits, self.key, self.inverse_temperature)
+            return w * expand_blocks(self._by_block(gates), self.block)
 
-        return as_sharded(weighed, dense(self.w), self.logits)
+        return as_sharded(gated, dense(self.w), self.logits)
 
     def _by_block(self, gates: jax.Array) -> jax.Array:
         (n, m), (rows, columns) = self.sides, self.block
@@ -129,45 +125,56 @@ def gates(
     start: float = 0.95,
     dtype: Any = jnp.float32,
 ) -> Method:
-    """Learned gates: numbers in [0, 1] on groups of entries, of which training closes some.
+    """Learned gates: each matrix becomes w * z, with a trainable gate z in [0, 1] per group.
 
-    Each selected matrix becomes `w * z`, with one gate z and one trained logit for each group. The
-    matrix under it stays frozen, or is what another method in the `chain` makes of it; biases stay
-    as they are. Gates close where the loss asks for it: add a multiple of `expected_density`. At the end
-    `merge` multiplies the gates in, or `prune(open_gates(...))` leaves out what they closed.
+    Training closes gates where the loss asks for it: add a multiple of
+    `sparsity.expected_density`. The matrix under the gates stays frozen, or is trained by another
+    method in the `chain`; biases have no gates. After training, `merge` multiplies by the gates,
+    or `prune(sparsity.gate_masks(...))` prunes the groups whose gate is closed.
 
     "hard concrete": z = clip(1.2 sigmoid(s) - 0.1, 0, 1). A call with a key, `combine(frozen,
-    adapter, gates=key)`, draws s = (log u - log(1 - u) + logit) / (2/3), u uniform in (0, 1), anew
-    for each weight and layer: gates are exactly 0 or 1 much of the time, and yet the loss has a
-    gradient. Without a key s = logit. A clipped gate has no gradient then, so train with keys. A
-    trained gate may stay strictly between 0 and 1: merging keeps it multiplied in, `gate_masks`
-    counts it as open.
+    adapter, gates=key)`, samples s = (log u - log(1 - u) + logit) / (2/3) with u uniform in (0, 1),
+    for each weight and layer: gates are often exactly 0 or 1, and the loss still has a gradient.
+    Without a key s = logit, and a clipped gate has no gradient, so train with keys. A trained gate
+    may be strictly between 0 and 1: `merge` multiplies by it, and `gate_masks` keeps it.
 
-    "sigmoid": z = sigmoid(sharpness * logit), the sharpness a value of the call, `combine(frozen,
-    adapter, sharpness=number)`, which grows from 1 to about 200 in training: the schedule
-    `optax.exponential_decay(1.0, steps, 200.0)`. Without a sharpness z is 1 where logit > 0, else
-    0, which has no gradient.
+    "sigmoid": z = sigmoid(inverse_temperature * logit). The inverse temperature is given in each
+    call, `combine(frozen, adapter, inverse_temperature=beta)`, and grows from 1 to about 200 in
+    training, for example by `optax.exponential_decay(1.0, steps, 200.0)`. Without it z is 1 where
+    logit > 0 and otherwise 0, and has no gradient.
 
-    Both compute the base model exactly at the start where the call has neither key nor sharpness.
+    At the start, without a key and an inverse temperature, both compute the base model exactly.
 
     Args:
       sites: The matrices.
-      kind: Of the gates.
-      structure: What a gate multiplies: see `keep`. A head is `(None, head_dim)` where it makes
-        outputs, `(head_dim, None)` where it is read.
-      start: sigmoid(logit) where training starts, below 1: from 0.92 on for "hard concrete", whose
-        gates are then clipped to 1, and above 0.5 for "sigmoid".
-      dtype: Of the logits.
+      kind: "hard concrete" or "sigmoid".
+      structure: The groups that share a gate: "entry", "input", "output", "matrix", or the shape
+        of a block (rows, columns), with None for a whole side, as for `sparsity.topk_mask`. A
+        head is `(None, head_dim)` in the projection that computes it, and `(head_dim, None)` in
+        the one that reads it.
+      start: sigmoid(logit) at the start, below 1: at least 0.92 for "hard concrete", whose gates
+        are then clipped to 1, and above 0.5 for "sigmoid".
+      dtype: Dtype of the logits.
 
     Returns:
-      A method with one trained number for each group, under "<path>/gates/<structure>" in the
-      adapter. Gates of whole inputs or outputs cost no more than `ia3`; with others the matrix is
-      formed where it is used, and again in the backward pass.
+      A method with one trainable parameter per group, under "<path>/gates/<structure>" in the
+      adapter. Gates of whole inputs or outputs cost as little as `ia3`; for other gates the
+      matrix is formed where it is used, and again in the backward pass.
 
     Raises:
       ValueError: An unknown kind or structure, a start out of range, blocks that do not divide a
         matrix, nothing selected, a part of the outputs, or gates of entries or blocks over a
-        method whose weight is no matrix; names the weight.
+        method whose weight has no dense equivalent; names the weight.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp
+      >>> f, params = lambda p, x: x @ p["w"], {"w": jnp.ones((4, 6))}
+      >>> sites, x = jp.sites(f, params, jnp.ones((1, 4))), jnp.ones((1, 4))
+      >>> method = jp.gates(sites, structure="output")
+      >>> frozen, adapter = jp.split(method(jax.random.key(0), params))
+      >>> sampled = jp.lift(f)(jp.combine(frozen, adapter, gates=jax.random.key(1)), x)
+      >>> {path: a.shape for path, a in adapter.items()}, sampled.shape
+      ({'w/gates/output': (6,)}, (1, 6))
 
     References:
       Louizos et al., Learning Sparse Neural Networks through L0 Regularization, 2018, sections 2.2
@@ -176,12 +183,14 @@ def gates(
       https://arxiv.org/abs/1912.04427
     """
     if kind not in _STARTS:
-        raise ValueError(f"`gates(kind='{kind}')`: choose {' or '.join(map(repr, _STARTS))}.")
-    least, rule = _STARTS[kind]
+        raise ValueError(
+            f"`gates(kind='{kind}')`: `kind` must be {' or '.join(map(repr, _STARTS))}."
+        )
+    least, bounds = _STARTS[kind]
     if not least <= start < 1:
         raise ValueError(
-            f"`gates(kind='{kind}', start={start})`: {rule} < 1 is needed, so that every gate is "
-            "open and training starts at the base model."
+            f"`gates(kind='{kind}', start={start})` needs {bounds} < 1, so that every gate is open "
+            "and training starts at the base model."
         )
     check_whole("gates", sites)
     blocks = {path: block_of(structure, site) for path, site in sites.items()}
@@ -195,14 +204,21 @@ def gates(
             check_entries(f"gates(structure={structure!r})", site, view)
         name = logits_name(site.path, structure)
         logits = jnp.full((*site.stack, _groups(sides, block)), logit, dtype)
-        drawn = sharpness = None
+        sampling_key = inverse_temperature = None
         if kind == "sigmoid":
-            sharpness = Placeholder("sharpness", optional=True)
+            inverse_temperature = Placeholder("inverse_temperature", optional=True)
         else:
-            own = zlib.crc32(name.encode())
-            drawn = Placeholder("gates", optional=True, fold=own, stack=site.stack)
+            fold = zlib.crc32(name.encode())
+            sampling_key = Placeholder("gates", optional=True, fold=fold, stack=site.stack)
         gated = Gated(
-            view.weight, Trainable(logits, name=name), sharpness, drawn, kind, block, sides, scales
+            view.weight,
+            Trainable(logits, name=name),
+            inverse_temperature,
+            sampling_key,
+            kind,
+            block,
+            sides,
+            scales,
         )
         return dataclasses.replace(view, weight=gated)
 
@@ -214,10 +230,10 @@ def gates(
 
 
 def _side(site: Site, block: tuple[int, int]) -> str | None:
-    """The side on which gates can be a scale: that of whole outputs, or of whole inputs."""
+    """The side that gates scale if each covers a whole output or a whole input, else `None`."""
     if block[0] == site.size(IN):
         return OUT
-    # An input of a convolution is one of its window, and no channel of the activation.
+    # An input of a convolution is a position in its window, not a channel of the activation.
     return IN if block[1] == site.size(OUT) and "conv" not in site.kinds else None
 
 

@@ -1,4 +1,4 @@
-"""Prompt encoders: networks of a few virtual tokens, as in PyTorch, so that weights carry over."""
+"""Prompt encoders of P-tuning, with the layout of PyTorch so that its weights can be converted."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,21 @@ ENCODERS = ("lstm", "mlp")
 def init_encoder(
     key: jax.Array, kind: str, *, embed: int, hidden: int, width: int, layers: int, dtype: Any
 ) -> dict[str, Any]:
-    """Arrays by name: uniform within 1 / sqrt(fan-in), for an LSTM 1 / sqrt(hidden)."""
+    """Arrays by name, from a uniform distribution.
+
+    The bounds are +-1 / sqrt(fan-in) for a linear layer and +-1 / sqrt(hidden) for an LSTM.
+
+    Args:
+      key: PRNG key.
+      kind: One of `ENCODERS`.
+      embed, hidden, width: Sizes of the inputs, of the hidden layers and of the outputs.
+      layers: Number of layers of the LSTM.
+      dtype: Dtype of the arrays.
+    """
     keys = iter(jax.random.split(key, 8 * layers + 6))
 
-    def uniform(shape: Sequence[int], bound: int) -> jax.Array:
-        return jax.random.uniform(next(keys), shape, dtype, -1, 1) / bound**0.5
+    def uniform(shape: Sequence[int], fan_in: int) -> jax.Array:
+        return jax.random.uniform(next(keys), shape, dtype, -1, 1) / fan_in**0.5
 
     def linear(n: int, m: int) -> dict[str, jax.Array]:
         return {"kernel": uniform((n, m), n), "bias": uniform((m,), n)}
@@ -31,7 +41,7 @@ def init_encoder(
         return {name: uniform(shape, hidden) for name, shape in (shapes | biases).items()}
 
     lstm = {
-        f"lstm{i}": {way: cell(2 * hidden if i else embed) for way in ("forward", "backward")}
+        f"lstm{i}": {side: cell(2 * hidden if i else embed) for side in ("forward", "backward")}
         for i in range(layers)
     }
     return lstm | {"mlp0": linear(2 * hidden, 2 * hidden), "mlp1": linear(2 * hidden, width)}
@@ -40,7 +50,14 @@ def init_encoder(
 def encode(
     kind: str, network: dict[str, Any], rows: jax.Array, lengths: Sequence[int]
 ) -> jax.Array:
-    """rows (sum of lengths, embed) to (sum of lengths, width); an LSTM reads each task alone."""
+    """The rows of the virtual tokens, (sum of lengths, width).
+
+    Args:
+      kind: One of `ENCODERS`.
+      network: From `init_encoder`.
+      rows: Embeddings (sum of lengths, embed).
+      lengths: Number of virtual tokens of each task; an LSTM encodes each task on its own.
+    """
     if kind == "lstm":
         tasks = jnp.split(rows, [sum(lengths[:i]) for i in range(1, len(lengths))])
         rows = jnp.concatenate([_bidirectional(network, task) for task in tasks])
@@ -57,19 +74,20 @@ def _numbered(network: dict[str, Any], kind: str) -> list[str]:
 
 def _bidirectional(network: dict[str, Any], x: jax.Array) -> jax.Array:
     for name in _numbered(network, "lstm"):
-        ways = network[name]
-        forward = _lstm(ways["forward"], x, reverse=False)
-        x = jnp.concatenate([forward, _lstm(ways["backward"], x, reverse=True)], axis=-1)
+        cells = network[name]
+        forward = _lstm(cells["forward"], x, reverse=False)
+        backward = _lstm(cells["backward"], x, reverse=True)
+        x = jnp.concatenate([forward, backward], axis=-1)
     return x
 
 
 def _lstm(cell: dict[str, jax.Array], x: jax.Array, *, reverse: bool) -> jax.Array:
-    """x (time, n) to the hidden states (time, hidden).
+    """The hidden states (time, hidden) of inputs x (time, n).
 
     i, f, g, o = x @ input + h @ hidden + both biases;
     c = sigmoid(f) * c + sigmoid(i) * tanh(g); h = sigmoid(o) * tanh(c).
     """
-    given = x @ cell["input"] + cell["input_bias"] + cell["hidden_bias"]
+    inputs = x @ cell["input"] + cell["input_bias"] + cell["hidden_bias"]
 
     def step(state: tuple[jax.Array, jax.Array], gates: jax.Array) -> tuple[Any, jax.Array]:
         h, c = state
@@ -78,5 +96,5 @@ def _lstm(cell: dict[str, jax.Array], x: jax.Array, *, reverse: bool) -> jax.Arr
         h = jax.nn.sigmoid(o) * jnp.tanh(c)
         return (h, c), h
 
-    zero = jnp.zeros(cell["hidden"].shape[0], given.dtype)
-    return jax.lax.scan(step, (zero, zero), given, reverse=reverse)[1]
+    zero = jnp.zeros(cell["hidden"].shape[0], inputs.dtype)
+    return jax.lax.scan(step, (zero, zero), inputs, reverse=reverse)[1]

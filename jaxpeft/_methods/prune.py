@@ -1,4 +1,4 @@
-"""Pruning: entries of the base are held at zero by a mask."""
+"""Pruning: a mask holds entries of the base at zero."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,45 +14,43 @@ from jaxpeft._sites import Site, Sites
 from jaxpeft._view import View
 from jaxpeft._weight import Weight, axes, base_weight, dense, weight
 from jaxpeft.extend._apply import apply_to_sites, check_entries, check_whole
-from jaxpeft.sparsity._masks import packed, unpacked
-
-# Pruning -----------------------------------------------------------------------------------------
+from jaxpeft.sparsity._masks import pack_mask, unpack_mask
 
 
 class Entrywise(Weight):
-    """A matrix with its entries changed one by one, and formed where it is used.
+    """A matrix f(w) with an entrywise function f, formed where it is used.
 
-    A subclass says in `changes` what becomes of the formed matrix.
+    A subclass defines f in `entrywise`.
     """
 
     w: Any
     local_in = local_out = True
 
-    def changes(self) -> tuple[dict[str, Any], Callable[..., jax.Array]]:
-        """Arrays by name, and `change(matrix, **arrays)`."""
+    def entrywise(self) -> tuple[dict[str, Any], Callable[..., jax.Array]]:
+        """Arrays by name, and the function f(matrix, **arrays)."""
         raise NotImplementedError
 
     def forward(self, x):
-        """x @ change(w)."""
+        """x @ f(w)."""
         return x @ self._matrix()
 
     def transposed(self, y):
-        """y @ change(w).T."""
+        """y @ f(w).T."""
         return y @ self._matrix().T
 
     def materialize(self):
-        arrays, change = self.changes()
-        return change(dense(self.w), **arrays)
+        arrays, f = self.entrywise()
+        return f(dense(self.w), **arrays)
 
     def _matrix(self):
         operands, matrix = matrix_of(self.w)
-        arrays, change = self.changes()
+        arrays, f = self.entrywise()
 
-        def edited(**given: Any) -> jax.Array:
+        def formed(**given: Any) -> jax.Array:
             own = {name: given.pop(name) for name in arrays}
-            return change(matrix(given), **own)
+            return f(matrix(given), **own)
 
-        return Computed(edited, {**arrays, **operands})
+        return Computed(formed, {**arrays, **operands})
 
 
 @weight
@@ -62,7 +60,7 @@ class Masked(Entrywise):
     w: Any = base_weight()
     mask: Any = axes("in", "out")
 
-    def changes(self):
+    def entrywise(self):
         return {"mask": self.mask}, lambda matrix, mask: jnp.where(mask, matrix, 0)
 
     def lookup(self, ids):
@@ -73,41 +71,57 @@ class Masked(Entrywise):
 
 @register_method
 def prune(masks: Mapping[str, Any], sites: Sites) -> Method:
-    """Sets the entries to zero that the masks do not keep.
+    """Pruning: sets the entries of each weight to zero where its mask is false, w * mask.
 
-    A plain array becomes one with zeros, at no cost later. Over another method's weight the mask
-    stays: put behind one in the `chain`, it prunes what that adds too, so that a merged tree keeps
-    its zeros: `chain(prune(masks, sites), lora(8, sites), prune(masks, sites))`. The matrix is
-    then formed where it is used, and again in the backward pass.
+    A plain array becomes another plain array, at no cost in the model. Over the weight of another
+    method the mask stays: after that method in the `chain`, it also prunes what the method adds,
+    so that a merged tree keeps its zeros, `chain(prune(masks, sites), lora(8, sites),
+    prune(masks, sites))`. The matrix is then formed where it is used, and again in the backward
+    pass.
 
     Args:
-      masks: {path: bools of the weight's shape}, from `keep`.
+      masks: {path: bool array of the weight's shape}, from `sparsity.topk_mask`; true where an
+        entry is kept.
       sites: The weights.
 
     Returns:
-      A method that trains nothing.
+      A method without trainable parameters.
 
     Raises:
-      ValueError: A mask is missing, of another shape or no bools; a weight is trained as a whole
-        by another method, or made no matrix by one; names it.
+      ValueError: A mask is missing, or has another shape or dtype; a weight is trained as a
+        whole by another method, or has no dense equivalent under one; names the weight.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp
+      >>> f, params = lambda p, x: x @ p["w"], {"w": jnp.array([[1.0, -4.0], [3.0, 2.0]])}
+      >>> sites = jp.sites(f, params, jnp.ones((1, 2)))
+      >>> scores = jp.sparsity.magnitude_scores(params, sites)
+      >>> masks = jp.sparsity.topk_mask(scores, sites, density=0.5)
+      >>> jp.prune(masks, sites)(jax.random.key(0), params)["w"].tolist()
+      [[0.0, -4.0], [3.0, 0.0]]
+
+    References:
+      Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015,
+      section 3. https://arxiv.org/abs/1506.02626
     """
     check_whole("prune", sites)
-    found = {p: unpacked(masks.get(p), site, "prune") for p, site in sites.items()}
+    found = {p: unpack_mask(masks.get(p), site, "prune") for p, site in sites.items()}
 
     def make(key: jax.Array, site: Site, view: View) -> Any:
         del key
         mask, w = found[site.path], view.weight
         if isinstance(w, Trainable):
             raise ValueError(
-                f"`prune`: '{site.path}' is trained as a whole already, and would be moved away "
-                "from zero. Train its entries with `sparse`, or under `optim.fixed_mask`."
+                f"`prune`: '{site.path}' is already trained as a whole, and training would move "
+                "its zeros. Train the kept entries with `sparse_delta`, or use "
+                "`optim.fixed_mask` as the optimizer."
             )
         if isinstance(w, Weight):
             check_entries("prune", site, view)
             return dataclasses.replace(view, weight=Masked(w, site.matrices(mask)))
-        return jnp.where(mask, w, jnp.zeros((), w.dtype))  # an array again, as it was
+        return jnp.where(mask, w, jnp.zeros((), w.dtype))
 
-    texts = {path: packed(mask) for path, mask in found.items()}
+    texts = {path: pack_mask(mask) for path, mask in found.items()}
     return Method(
         "prune",
         {"masks": texts, "sites": sites},

@@ -1,4 +1,4 @@
-"""Sparse deltas: single entries of a matrix are trained, stored as values and positions."""
+"""Sparse deltas: chosen entries of a matrix are trained, stored as values and positions."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,14 +15,15 @@ from jaxpeft._sites import Site, Sites
 from jaxpeft._view import View
 from jaxpeft._weight import IN, OUT, Weight, axes, base_weight, dense, static, weight
 from jaxpeft.extend._apply import apply_to_sites, check_entries, check_whole
-from jaxpeft.sparsity._masks import packed, unpacked
+from jaxpeft.sparsity._masks import pack_mask, unpack_mask
 
 
 @weight
 class SparseDelta(Weight):
-    """The matrix `w` with `values` added at `positions`, numbered row by row in (in, out).
+    """The matrix `w` with `values` added at `positions`, flat indices into (in, out).
 
-    A position of in * out is none: matrices of a stack may have different numbers of entries.
+    The matrices of a stack may have different numbers of entries; shorter ones are padded with
+    the position in * out, which stands for no entry.
     """
 
     w: Any = base_weight()
@@ -53,7 +54,7 @@ class SparseDelta(Weight):
         return flat.at[positions].add(values, mode="drop").reshape(self.sides)
 
     def _parts(self) -> list[Any]:
-        """What adds up to the matrix: itself, or two where a narrow base would swallow values."""
+        """The terms of the matrix: their sum, or both where a narrower base would round values."""
         wide = jnp.promote_types(self.values.dtype, self.values.site.dtype)
         return [self._sum()] if wide == self.values.site.dtype else [self.w, self._delta()]
 
@@ -73,39 +74,50 @@ class SparseDelta(Weight):
 def sparse_delta(
     masks: Mapping[str, Any] | float, sites: Sites, *, dtype: Any = jnp.float32
 ) -> Method:
-    """Trains chosen entries of each matrix: `w + delta`, delta zero but at these entries.
+    """Sparse delta: each matrix becomes w + delta, where only chosen entries of delta are trained.
 
-    Values start at zero, so that training starts at the base model. Which entries is up to a mask,
-    of `keep` and any score, or random as in SHiRA's plainest form. An adapter file holds the values
-    and, packed, the masks.
+    The other entries of delta are zero, and the chosen ones start at zero, so training starts at
+    the base model. The entries are those of a mask, from any score, or random as in the simplest
+    form of SHiRA. An adapter file holds the values, and the masks with one bit per entry.
 
     Args:
-      masks: {path: bools of the weight's shape}; or a share in (0, 1], and each matrix trains as
-        many entries, drawn from the method's key.
+      masks: {path: bool array of the weight's shape}, from `sparsity.topk_mask`. Or a density in
+        (0, 1]: this fraction of the entries of each matrix is drawn from the method's key.
       sites: The matrices.
-      dtype: Of the values.
+      dtype: Dtype of the values.
 
     Returns:
-      A method with as many trained numbers as the masks have entries; a stack of matrices has
-      those of the fullest, for each. The matrix is formed where it is used, and again in the
-      backward pass, whose gradient is dense for one matrix at a time.
+      A method with one trainable parameter per chosen entry; in a stack, each matrix has as many
+      as the one with the most. The matrix is formed where it is used, and again in the backward
+      pass, where the gradient of one matrix at a time is dense.
 
     Raises:
-      ValueError: A share out of range, a mask that is missing, empty or of another shape; names
-        the weight.
+      ValueError: A density out of range, or a mask that is missing, empty or of another shape;
+        names the weight.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp
+      >>> f, params = lambda p, x: x @ p["w"], {"w": jnp.ones((4, 5))}
+      >>> sites = jp.sites(f, params, jnp.ones((1, 4)))
+      >>> frozen, adapter = jp.split(jp.sparse_delta(0.2, sites)(jax.random.key(0), params))
+      >>> {path: x.shape for path, x in adapter.items()}
+      {'w/values': (4,)}
 
     References:
       Bhardwaj et al., Sparse High Rank Adapters, 2024, section 3. https://arxiv.org/abs/2406.13175
     """
     check_whole("sparse_delta", sites)
     if isinstance(masks, Mapping):
-        found = {p: unpacked(masks.get(p), site, "sparse_delta") for p, site in sites.items()}
-        given: Any = {path: packed(mask) for path, mask in found.items()}
+        found = {p: unpack_mask(masks.get(p), site, "sparse_delta") for p, site in sites.items()}
+        given: Any = {path: pack_mask(mask) for path, mask in found.items()}
     else:
         if not 0 < masks <= 1:
-            raise ValueError(f"`sparse_delta({masks})`: a share of entries in (0, 1] is needed.")
+            raise ValueError(
+                f"`sparse_delta(masks={masks})`: a density must be in (0, 1], the fraction of "
+                "entries to train. Or give masks by path."
+            )
         found, given = {}, float(masks)
-    share = 0.0 if found else given
+    density = 0.0 if found else given
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         check_entries("sparse_delta", site, view)
@@ -113,7 +125,7 @@ def sparse_delta(
         if site.path in found:
             positions = _positions(np.asarray(site.matrices(found[site.path])), site)
         else:
-            positions = _drawn(key, site, max(round(share * n * m), 1))
+            positions = _random_positions(key, site, max(round(density * n * m), 1))
         values = Trainable(jnp.zeros(positions.shape, dtype))
         return dataclasses.replace(view, weight=SparseDelta(view.weight, values, positions, (n, m)))
 
@@ -130,9 +142,9 @@ def _positions(mask: np.ndarray, site: Site) -> jax.Array:
     counts = flat.sum(axis=1)
     if not counts.all():
         raise ValueError(
-            f"`sparse`: the mask of '{site.path}' has no entry"
+            f"`sparse_delta`: the mask of '{site.path}' has no entry"
             + (f" in matrix {int(np.argmin(counts))} of its stack" if site.stack else "")
-            + ". Leave the weight out of the sites, or keep more."
+            + ". Leave the weight out of the sites, or use a mask of higher density."
         )
     rows = np.full((len(flat), counts.max()), flat.shape[1], np.int32)
     for row, own in zip(rows, flat, strict=True):
@@ -141,8 +153,8 @@ def _positions(mask: np.ndarray, site: Site) -> jax.Array:
     return jnp.asarray(rows.reshape(*site.stack, -1))
 
 
-def _drawn(key: jax.Array, site: Site, count: int) -> jax.Array:
-    """`count` entries of each matrix, none twice."""
+def _random_positions(key: jax.Array, site: Site, count: int) -> jax.Array:
+    """`count` different random entries of each matrix, (*stack, count)."""
     size = site.size(IN) * site.size(OUT)
     keys = jax.random.split(key, site.stack) if site.stack else key
     draw = lambda key: jnp.sort(jax.random.choice(key, size, (count,), replace=False))  # noqa: E731

@@ -1,4 +1,4 @@
-"""Statistics of a few batches, from which data-driven methods start."""
+"""Statistics of a few batches, for data-driven initializations and pruning scores."""
 
 from jaxpeft.calibration._statistics import Moments, input_moments, mean_gradients
 

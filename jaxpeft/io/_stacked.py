@@ -35,7 +35,7 @@ from jaxpeft.io._bitsandbytes import FourBit
 from jaxpeft.io._buffers import Layers, Parts, aligned, build
 from jaxpeft.io._plan import Stack, folder_of, refuse
 from jaxpeft.io._safetensors import CONFIG, NAMES, Lazy, Tensor, read
-from jaxpeft.quant._quantize import encoder
+from jaxpeft.quant._quantize import quantizer
 
 __all__ = ["Format", "Formats", "Stack", "assemble", "disassemble", "quantization_config"]
 
@@ -130,7 +130,7 @@ def _quantizers(formats: Formats, plan: Mapping[str, Stack]) -> dict[str, Quanti
 
 def _quantizer(format: Any) -> Quantizer:
     if isinstance(format, str):
-        return encoder(format)
+        return quantizer(format)
     if not callable(format):
         raise TypeError(
             f"`quantize={format!r}`: a format is a name such as 'nf4+dq' or a function from a "

@@ -1,18 +1,18 @@
-"""Optimizer states that lie in host memory and visit the device a few arrays at a time.
+"""Optimizer states in host memory, fetched to the device a few arrays at a time.
 
-JAX has memory kinds: an array may lie in its device's memory or, pinned, in that of the host.
-`paged(tx)` is `tx` with its state there. What `tx` does to one parameter seldom needs the state
-of another, so the update is cut into the pieces that need nothing of each other, and each piece
-waits for an earlier one to be back on the host: otherwise XLA fetches all arrays at once.
+JAX has memory kinds: an array may be in the memory of its device, or pinned in that of the host.
+`paged(tx)` is `tx` with its state in host memory. The update of one parameter seldom needs the
+state of another, so the update is divided into independent stages, and each stage waits until an
+earlier one is back in host memory: otherwise XLA would fetch all arrays at once.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxpeft.optim._staging import in_pieces
+from jaxpeft.optim._staging import staged_update
 
 HOST_MEMORY = "pinned_host"
 
@@ -21,46 +21,49 @@ def paged(
     tx: optax.GradientTransformation,
     *,
     min_size: int = 4096,
-    in_flight: int = 1,
-    missing: str = "error",
+    max_in_flight: int = 1,
+    if_unsupported: Literal["error", "device"] = "error",
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx` with its state in host memory.
+    """`tx` with its state in host memory, so that it needs little memory of the device.
 
-    The state is that of `tx`, leaf for leaf, so that a checkpoint of one is one of the other. To be
-    used in a jitted step whose state is donated: then the compiled step has the paged arrays as
-    host arguments, updated in place. `fit` and `train_step` take it like any other optimizer.
-    Arrays in host memory belong to their device for good; let the parameters do so, too
-    (`jax.device_put(adapter, jax.devices()[0])`, or a mesh), or the step compiles twice. A step of
-    your own must return what is donated in the order in which it takes it, as `train_step` does:
-    JAX gives donated buffers to results by shape alone, and would give parameters' to moments.
+    The updates and the state are those of `tx`, leaf for leaf, so checkpoints of one can be
+    restored into the other. Use it in a jitted step whose state is donated: the compiled step
+    then updates the paged arrays in host memory in place. `jaxpeft.train.fit` and `train_step`
+    take it like any other optimizer.
 
         step = jax.jit(train_step(loss_fn, paged(optax.adamw(1e-4))), donate_argnums=0)
 
-    On the device are, at a time, the arrays of `in_flight` pieces, as they come and as they go.
-    For `adamw` a piece is both moments of one parameter. Transformations that mix parameters
-    (clipping, norms) are computed before or between pieces, as they need; one that mixes the paged
-    states of all parameters, or keeps them under one `lax.cond` (`optax.MultiSteps`,
-    `optax.apply_if_finite`), is a single piece: page inside it, `MultiSteps(paged(tx), k)`.
+    Arrays in host memory are committed to their device. Commit the parameters, too
+    (`jax.device_put(adapter, jax.devices()[0])`, or a mesh), or the step compiles twice. A step
+    of your own must return donated arguments in the order in which it takes them, as
+    `train_step` does: JAX matches donated buffers to results by shape alone, and would otherwise
+    give buffers of parameters to moments.
+
+    At most `max_in_flight` stages are on the device at a time. For `adamw` a stage is both moments
+    of one parameter. Transformations that mix gradients of all parameters (clipping by a global
+    norm) run before or between the stages. One that mixes the paged states of all parameters, or
+    has them under one `lax.cond` (`optax.MultiSteps`, `optax.apply_if_finite`), is a single stage:
+    page inside it, `MultiSteps(paged(tx), k)`.
 
     Args:
-      tx: Any optax transformation.
-      min_size: Elements from which on an array is paged. Smaller ones, counters above all, stay on
-        the device: a transfer costs more than their few bytes, and schedules read them anyway. So
-        do, whatever this says, scalars, and random keys.
-      in_flight: How many pieces may be on the device at once. One is least memory; with two, a
-        piece may come while the one before it goes back.
-      missing: What to do on a backend without host memory of its own, where nothing can be paged:
-        "error", or "device" to leave the state where it is. The CPU backend has both kinds of
-        memory by name, and they are one: everything works there, and saves nothing.
+      tx: An Optax transformation.
+      min_size: The least number of elements of a paged array. Smaller arrays stay on the device:
+        a transfer costs more than their few bytes, and schedules read them. Scalars and
+        PRNG keys always stay on the device.
+      max_in_flight: Number of stages that may be on the device at once. 1 needs the least
+        memory; with 2, one stage may be fetched while the previous one is written back.
+      if_unsupported: On a backend without host memory of its own: "error" raises, "device"
+        leaves the state on the device. The CPU backend has both memory kinds by name, but they
+        are the same memory: everything works there, and saves nothing.
 
     Returns:
-      A transformation whose `update` takes, beside what `tx` takes, `unless`: a bool[]; where it is
-      true, no step is taken: the updates are zeros and the state stays. To select between old and
-      new state outside would have XLA keep both on the host and select there, and to select
-      between old and new parameters would have it keep all states on the device until then.
+      A transformation whose `update` takes the extra argument `unless`, bool[]: where it is true,
+      no step is taken, so the updates are zeros and the state stays. A selection between the old
+      and new state outside of `update` would keep both in host memory, and one between old and
+      new parameters would keep all states on the device until then.
 
     Raises:
-      ValueError: for an option out of its range; from `init`, on a backend without host memory.
+      ValueError: An option out of its range; from `init`, a backend without host memory.
 
     Example:
       >>> import jax.numpy as jnp
@@ -69,72 +72,82 @@ def paged(
       ('pinned_host', 'device')
 
     References:
-      Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023.
-      https://arxiv.org/abs/2305.14314, section 3, "Paged Optimizers". There, the GPU's unified
-      memory moves pages when it runs short of memory; here, arrays move in every step.
+      Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023, section 3, "Paged
+      Optimizers". https://arxiv.org/abs/2305.14314. There, unified memory moves pages when the
+      GPU runs out of memory; here, arrays move in every step.
     """
     if min_size < 1:
-        raise ValueError(f"`min_size` counts elements, at least 1; got {min_size}.")
-    if in_flight < 1:
-        raise ValueError(f"`in_flight` counts pieces, at least 1; got {in_flight}.")
-    if missing not in ("error", "device"):
-        raise ValueError(f'`missing` is "error" or "device", got {missing!r}.')
+        raise ValueError(
+            f"`paged(min_size={min_size})`: `min_size` must be at least 1, a number of elements."
+        )
+    if max_in_flight < 1:
+        raise ValueError(
+            f"`paged(max_in_flight={max_in_flight})`: `max_in_flight` must be at least 1, a number "
+            "of stages."
+        )
+    if if_unsupported not in ("error", "device"):
+        raise ValueError(
+            f"`paged(if_unsupported={if_unsupported!r})`: `if_unsupported` must be 'error' or "
+            "'device'."
+        )
     inner = optax.with_extra_args_support(tx)
 
     def init(params):
         leaves = jax.tree.leaves(params)
         if any(not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) for x in leaves):
-            return jax.tree.map(put_back, inner.init(params))
+            return jax.tree.map(to_host_memory, inner.init(params))
         if not _has_host_memory(leaves):
-            if missing == "error":
+            if if_unsupported == "error":
                 device = _device(leaves)
                 raise ValueError(
-                    f"`paged` needs a backend with {HOST_MEMORY!r} memory, {device} has "
-                    f"{_memory_kinds(device)}. Use the optimizer as it is, or "
-                    f'`paged(..., missing="device")`, which leaves the state on the device.'
+                    f"`paged` needs a backend with {HOST_MEMORY!r} memory, but {device} has "
+                    f"{_memory_kinds(device)}. Use the optimizer without `paged`, or "
+                    "`paged(..., if_unsupported='device')`, which leaves the state on the device."
                 )
             return inner.init(params)
-        # Jitted: done eagerly, the whole state would be on the device once. Then zeros know
-        # nothing of the parameter that they are shaped like, so their places are given.
+        # Jitted, since an eager init would have the whole state on the device. Under jit, zeros do
+        # not inherit the sharding of their parameter, so the shardings are given.
         abstract = jax.eval_shape(inner.init, params)
         made = jax.jit(
-            lambda params: jax.tree.map(put_back, inner.init(params)),
-            out_shardings=_places(abstract, params, min_size),
+            lambda params: jax.tree.map(to_host_memory, inner.init(params)),
+            out_shardings=_host_shardings(abstract, params, min_size),
         )
         return made(params)
 
-    def put_back(x):
+    def to_host_memory(x):
         return jax.device_put(x, jax.memory.Space.Host) if _is_large(x, min_size) else x
 
     def on_host(x):
-        lies_there = jax.typeof(x).memory_space == jax.memory.Space.Host
-        return _is_large(x, min_size) and (lies_there or missing == "error")
+        in_host_memory = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return _is_large(x, min_size) and (in_host_memory or if_unsupported == "error")
 
-    def update(updates, state, params=None, *, unless=None, **extra):
-        def whole(updates, state, params):
-            return inner.update(updates, state, params, **extra)
+    def update(updates, state, params=None, *, unless=None, **extra_args):
+        def inner_update(updates, state, params):
+            return inner.update(updates, state, params, **extra_args)
 
-        places = jax.tree.map(on_host, state)
-        return in_pieces(whole, updates, state, params, places, unless, in_flight)
+        paged_leaves = jax.tree.map(on_host, state)
+        return staged_update(
+            inner_update, updates, state, params, paged_leaves, unless, max_in_flight
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def to_host(state: Any, *, min_size: int = 4096) -> Any:
-    """An optimizer state where `paged` keeps it: its large arrays in host memory.
+    """An optimizer state with its large arrays in host memory, as `paged` keeps it.
 
-    For states that come from elsewhere (orbax among them), and for shapes: `jax.eval_shape` forgets
-    where arrays lie, so a step that is to be compiled from shapes gets them from here.
+    For states from elsewhere, such as Orbax, and for shapes: `jax.eval_shape` drops memory kinds,
+    so a step that is compiled from shapes needs this.
 
     Args:
       state: Arrays, or `jax.ShapeDtypeStruct`s with a sharding.
-      min_size: As in `paged`.
+      min_size: As for `paged`.
 
     Returns:
-      The same tree. Each large leaf keeps its sharding, in memory of kind "pinned_host".
+      The same tree. Each large leaf has its sharding with memory kind "pinned_host".
 
     Raises:
-      ValueError: for a shape without sharding.
+      ValueError: A shape without a sharding; names its path.
 
     Example:
       >>> import jax.numpy as jnp
@@ -147,15 +160,14 @@ def to_host(state: Any, *, min_size: int = 4096) -> Any:
             return x
         if getattr(x, "sharding", None) is None:
             raise ValueError(
-                f"`to_host` needs to know on which devices a shape lies; {x} at "
-                f"{jax.tree_util.keystr(path)} has no sharding. Give it one: "
-                f"`jax.ShapeDtypeStruct(shape, dtype, sharding=...)`."
+                f"`to_host`: {x} at {jax.tree_util.keystr(path)} has no sharding, so its devices "
+                "are unknown. Give it one: `jax.ShapeDtypeStruct(shape, dtype, sharding=...)`."
             )
         host = x.sharding.with_memory_kind(HOST_MEMORY)
         if isinstance(x, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host)
         if x.sharding == host and jax.typeof(x).memory_space != jax.memory.Space.Host:
-            # Orbax restores arrays that lie on the host, with the type of arrays on the device.
+            # Orbax restores arrays in host memory with the type of arrays on the device.
             x = jax.device_put(x, x.sharding.with_memory_kind("device"))
         return jax.device_put(x, host)
 
@@ -169,7 +181,7 @@ def _is_large(x, min_size):
 
 
 def _device(leaves):
-    """One of the devices on which the parameters lie."""
+    """One of the devices of the parameters."""
     return next(iter(leaves[0].sharding.device_set)) if leaves else jax.devices()[0]
 
 
@@ -181,11 +193,11 @@ def _has_host_memory(leaves):
     return HOST_MEMORY in _memory_kinds(_device(leaves))
 
 
-def _places(state, params, min_size):
-    """The sharding of each leaf of a state: of the parameter in whose place it stands.
+def _host_shardings(state, params, min_size):
+    """The sharding of each leaf of a state: that of its parameter, with large leaves on the host.
 
-    A moment stands at the parameter's own path, below where the moments are. What stands at no
-    parameter's path, or cannot be cut as the parameter is, lies everywhere on its mesh.
+    The path of a moment ends with the path of its parameter. A leaf without a parameter, or with
+    a shape that the parameter's sharding does not divide, is replicated over the mesh.
     """
     shardings = {
         path: x.sharding
@@ -201,17 +213,17 @@ def _places(state, params, min_size):
                 if path[begin:end] in shardings:
                     yield shardings[path[begin:end]]
 
-    def place(path, x):
-        if mesh is None:  # all on one device; small arrays stay free to move
+    def sharding_of(path, x):
+        if mesh is None:  # One device; small arrays stay uncommitted.
             return alone if _is_large(x, min_size) else None
-        every = [*of_parameter(path), NamedSharding(mesh, PartitionSpec())]
-        sharding = next(s for s in every if _cuts(s, x.shape))
+        candidates = [*of_parameter(path), NamedSharding(mesh, PartitionSpec())]
+        sharding = next(s for s in candidates if _divides(s, x.shape))
         return sharding.with_memory_kind(HOST_MEMORY if _is_large(x, min_size) else None)
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree_util.tree_map_with_path(sharding_of, state)
 
 
-def _cuts(sharding, shape):
+def _divides(sharding, shape):
     try:
         sharding.shard_shape(shape)
     except ValueError:

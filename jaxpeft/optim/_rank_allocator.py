@@ -1,4 +1,4 @@
-"""AdaLoRA's budget: the least important singular values of all matrices are set to zero."""
+"""AdaLoRA's rank allocation: the least important singular values of all matrices become zero."""
 
 from typing import Any, NamedTuple
 
@@ -8,21 +8,22 @@ import numpy as np
 import optax
 
 from jaxpeft.adapters._adalora import triplets
+from jaxpeft.optim._masking import check_params
 
 
 class RankAllocatorState(NamedTuple):
-    """What an update leaves for the next.
+    """The state of `rank_allocator`.
 
     Attributes:
-      inner: State of the optimizer.
-      step: How many updates there were, int[].
-      sensitivity: Moving average of |p * g|, shaped as the arrays of triplets.
-      uncertainty: Moving average of how far |p * g| is from that.
-      kept: {path: which values stay, bool (*stack, r)}.
+      inner_state: State of the inner optimizer.
+      count: Number of updates so far, int32[].
+      sensitivity: Moving average of |p * g|, in the shape of each array of the triplets.
+      uncertainty: Moving average of the absolute difference of |p * g| and `sensitivity`.
+      kept: {path: bool (*stack, r), true where a singular value is kept}.
     """
 
-    inner: Any
-    step: jax.Array
+    inner_state: Any
+    count: Any  # jax.Array; Any, since tuples have a method `count`
     sensitivity: dict[str, jax.Array]
     uncertainty: dict[str, jax.Array]
     kept: dict[str, jax.Array]
@@ -32,55 +33,81 @@ def rank_allocator(
     inner: optax.GradientTransformation,
     budget: int,
     *,
-    steps: int,
-    warmup: int,
-    final: int,
-    every: int = 10,
+    total_steps: int,
+    warmup_steps: int,
+    final_steps: int,
+    update_every: int = 10,
     beta1: float = 0.85,
     beta2: float = 0.85,
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner`, after whose updates at most a budget of singular values is not zero.
+    """`inner` on AdaLoRA's triplets, with a budget of singular values that are not zero.
 
-    An entry p with gradient g has the importance I * U, I the moving average of |p * g| and U
-    that of | |p * g| - I |. A triplet's is that of its value plus the means over its column of
-    `a` and its row of `b`. At every `every`-th step the b(t) most important triplets of all
-    matrices together keep their values, the others are set to zero, and may come back later;
+    An entry p with gradient g has the importance I * U, where I is the moving average of |p * g|
+    (sensitivity) and U that of | |p * g| - I | (uncertainty). The importance of a triplet is that
+    of its singular value, plus the means over its column of `a` and its row of `b`. At every
+    `update_every`-th step t the b(t) most important triplets of all matrices together keep their
+    singular values; the others become zero, and may be kept again later:
 
-        b(t) = B + (b0 - B) (1 - (t - warmup) / (steps - warmup - final))^3
+        b(t) = b_0                                              up to t = warmup_steps
+        b(t) = B + (b_0 - B) (1 - (t - warmup_steps) / (total_steps - warmup_steps - final_steps))^3
+        b(t) = B, with the same triplets kept                   from t = total_steps - final_steps
 
-    between all b0 of them, up to step `warmup`, and the budget B, from step `steps - final` on:
-    from there, the triplets that are kept stay the same. Other arrays are left to `inner`.
+    where b_0 is the number of all triplets and B the budget. Other arrays are left to `inner`.
 
     Args:
       inner: The optimizer.
-      budget: Values that are kept in the end: of r per matrix on average, r * matrices.
-      steps: Of the whole training.
-      warmup, final: Steps before the first and after the last decision.
-      every: See above.
-      beta1, beta2: Of the moving averages of I and U.
+      budget: Number of singular values to keep in the end, r * matrices for an average rank r.
+      total_steps: Number of steps of the whole training.
+      warmup_steps: Number of steps before the first update of the ranks.
+      final_steps: Number of steps after the last update of the ranks.
+      update_every: Number of steps between updates of the ranks.
+      beta1: Decay rate of I.
+      beta2: Decay rate of U.
 
     Returns:
-      A transformation of adapters `{path: array}` from `jaxpeft.adalora`, whose `update` needs
-      the parameters.
+      A transformation of adapters {path: array} from `jaxpeft.adalora`. Its `update` needs the
+      parameters.
 
     Raises:
-      ValueError: Steps out of order, a decay outside [0, 1); from `init`, an adapter without
+      ValueError: Warmup and final steps leave no step between them, a number of steps or the
+        budget is out of range, or a decay rate is outside [0, 1); from `init`, an adapter without
         triplets, or with fewer than the budget.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp, optax
+      >>> f, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 8))}
+      >>> method = jp.adalora(4, jp.sites(f, params, jnp.ones((1, 8))))
+      >>> frozen, adapter = jp.split(method(jax.random.key(0), params))
+      >>> tx = rank_allocator(optax.adam(1e-3), 2, total_steps=3, warmup_steps=0, final_steps=1,
+      ...                     update_every=1)
+      >>> state = tx.init(adapter)
+      >>> for step in range(3):
+      ...     grads = jax.tree.map(jnp.ones_like, adapter)
+      ...     updates, state = tx.update(grads, state, adapter)
+      ...     adapter = optax.apply_updates(adapter, updates)
+      >>> int((adapter["w/values"] != 0).sum())
+      2
 
     References:
       Zhang et al., AdaLoRA, 2023, sections 3.2 and 3.3, algorithm 1.
       https://arxiv.org/abs/2303.10512
     """
-    if not (0 <= warmup and 0 <= final and warmup + final < steps):
+    if not (0 <= warmup_steps and 0 <= final_steps and warmup_steps + final_steps < total_steps):
         raise ValueError(
-            f"`rank_allocator(steps={steps}, warmup={warmup}, final={final})`: ranks are given up "
-            "between the two, so together they must be fewer than all steps."
+            f"`rank_allocator(total_steps={total_steps}, warmup_steps={warmup_steps}, "
+            f"final_steps={final_steps})`: ranks are pruned between the warmup and the final "
+            "steps, so these must be at least 0 and together less than `total_steps`."
         )
-    if every < 1 or budget < 1:
-        raise ValueError(f"`rank_allocator(every={every}, budget={budget})`: both are at least 1.")
+    if update_every < 1 or budget < 1:
+        raise ValueError(
+            f"`rank_allocator(budget={budget}, update_every={update_every})`: both must be at "
+            "least 1."
+        )
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
-            raise ValueError(f"`rank_allocator({name}={beta})`: a decay in [0, 1) is needed.")
+            raise ValueError(
+                f"`rank_allocator({name}={beta})`: a decay rate must be in [0, 1), such as 0.85."
+            )
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> RankAllocatorState:
@@ -98,58 +125,55 @@ def rank_allocator(
             for path in kept
             for name in ("a", "values", "b")
         }
-        none_yet = jax.tree.map(jnp.copy, zeros)
-        return RankAllocatorState(inner.init(params), jnp.int32(0), zeros, none_yet, kept)
+        uncertainty = jax.tree.map(jnp.copy, zeros)
+        return RankAllocatorState(inner.init(params), jnp.int32(0), zeros, uncertainty, kept)
 
-    def update(updates: Any, state: RankAllocatorState, params: Any = None, **more: Any) -> Any:
-        if params is None:
-            raise ValueError(
-                "`rank_allocator` needs the parameters: tx.update(grads, state, params)."
-            )
+    def update(
+        updates: Any, state: RankAllocatorState, params: Any = None, **extra_args: Any
+    ) -> Any:
+        check_params(params, "rank_allocator")
         sensitivity, uncertainty = {}, {}
-        for path, before in state.sensitivity.items():
-            now = jnp.abs(params[path] * updates[path]).astype(jnp.float32)
-            mean = sensitivity[path] = beta1 * before + (1 - beta1) * now
-            spread = jnp.abs(now - mean)
-            uncertainty[path] = beta2 * state.uncertainty[path] + (1 - beta2) * spread
-        moved, inner_state = inner.update(updates, state.inner, params, **more)
-        step = state.step + 1
+        for path, old in state.sensitivity.items():
+            product = jnp.abs(params[path] * updates[path]).astype(jnp.float32)
+            mean = sensitivity[path] = beta1 * old + (1 - beta1) * product
+            deviation = jnp.abs(product - mean)
+            uncertainty[path] = beta2 * state.uncertainty[path] + (1 - beta2) * deviation
+        new, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        count = state.count + 1
 
-        def decide() -> dict[str, jax.Array]:
+        def allocate() -> dict[str, jax.Array]:
             importance = {k: sensitivity[k] * uncertainty[k] for k in sensitivity}
-            scores = {path: _score(importance, path) for path in state.kept}
+            scores = {path: _triplet_scores(importance, path) for path in state.kept}
             total = sum(x.size for x in scores.values())
-            done = (step - warmup) / (steps - warmup - final)
-            share = (1 - jnp.clip(done, 0, 1)) ** 3
-            allowed = (budget + (total - budget) * share).astype(jnp.int32)
-            return _most(scores, allowed)
+            done = (count - warmup_steps) / (total_steps - warmup_steps - final_steps)
+            excess = (1 - jnp.clip(done, 0, 1)) ** 3
+            return _top_k(scores, (budget + (total - budget) * excess).astype(jnp.int32))
 
-        ends = step >= steps - final
-        # Decisions are made every so often, and a last time where the budget is met.
-        now = ((step % every == 0) & ~ends) | (step == steps - final)
-        kept = jax.lax.cond(now & (step > warmup), decide, lambda: state.kept)
-        applied = now | ends
-        result = dict(moved)
+        is_final = count >= total_steps - final_steps
+        # The last update, in which the budget is met, comes whatever `update_every` is.
+        due = ((count % update_every == 0) & ~is_final) | (count == total_steps - final_steps)
+        kept = jax.lax.cond(due & (count > warmup_steps), allocate, lambda: state.kept)
+        result = dict(new)
         for path, mask in kept.items():
             name = f"{path}/values"
-            # The value after the update is zero.
-            zeroed = jnp.where(mask, moved[name], -params[name])
-            result[name] = jnp.where(applied, zeroed, moved[name]).astype(moved[name].dtype)
-        return result, RankAllocatorState(inner_state, step, sensitivity, uncertainty, kept)
+            # The updated value is v + (-v) = 0.
+            masked = jnp.where(mask, new[name], -params[name])
+            result[name] = jnp.where(due | is_final, masked, new[name]).astype(new[name].dtype)
+        return result, RankAllocatorState(inner_state, count, sensitivity, uncertainty, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _score(importance: dict[str, jax.Array], path: str) -> jax.Array:
-    """Of each triplet of a path, (*stack, r)."""
+def _triplet_scores(importance: dict[str, jax.Array], path: str) -> jax.Array:
+    """The importance of each triplet of a weight, (*stack, r)."""
     a, values, b = (importance[f"{path}/{name}"] for name in ("a", "values", "b"))
     return values + jnp.mean(a, axis=-2) + jnp.mean(b, axis=-1)
 
 
-def _most(scores: dict[str, jax.Array], allowed: jax.Array) -> dict[str, jax.Array]:
-    """Which scores are among the largest `allowed` of all; of equal ones, the first."""
+def _top_k(scores: dict[str, jax.Array], k: jax.Array) -> dict[str, jax.Array]:
+    """Masks of the `k` largest of all scores; of equal scores, the first."""
     flat = jnp.concatenate([x.reshape(-1) for x in scores.values()])
-    place = jnp.argsort(jnp.argsort(-flat, stable=True))
+    rank = jnp.argsort(jnp.argsort(-flat, stable=True))
     ends = np.cumsum([x.size for x in scores.values()])[:-1]
-    chosen = iter(jnp.split(place < allowed, ends))
-    return {path: next(chosen).reshape(x.shape) for path, x in scores.items()}
+    masks = iter(jnp.split(rank < k, ends))
+    return {path: next(masks).reshape(x.shape) for path, x in scores.items()}

@@ -1,9 +1,9 @@
-"""The largest of many scores, found by counting: no sort, no copy of them all in one array.
+"""Top-k masks of large arrays by a radix search for the threshold, without a sort or a copy.
 
-Which of n scores are the k largest does not ask for their order. A float's bits, read as an integer
-(with the sign's bit turned, and all of them for negative ones), are ordered as the floats are; so
-the threshold is found bit by bit, 32 counts of float32. A count is a sum, which a sharded array
-does where it lies.
+The bits of floats, read as unsigned integers (with the sign bit flipped, and all bits for negative
+floats), have the order of the floats. So the threshold of the k largest scores is found bit by
+bit, with 32 counts of scores above a bound for float32. A count is a sum, which needs no gather of
+a sharded array.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,73 +12,85 @@ import jax
 import jax.numpy as jnp
 
 
-def largest_of_rows(scores: jax.Array, count: jax.Array | int) -> jax.Array:
-    """Whether each score (rows, n) is one of its row's `count` largest; of equal ones, the first.
+def top_k_of_rows(scores: jax.Array, k: jax.Array | int) -> jax.Array:
+    """A mask of the `k` largest scores of each row; of equal scores, the first.
 
     Args:
-      scores: Floats; NaN is the smallest.
-      count: int[], or int[rows, 1].
+      scores: Floats (rows, n). NaN is smaller than any other.
+      k: int[], or int[rows, 1].
 
     Returns:
       bool[rows, n].
+
+    Example:
+      >>> top_k_of_rows(jnp.array([[3.0, 1.0, 4.0], [1.0, 5.0, 9.0]]), 1).tolist()
+      [[False, False, True], [False, False, True]]
     """
     keys = _ordered(scores)
     at_least = lambda bound: jnp.sum(keys >= bound, axis=1, keepdims=True, dtype=jnp.int32)  # noqa: E731
-    bound = _bound(lambda bound: at_least(bound) > count, keys.dtype, (len(keys), 1))
-    more, same = keys > bound, keys == bound
-    left = count - jnp.sum(more, axis=1, keepdims=True, dtype=jnp.int32)
-    return more | (same & (jnp.cumsum(same, axis=1, dtype=jnp.int32) <= left))
+    bound = _bound(lambda bound: at_least(bound) > k, keys.dtype, (len(keys), 1))
+    above, equal = keys > bound, keys == bound
+    rest = k - jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
+    return above | (equal & (jnp.cumsum(equal, axis=1, dtype=jnp.int32) <= rest))
 
 
-def largest_within(
+def top_k_within_budget(
     scores: Mapping[str, jax.Array], sizes: Mapping[str, int], budget: jax.Array | int
 ) -> dict[str, jax.Array]:
-    """Which scores, from the largest of all arrays on, fit into a budget.
+    """Masks of the largest scores of several arrays whose sizes together fit into a budget.
+
+    All scores are ranked together, and the longest prefix of the ranking that fits is taken.
+    Equal scores are ranked in the order of the names and of their positions.
 
     Args:
-      scores: {name: floats}; NaN is the smallest.
-      sizes: {name: what each score of this array takes of the budget}.
-      budget: int[]; together with the sum of sizes below 2^31.
+      scores: {name: array of floats}. NaN is smaller than any other.
+      sizes: {name: the size of each score of this array}.
+      budget: int[]. The sum of all sizes and the budget must be less than 2^31.
 
     Returns:
-      {name: bools}: the longest beginning of the order that fits; equal ones in the order of names
-      and places.
+      {name: bool array}.
+
+    Example:
+      >>> scores = {"a": jnp.array([3.0, 1.0]), "b": jnp.array([2.0, 4.0])}
+      >>> masks = top_k_within_budget(scores, {"a": 1, "b": 2}, 3)
+      >>> {name: mask.tolist() for name, mask in masks.items()}
+      {'a': [True, False], 'b': [False, True]}
     """
     wide = jnp.result_type(*scores.values())
     keys = {name: _ordered(x.astype(wide)) for name, x in scores.items()}
 
-    def size(chosen: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    def size(taken: Callable[[jax.Array], jax.Array]) -> jax.Array:
         return sum(
-            (sizes[name] * jnp.sum(chosen(x), dtype=jnp.int32) for name, x in keys.items()),
+            (sizes[name] * jnp.sum(taken(x), dtype=jnp.int32) for name, x in keys.items()),
             jnp.int32(0),
         )
 
     bound = _bound(lambda bound: size(lambda x: x >= bound) > budget, _bits(wide), ())
-    left = budget - size(lambda x: x > bound)
-    found = {}
+    rest = budget - size(lambda x: x > bound)
+    masks = {}
     for name, x in keys.items():
-        same, room = x == bound, left // sizes[name]
-        place = jnp.cumsum(same.ravel(), dtype=jnp.int32).reshape(x.shape)
-        found[name] = (x > bound) | (same & (place <= room))
-        among = jnp.sum(same, dtype=jnp.int32)
-        # After one that does not fit none is taken, however small.
-        left = jnp.where(among > room, 0, left - sizes[name] * among)
-    return found
+        equal, room = x == bound, rest // sizes[name]
+        rank = jnp.cumsum(equal.ravel(), dtype=jnp.int32).reshape(x.shape)
+        masks[name] = (x > bound) | (equal & (rank <= room))
+        count = jnp.sum(equal, dtype=jnp.int32)
+        # After the first score that does not fit, none is taken, even if it would fit.
+        rest = jnp.where(count > room, 0, rest - sizes[name] * count)
+    return masks
 
 
 def _bound(too_many: Callable[[jax.Array], jax.Array], bits: jnp.dtype, shape: tuple) -> jax.Array:
-    """The largest key from which on there are too many, bit by bit; 0 if there never are."""
+    """The largest key b with `too_many(b)`, found bit by bit; 0 if there is none."""
     width = jnp.iinfo(bits).bits
 
     def next_bit(i: jax.Array, bound: jax.Array) -> jax.Array:
-        further = bound | jnp.left_shift(jnp.ones((), bits), (width - 1 - i).astype(bits))
-        return jnp.where(too_many(further), further, bound)
+        higher = bound | jnp.left_shift(jnp.ones((), bits), (width - 1 - i).astype(bits))
+        return jnp.where(too_many(higher), higher, bound)
 
     return jax.lax.fori_loop(0, width, next_bit, jnp.zeros(shape, bits))
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """Unsigned integers in the order of the floats, above 0; both zeros are one."""
+    """Unsigned integers above 0 in the order of the floats; -0.0 and 0.0 are equal."""
     x = jnp.where(jnp.isnan(x), -jnp.inf, jnp.where(x == 0, 0, x))
     bits = jax.lax.bitcast_convert_type(x, _bits(x.dtype))
     sign = jnp.left_shift(jnp.ones((), bits.dtype), jnp.iinfo(bits.dtype).bits - 1)

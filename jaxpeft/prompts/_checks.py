@@ -1,9 +1,9 @@
-"""What stands at virtual positions must not matter: checks of a model and of a loss.
+"""Checks that a model and a loss do not depend on the placeholders at virtual positions.
 
-A prefix gives keys and values at virtual positions, where the model has placeholders. A model
-that reads a placeholder in another way (a pooler of position 0, a mean over all positions, a
-convolution over time, batch and time that have changed places) is wrong without an error, so the
-checks exchange the placeholders and look whether anything changes.
+A prefix replaces keys and values at virtual positions, where the input of the model has
+placeholder tokens. A model that also reads a placeholder elsewhere (a pooler of position 0, a
+mean over all positions, a convolution over time, time before batch) gives wrong outputs and no
+error, so the checks replace the placeholders by other tokens and compare the outputs.
 """
 
 import dataclasses
@@ -23,37 +23,45 @@ from jaxpeft._sites import Site, Sites
 from jaxpeft._view import View, is_view
 from jaxpeft._weight import IN, Weight, base_field, chain_of
 from jaxpeft.extend._apply import apply_to_sites
-from jaxpeft.prompts._virtual import exchanged_placeholders
+from jaxpeft.prompts._virtual import replaced_placeholders
 
 
 def check_prompt(fn: Callable, params: Any, site: Site, tokens: Any, *args: Any) -> None:
-    """Runs `fn(params, tokens, *args)` with a virtual token that copies a real one.
+    """Checks a model for soft prompts: a virtual token that copies a real one must act like it.
 
-    Nothing may change but by rounding (eps ** (3/4) of the largest output, in the coarsest dtype of
-    the parameters); where something does, the model does more with ids than look them up
-    (it clamps or masks them, or has a second table) and would treat virtual tokens wrongly.
+    Runs `fn(params, tokens, *args)` twice, once with the first token replaced by a virtual token
+    with the same embedding. The outputs may differ by rounding, eps ** (3/4) of the largest output
+    with eps that of the coarsest dtype of the parameters. Where they differ by more, the model
+    does more with ids than look them up (it clamps or masks them, or has a second table), and
+    virtual tokens would be silently wrong.
 
     Args:
       fn: The model.
       params: Its parameters.
       site: The embedding table.
-      tokens: Real ids (..., time), at least one; the first is exchanged.
-      args: What else the model takes.
+      tokens: Real ids (..., time), at least one.
+      args: Other arguments of the model.
 
     Raises:
-      ValueError: Something changes.
+      ValueError: The outputs differ.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxpeft as jp
+      >>> model = lambda p, ids: jnp.tanh(p["embed"][ids])
+      >>> params, ids = {"embed": jnp.ones((10, 4))}, jnp.array([[1, 2, 3]])
+      >>> check_prompt(model, params, jp.sites(model, params, ids)["embed"], ids)
     """
     tokens = jnp.asarray(tokens)
     first = (0,) * tokens.ndim
 
-    def copied(key: jax.Array, site: Site, view: View) -> View:
+    def with_copy(key: jax.Array, site: Site, view: View) -> View:
         row = embeddings(view, tokens[first])[None]
         return dataclasses.replace(view, weight=SoftPrompt(view.weight, row))
 
     table = Sites({site.path: site})
-    tree = apply_to_sites(jax.random.key(0), params, table, copied, caller="check_prompt")
+    tree = apply_to_sites(jax.random.key(0), params, table, with_copy, caller="check_prompt")
     run = jax.jit(lift(fn))
-    # Not to the bit: the sums of two programs that are one may differ by their rounding.
+    # Not bit for bit: two programs of the same sums may round differently.
     floats = [x.dtype for x in jax.tree.leaves(params, is_leaf=is_view)]
     floats = [dtype for dtype in floats if jnp.issubdtype(dtype, jnp.inexact)]
     eps = max((float(jnp.finfo(dtype).eps) for dtype in floats), default=None)
@@ -62,10 +70,11 @@ def check_prompt(fn: Callable, params: Any, site: Site, tokens: Any, *args: Any)
     for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(virtual), strict=True):
         if difference(a, b, eps).any():
             raise ValueError(
-                f"A virtual token with the embedding of token {int(tokens[first])} does not act "
-                f"like that token: the model does more with ids than look them up in "
-                f"'{site.path}' (it clamps or masks them, or reads a second table). Prompts "
-                "would go silently wrong in it."
+                f"`check_prompt`: a virtual token with the embedding of token {int(tokens[first])} "
+                "gives other outputs than that token: the model does more with ids than look them "
+                f"up in '{site.path}' (it clamps or masks them, or reads a second table), so soft "
+                "prompts would be silently wrong. Make the model only look up its ids, or use "
+                "`prefix_tuning`."
             )
 
 
@@ -73,8 +82,8 @@ def difference(a: Any, b: Any, eps: float | None = None) -> np.ndarray:
     """Where two results differ by more than rounding: eps ** (3/4) of the largest in `a`.
 
     Args:
-      a, b: Arrays of one shape; those of no floats are to be equal.
-      eps: Of the arithmetic behind them; `None` takes that of their dtype.
+      a, b: Arrays of one shape. Integers and bools must be equal.
+      eps: Machine epsilon of the computation. `None` means that of their dtype.
     """
     if not jnp.issubdtype(a.dtype, jnp.inexact):
         return np.asarray(a != b)
@@ -86,130 +95,145 @@ def difference(a: Any, b: Any, eps: float | None = None) -> np.ndarray:
 
 
 def check_prefix(
-    fn: Callable, tree: Any, tokens: Any, slots: Any, *args: Any, **kwargs: Any
+    fn: Callable, tree: Any, tokens: Any, virtual_positions: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """Runs `fn(tree, tokens, *args, **kwargs)` with other placeholders, and with other rows.
+    """Checks a model for prefixes: placeholders must not matter, and the prefix must.
 
-    What the placeholders are must change nothing but outputs at virtual positions. What the rows
-    of a layer are must change the outputs at all others: else a mask, another example of a packed
-    row, or a sliding window hides the prefix there. `jaxpeft.train.fit` looks at the first of the
-    two by itself, where the loss calls `prepend_virtual_tokens` or `prepend_prefixes`.
+    Runs `fn(tree, tokens, *args, **kwargs)` with other placeholders, which may change only the
+    outputs at virtual positions; and with other rows of each layer's prefix, which must change the
+    outputs at all real positions. Where they do not, a mask, another example of a packed row or
+    a sliding window hides the prefix. `jaxpeft.train.fit` runs the first check on its own, if
+    the loss calls `prepend_virtual_tokens` or `prepend_prefixes`.
 
     Args:
-      fn: The model, or any function of it; outputs whose first axes are (batch, time) are looked
-        at where there are real tokens, all others as a whole.
-      tree: The parameters with the prefix, `combine(frozen, adapter, virtual=slots)`.
-      tokens: Ids (batch, time) behind placeholders, without padding, as `prepend_virtual_tokens` gives them.
-      slots: As `combine` was given them.
-      args, kwargs: What else the model takes.
+      fn: The model, or any function of it. Outputs whose first axes are (batch, time) are
+        compared at real positions, all others as a whole.
+      tree: The parameters with the prefix, `combine(frozen, adapter, virtual_positions=...)`.
+      tokens: Ids (batch, time) behind placeholders, without padding, as
+        `prepend_virtual_tokens` returns them.
+      virtual_positions: As given to `combine`.
+      args, kwargs: Other arguments of the model.
 
     Raises:
-      ValueError: A placeholder is read, or a prefix is not; names where. The tree has no prefix at
-        these slots.
+      ValueError: An output depends on a placeholder, or does not depend on the prefix; names the
+        output and the position. Or the tree has no prefix at these positions.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxpeft as jp
       >>> p = {"table": jnp.eye(5), "k": jnp.ones((5, 2))}
-      >>> def model(p, ids):  # each token has the sum of what those up to it give
+      >>> def model(p, ids):  # each output depends on all tokens up to its own
       ...     return jnp.cumsum(p["table"][ids] @ p["k"], axis=1)
-      >>> ids, slots = jp.prompts.prepend_virtual_tokens(jnp.array([[1, 2], [3, 4]]), 1)
+      >>> ids, positions = jp.prompts.prepend_virtual_tokens(jnp.array([[1, 2], [3, 4]]), 1)
       >>> keys = jp.sites(model, p, ids).match("k")
       >>> frozen, adapter = jp.split(jp.prefix_tuning(1, keys, keys - keys)(jax.random.key(0), p))
-      >>> check_prefix(model, jp.combine(frozen, adapter, virtual=slots), ids, slots)
+      >>> tree = jp.combine(frozen, adapter, virtual_positions=positions)
+      >>> check_prefix(model, tree, ids, positions)
     """
-    tokens, slots = jnp.asarray(tokens), np.asarray(slots)
-    virtual = slots >= 0
-    paths = _paths(tree, slots)
-    if tokens.shape != slots.shape or not virtual.any() or not paths:
+    tokens, positions = jnp.asarray(tokens), np.asarray(virtual_positions)
+    virtual = positions >= 0
+    paths = _prefix_paths(tree, positions)
+    if tokens.shape != positions.shape or not virtual.any() or not paths:
         raise ValueError(
-            f"`check_prefix` is given tokens {tokens.shape} and slots {slots.shape}, "
-            f"{int(virtual.sum())} of which are virtual, with a tree in which "
-            f"{paths or 'no weights'} have them. Give the tokens and slots of `prepend_virtual_tokens`, and "
-            "the tree that `combine(frozen, adapter, virtual=slots)` makes."
+            f"`check_prefix`: tokens of shape {tokens.shape}, virtual positions of shape "
+            f"{positions.shape}, {int(virtual.sum())} of them virtual, and a tree in which "
+            f"{paths or 'no weights'} have a prefix at these positions. Give the tokens and the "
+            "positions that `prepend_virtual_tokens` returns, and the tree of `combine(frozen, "
+            "adapter, virtual_positions=positions)`."
         )
     run = jax.jit(lambda tree, tokens: jax.tree.leaves(lift(fn)(tree, tokens, *args, **kwargs)))
     outputs = run(tree, tokens)
-    old, new = _another(tokens, virtual)
-    for i, (a, b) in enumerate(
-        zip(outputs, run(tree, jnp.where(virtual, new, tokens)), strict=True)
-    ):
-        wrong = difference(a, b) & _real(a.shape, virtual)
+    old, new = _another_placeholder(tokens, virtual)
+    replaced = run(tree, jnp.where(virtual, new, tokens))
+    for i, (a, b) in enumerate(zip(outputs, replaced, strict=True)):
+        wrong = difference(a, b) & _at_real_positions(a.shape, virtual)
         if wrong.any():
             at = tuple(int(x[0]) for x in np.nonzero(wrong))
             raise ValueError(
-                f"Output {i} of shape {a.shape} reads a placeholder: with token {new} in the place "
-                f"of {old} at virtual positions, it changes at {at} from {a[at]} to {b[at]}. "
-                + _WAY_OUT
+                f"`check_prefix`: output {i} of shape {a.shape} depends on a placeholder: with "
+                f"token {new} instead of {old} at virtual positions, its entry {at} is {b[at]} "
+                f"instead of {a[at]}. " + _WAY_OUT
             )
     for path in paths:
-        changed = run(_with_other_rows(tree, path, slots), tokens)
-        _check_felt(path, outputs, changed, virtual)
+        other = run(_with_other_rows(tree, path, positions), tokens)
+        _check_rows_matter(path, outputs, other, virtual)
 
 
 _WAY_OUT = (
-    "The model pools, shifts or convolves over virtual positions, takes its mask or positions from "
-    "ids, or has time before batch. Keep virtual positions out of it (a mask, `drop_virtual_positions` "
-    "before a pooler), or lift it over one example and use `jax.vmap`."
+    "The model pools, shifts or convolves over virtual positions, computes its mask or positions "
+    "from ids, or has time before batch. Keep virtual positions out of it (with a mask, or "
+    "`drop_virtual_positions` before a pooler), or lift it over one example and use `jax.vmap`."
 )
 
 
-def _paths(tree: Any, slots: np.ndarray) -> list[str]:
-    """The paths of the weights that have a prefix at these slots."""
+def _prefix_paths(tree: Any, positions: np.ndarray) -> list[str]:
+    """The paths of the weights that have a prefix at these virtual positions."""
     views = [x for x in jax.tree.leaves(tree, is_leaf=is_view) if is_view(x)]
-    return [view.path for view in views if any(_has(w, slots) for w in chain_of(view.weight))]
+    return [
+        view.path
+        for view in views
+        if any(_is_prefix_at(w, positions) for w in chain_of(view.weight))
+    ]
 
 
-def _has(w: Weight, slots: np.ndarray) -> bool:
-    return isinstance(w, (Prefix, EncodedPrefix)) and np.array_equal(w.slots, slots)
+def _is_prefix_at(w: Weight, positions: np.ndarray) -> bool:
+    if not isinstance(w, (Prefix, EncodedPrefix)):
+        return False
+    return np.array_equal(w.virtual_positions, positions)
 
 
-def _another(tokens: jax.Array, virtual: np.ndarray) -> tuple[int, int]:
-    """The placeholder, and another id that the table has."""
+def _another_placeholder(tokens: jax.Array, virtual: np.ndarray) -> tuple[int, int]:
+    """The placeholder, and another id of the table."""
     old = int(tokens[np.nonzero(virtual)[0][0], np.nonzero(virtual)[1][0]])
     others = np.asarray(tokens)[np.asarray(tokens) != old]
     return old, int(others[0]) if others.size else old + 1
 
 
-def _real(shape: tuple[int, ...], virtual: np.ndarray) -> np.ndarray:
+def _at_real_positions(shape: tuple[int, ...], virtual: np.ndarray) -> np.ndarray:
     """Which entries of an output are not at virtual positions."""
-    for where in (virtual, virtual.T):
-        if shape[:2] == where.shape:
-            return ~where.reshape(*where.shape, *[1] * (len(shape) - 2))
+    for mask in (virtual, virtual.T):
+        if shape[:2] == mask.shape:
+            return ~mask.reshape(*mask.shape, *[1] * (len(shape) - 2))
     return np.ones((1,) * len(shape), bool)
 
 
-def _with_other_rows(tree: Any, path: str, slots: np.ndarray) -> Any:
+def _with_other_rows(tree: Any, path: str, positions: np.ndarray) -> Any:
     """The tree with other rows in the last layer of one weight's stack.
 
-    Of a layer further down, what one token has seen reaches the others.
+    Rows of an earlier layer would reach every token through the tokens that attend to them.
     """
 
-    def other(x: jax.Array, stack: int) -> jax.Array:
+    def noisy(x: jax.Array, stack: int) -> jax.Array:
         size = 1 + jnp.max(jnp.abs(x))
         noise = size * jax.random.normal(jax.random.key(0), x.shape[stack:], x.dtype)
         return x.at[(-1,) * stack].add(noise)
 
-    def changed(w: Any, stack: int) -> Any:
+    def replaced(w: Any, stack: int) -> Any:
         if not isinstance(w, Weight) or (name := base_field(w)) is None:
             return w
-        if _has(w, slots):
+        if _is_prefix_at(w, positions):
             field = "rows" if isinstance(w, Prefix) else "up_bias"
-            return dataclasses.replace(w, **{field: other(getattr(w, field), stack)})  # type: ignore
-        return dataclasses.replace(w, **{name: changed(getattr(w, name), stack)})  # type: ignore
+            return dataclasses.replace(w, **{field: noisy(getattr(w, field), stack)})  # type: ignore
+        return dataclasses.replace(w, **{name: replaced(getattr(w, name), stack)})  # type: ignore
 
-    def one(x: Any) -> Any:
+    def at_path(x: Any) -> Any:
         if not isinstance(x, View) or x.path != path:
             return x
-        return dataclasses.replace(x, weight=changed(x.weight, len(x.sizes("stack"))))
+        return dataclasses.replace(x, weight=replaced(x.weight, len(x.sizes("stack"))))
 
-    return jax.tree.map(one, tree, is_leaf=is_view)
+    return jax.tree.map(at_path, tree, is_leaf=is_view)
 
 
-def _check_felt(path: str, outputs: list, changed: list, virtual: np.ndarray) -> None:
-    """Raises where no output depends on the rows of a weight, by position or by example."""
+def _check_rows_matter(path: str, outputs: list, other: list, virtual: np.ndarray) -> None:
+    """Raises where no output of a position, or of an example, depends on the rows of a weight.
+
+    Args:
+      path: Path of the weight.
+      outputs, other: Outputs with its rows, and with other rows.
+      virtual: bool (batch, time), true at virtual positions.
+    """
     by_position = np.zeros(virtual.shape, bool)
     by_example = np.zeros(len(virtual), bool)
-    for a, b in zip(outputs, changed, strict=True):
+    for a, b in zip(outputs, other, strict=True):
         differs = np.asarray(a != b)
         if a.shape[:2] == virtual.shape:
             by_position |= differs.reshape(*virtual.shape, -1).any(-1)
@@ -223,30 +247,31 @@ def _check_felt(path: str, outputs: list, changed: list, virtual: np.ndarray) ->
         example, time = (int(x[0]) for x in np.nonzero(missing))
         where = f"example {example}" + (f", position {time}" if positions else "")
         raise ValueError(
-            f"The prefix at '{path}' is not seen from {where}, one of {int(missing.sum())}: its "
-            "rows change nothing there. A mask leaves virtual positions out, the row is packed, or "
-            "a sliding window ends before them. Give `prepend_virtual_tokens` the `segment_ids` where the "
-            "model is `jaxpeft.models.decoder`, or each example virtual positions of its own "
-            "(`jaxpeft.data.Batches(..., virtual_tokens=...)`), and tokens without padding."
+            f"`check_prefix`: the output at {where}, one of {int(missing.sum())}, does not depend "
+            f"on the prefix at '{path}'. A mask hides virtual positions, the row is packed, or a "
+            "sliding window ends before them. For `jaxpeft.models.decoder`, give "
+            "`prepend_virtual_tokens` the `segment_ids`; for another model, give each example "
+            "virtual positions of its own (`jaxpeft.data.Batches(..., virtual_tokens=...)`). Check "
+            "with tokens without padding."
         )
 
 
 def check_loss(loss_fn: Callable, frozen: Any, adapter: Any, batch: Any, key: Any) -> None:
-    """Checks that a loss with a prefix or a prompt does not depend on placeholders.
+    """Checks a loss for prefixes and soft prompts: it must not depend on placeholders.
 
-    With a prefix, the loss is computed twice, with different placeholders. In packed rows, each
-    example must attend to its virtual tokens: where the batch is a mapping with `segment_ids`, as
-    the batches of `jaxpeft.data.Batches` are, the loss must pass them to `prepend_virtual_tokens`.
+    Runs the loss once more with other placeholders. For packed rows, each example must attend to
+    its virtual tokens: where the batch is a mapping with `segment_ids`, as those of
+    `jaxpeft.data.Batches` are, the loss must pass them to `prepend_virtual_tokens`.
 
     Args:
-      loss_fn: `loss_fn(frozen, adapter, batch, key)`. It must call `prepend_virtual_tokens` or
-        `prepend_prefixes` itself: placeholders that are in the batch already cannot be replaced.
+      loss_fn: `loss_fn(frozen, adapter, batch, key)`, which calls `prepend_virtual_tokens` or
+        `prepend_prefixes`. A loss that is given their results is not checked.
       frozen, adapter: From `split`.
       batch, key: As the loss takes them.
 
     Raises:
-      ValueError: The loss depends on a placeholder, or it ignores that rows are packed; or the
-        frozen tree and the adapter are swapped.
+      ValueError: The loss depends on a placeholder, or it ignores that rows are packed; or
+        the frozen tree and the adapter are swapped.
     """
     check_order("check_loss(loss_fn, frozen, adapter, batch, key)", adapter)
     check_loss_order(loss_fn)
@@ -261,31 +286,31 @@ def check_loss(loss_fn: Callable, frozen: Any, adapter: Any, batch: Any, key: An
     if packed and any(isinstance(w, (GatedLowRank, GatedPrefix, GatedBottleneck)) for w in weights):
         raise ValueError(
             f"Row {packed[0]} of the batch packs {packed[1]} examples, but a gate of `unipelt` is "
-            "one number for each row, the mean over all of its positions. Give each example a row "
-            "of its own: `Batches(..., pack=False)`."
+            "one number per row, the mean over all of its positions. Give each example a row of "
+            "its own: `jaxpeft.data.Batches(..., pack=False)`."
         )
     if packed:
-        with exchanged_placeholders() as told:
+        with replaced_placeholders() as told:
             jax.eval_shape(lambda *given: loss_fn(*given), frozen, adapter, batch, key)
         if not all(told):
             row, count = packed
             raise ValueError(
                 f"Row {row} of the batch packs {count} examples, but the loss puts virtual tokens "
-                "in front of the first alone. Pass the `segment_ids` to `prepend_virtual_tokens` (or "
-                "`prepend_prefixes`) where the model is `jaxpeft.models.decoder`; for another "
+                "in front of the first one only. Pass the `segment_ids` to `prepend_virtual_tokens` "
+                "(or `prepend_prefixes`) where the model is `jaxpeft.models.decoder`; for another "
                 "model, give each example virtual tokens of its own: "
                 "`Batches(..., virtual_tokens=...)`."
             )
     if not has_prefix:
         return
     plain = jax.jit(lambda *given: loss_fn(*given))(frozen, adapter, batch, key)
-    with exchanged_placeholders():
+    with replaced_placeholders():
         other = jax.jit(lambda *given: loss_fn(*given))(frozen, adapter, batch, key)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
         if difference(jnp.asarray(a), jnp.asarray(b)).any():
             raise ValueError(
-                f"The loss reads a placeholder: with another token at virtual positions, it is {b} "
-                f"instead of {a}. {_WAY_OUT} `jp.prompts.check_prefix` says at which output."
+                "The loss depends on a placeholder: with another token at virtual positions, it is "
+                f"{b} instead of {a}. {_WAY_OUT} `jp.prompts.check_prefix` names the output."
             )
 
 

@@ -163,11 +163,13 @@ class Pair:
         frozen, start = jp.split(method(jax.random.key(0), self.params))
         shapes = {path: x.shape for path, x in start.items()}
         assert {path: x.shape for path, x in adapter.items()} == shapes
-        tokens, slots = jp.prompts.prepend_virtual_tokens(jnp.asarray(self.tokens), length)
+        tokens, virtual_positions = jp.prompts.prepend_virtual_tokens(
+            jnp.asarray(self.tokens), length
+        )
         rows = len(tokens)
         mask = np.concatenate([np.ones((rows, length), bool), self.mask], axis=1)
         positions = np.concatenate([np.arange(length), np.arange(LENGTH)])[None]
-        call = {"virtual": slots} if length else {}
+        call = {"virtual_positions": virtual_positions} if length else {}
         out = jax.jit(jp.lift(self.forward))(
             jp.combine(frozen, adapter, **call),
             tokens,
@@ -358,7 +360,7 @@ def test_unipelt(pair):
         sites.match(K),
         sites.match(V),
         sites.match(DOWN),
-        width=WIDTH // 16,
+        bottleneck_dim=WIDTH // 16,
         rope=pair.rope,
         dtype=F8,
         **pair.norms,

@@ -95,7 +95,7 @@ def test_a_method_is_told_of_the_tasks_own_batches(task, name):
     kernels = seen.probe.sites.match("trunk/layers/*kernel")
     real = sum(int(batch.mask.sum()) for batch in seen.batches)
     for moments in seen.moments(kernels).values():
-        np.testing.assert_array_equal(moments.rows, real)  # padding does not count
+        np.testing.assert_array_equal(moments.count, real)  # padding does not count
 
     def mean_loss(params):
         return sum(seen.loss(params, batch) for batch in seen.batches) / len(seen.batches)

@@ -41,7 +41,8 @@ class Model(NamedTuple):
     args: tuple
 
 
-#: What puts rows at the output of projections: {path of the kernel: (rows, slots)} to a context.
+#: What puts rows at the output of projections, as a context, of {path of the kernel: (rows,
+#: virtual positions)}.
 Rows = Callable[[dict[str, tuple[jax.Array, jax.Array]]], contextlib.AbstractContextManager]
 
 
@@ -59,8 +60,8 @@ class Client:
       scaled: What IA3 scales instead of keys and values, such as a part of a fused kernel.
       rows: How the library is told of rows at the output of a projection.
       unrolled: The same function to tell of it, where layers are one program in a loop.
-      virtual: {position in args: name of its slots}: the arguments that hold tokens.
-      slots: From the path of a projection to the name of its slots.
+      virtual: {position in args: name of its virtual_positions}: the arguments that hold tokens.
+      virtual_positions: From the path of a projection to the name of its virtual_positions.
       tolerance: 1e-10 where the library computes in float64 throughout.
     """
 
@@ -77,8 +78,8 @@ class Client:
     scaled: Callable[[jp.Sites], jp.Sites] | None = None
     rows: Rows | None = None
     unrolled: Callable[..., Any] | None = None
-    virtual: Mapping[int, str] = dataclasses.field(default_factory=lambda: {0: "virtual"})
-    slots: Callable[[str], str] = lambda path: "virtual"
+    virtual: Mapping[int, str] = dataclasses.field(default_factory=lambda: {0: "virtual_positions"})
+    virtual_positions: Callable[[str], str] = lambda path: "virtual_positions"
     tolerance: float = 1e-10
 
     @functools.cached_property
@@ -116,14 +117,16 @@ def _nf4_lora(c: Client, dtype: Any) -> jp.Method:
 
 
 def _prefix(c: Client, dtype: Any) -> jp.Method:
-    """One prefix for each name of slots that the model has."""
+    """One prefix for each name of virtual_positions that the model has."""
     keys, values = c.match(c.keys), c.match(c.values)
-    names = dict.fromkeys(c.slots(path) for path in keys)
+    names = dict.fromkeys(c.virtual_positions(path) for path in keys)
     parts = []
     for name in names:
-        mine = lambda site, name=name: c.slots(site.path) == name  # noqa: E731
+        mine = lambda site, name=name: c.virtual_positions(site.path) == name  # noqa: E731
         parts.append(
-            jp.prefix_tuning(LENGTH, keys.match(mine), values.match(mine), slots=name, dtype=dtype)
+            jp.prefix_tuning(
+                LENGTH, keys.match(mine), values.match(mine), positions_name=name, dtype=dtype
+            )
         )
     return jp.chain(*parts)
 
@@ -262,14 +265,14 @@ def _prefix_law(client: Client, frozen: Any, adapter: Any) -> tuple[float, float
         return drop_virtual_positions(y, LENGTH) if y.shape[1] in times else y
 
     def given(adapter, fill=1):
-        args, slots = virtual(client, fill)
-        outputs = jp.lift(fn)(jp.combine(frozen, adapter, **slots), *args)
+        args, virtual_positions = virtual(client, fill)
+        outputs = jp.lift(fn)(jp.combine(frozen, adapter, **virtual_positions), *args)
         return jax.tree.map(trimmed, outputs)
 
     def wanted(adapter, fill=1):
-        args, slots = virtual(client, fill)
+        args, virtual_positions = virtual(client, fill)
         rows = {
-            path.removesuffix("/rows"): (value, slots[client.slots(path)])
+            path.removesuffix("/rows"): (value, virtual_positions[client.virtual_positions(path)])
             for path, value in adapter.items()
         }
         with client.rows(rows):
@@ -279,23 +282,31 @@ def _prefix_law(client: Client, frozen: Any, adapter: Any) -> tuple[float, float
     errors = _compare(given, wanted, adapter, _plain(client))
     other = worst(jax.jit(lambda a: given(a, 2))(adapter), jax.jit(given)(adapter))
     if other > client.tolerance:  # what the check is for, which a user runs on a new model
-        args, slots = virtual(client, 1)
+        args, virtual_positions = virtual(client, 1)
         jp.prompts.check_prefix(
-            fn, jp.combine(frozen, adapter, **slots), args[0], *slots.values(), *args[1:]
+            fn,
+            jp.combine(frozen, adapter, **virtual_positions),
+            args[0],
+            *virtual_positions.values(),
+            *args[1:],
         )
     assert other <= client.tolerance, f"placeholders are read: outputs differ by {other:.2g}"
     return errors
 
 
 def virtual(client: Client, fill: int) -> tuple[tuple, dict[str, jax.Array]]:
-    """Arguments with virtual tokens in front, and the slots; all are virtual in a model without
-    tokens, whose positions nothing can stand in front of."""
-    args, slots = list(client.model.args), {}
+    """Arguments with virtual tokens in front, and their positions.
+
+    In a model without tokens nothing can be prepended, and all positions are virtual.
+    """
+    args, virtual_positions = list(client.model.args), {}
     for i, name in client.virtual.items():
-        args[i], slots[name] = prepend_virtual_tokens(args[i], LENGTH, fill)
-    if not slots:
-        slots = {"virtual": jnp.zeros((len(real(args)[0]), LENGTH), jnp.int32)}
-    return tuple(args), slots
+        args[i], virtual_positions[name] = prepend_virtual_tokens(args[i], LENGTH, fill)
+    if not virtual_positions:
+        virtual_positions = {
+            "virtual_positions": jnp.zeros((len(real(args)[0]), LENGTH), jnp.int32)
+        }
+    return tuple(args), virtual_positions
 
 
 # --- Tests -----------------------------------------------------------------------------------

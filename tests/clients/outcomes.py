@@ -4,8 +4,8 @@ Everything that a change of the library may alter for the better stands here.
 """
 
 _BOTH = "are among the keys and among the values. A weight that gives both at once cannot have a "
-_CONV = "is no projection but .'conv'."
-_POSITIONS = "is told of virtual positions .* but its input has leading axes"
+_CONV = "as conv, which is no projection"
+_POSITIONS = "was given virtual positions .* but its input has leading axes"
 
 #: Refused, with a message that this pattern finds.
 REFUSED: dict[tuple[str, str], str] = {
@@ -27,7 +27,10 @@ REFUSED: dict[tuple[str, str], str] = {
     ("Equinox GRU", "IA3"): "adds 'cell/bias_n' of shape .16,. .* 16 numbers for 48 outputs",
     ("Equinox convolutions", "prefix"): _CONV,
     # Its pooler reads position 0, which `check_prefix` says.
-    ("FlaxBertForSequenceClassification", "prefix"): "Output 0 of shape .* reads a placeholder",
+    (
+        "FlaxBertForSequenceClassification",
+        "prefix",
+    ): "output 0 of shape .* depends on a placeholder",
     # Fused kernels.
     ("FlaxGPT2LMHeadModel", "prefix"): _BOTH,
     ("FlaxBloomForCausalLM", "prefix"): _BOTH,

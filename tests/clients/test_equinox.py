@@ -62,10 +62,14 @@ class Rows(eqx.Module):
 
     inner: eqx.nn.Linear
     values: jax.Array
-    slots: jax.Array
+    virtual_positions: jax.Array
 
     def __call__(self, y):
-        return jnp.where(self.slots[:, None] >= 0, self.values[jnp.maximum(self.slots, 0)], y)
+        return jnp.where(
+            self.virtual_positions[:, None] >= 0,
+            self.values[jnp.maximum(self.virtual_positions, 0)],
+            y,
+        )
 
 
 class Block(eqx.Module):
@@ -95,8 +99,8 @@ class Block(eqx.Module):
         for name in ("key_proj", "value_proj"):
             path = f"blocks/{self.place}/attention/{name}/weight"
             if path in self.given:
-                values, slots = self.given[path]
-                told = Rows(getattr(attention, name), values, slots[example])
+                values, virtual_positions = self.given[path]
+                told = Rows(getattr(attention, name), values, virtual_positions[example])
                 attention = eqx.tree_at(lambda a, name=name: getattr(a, name), attention, told)
         causal = jnp.tril(jnp.ones((len(x), len(x)), bool))
         x = x + attention(y, y, y, mask=causal)

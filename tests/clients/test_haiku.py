@@ -49,8 +49,10 @@ def rows(of: dict[str, tuple[jax.Array, jax.Array]]) -> Iterator[None]:
         found = of.get(f"{self.module_name}/w")
         if found is None:
             return y
-        values, slots = found
-        return jnp.where(slots[..., None] >= 0, values[jnp.maximum(slots, 0)], y)
+        values, virtual_positions = found
+        return jnp.where(
+            virtual_positions[..., None] >= 0, values[jnp.maximum(virtual_positions, 0)], y
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hk.Linear, "__call__", call)

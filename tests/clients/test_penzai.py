@@ -46,11 +46,11 @@ def rows(of: dict[str, tuple[jax.Array, jax.Array]]) -> Iterator[None]:
     Where a layer adds a bias, its output is behind it; layers of a stack are told apart.
     """
     by_label = {}
-    for path, (values, slots) in of.items():
+    for path, (values, virtual_positions) in of.items():
         label = path.removesuffix("/data_array").replace("Linear.weights", "AddBias.bias")
         layers = values if values.ndim == 3 else [values]
         for i, layer in enumerate(layers):
-            by_label[label.replace("/blocks/", f"/block_{i}/")] = layer, slots
+            by_label[label.replace("/blocks/", f"/block_{i}/")] = layer, virtual_positions
 
     def patched(kind, field):
         plain = kind.__call__
@@ -68,11 +68,13 @@ def rows(of: dict[str, tuple[jax.Array, jax.Array]]) -> Iterator[None]:
         yield
 
 
-def _with_rows(y: Any, values: jax.Array, slots: jax.Array) -> Any:
+def _with_rows(y: Any, values: jax.Array, virtual_positions: jax.Array) -> Any:
     outputs = {n: size for n, size in y.named_shape.items() if n not in ("batch", "seq")}
-    there = values[jnp.maximum(slots, 0)].reshape(*slots.shape, *outputs.values())
+    there = values[jnp.maximum(virtual_positions, 0)].reshape(
+        *virtual_positions.shape, *outputs.values()
+    )
     there = pz.nx.wrap(there).tag("batch", "seq", *outputs)
-    return pz.nx.nmap(jnp.where)(pz.nx.wrap(slots >= 0).tag("batch", "seq"), there, y)
+    return pz.nx.nmap(jnp.where)(pz.nx.wrap(virtual_positions >= 0).tag("batch", "seq"), there, y)
 
 
 def one_by_one(make: Callable[[jax.Array], Any]) -> Callable:

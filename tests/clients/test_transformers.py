@@ -42,8 +42,12 @@ def rows(of: dict[str, tuple[jax.Array, jax.Array]]) -> Iterator[None]:
         found = of.get("/".join((*context.module.path, "kernel")))
         if found is None or context.method_name != "__call__":
             return y
-        values, slots = found
-        return jnp.where(slots[..., None] >= 0, values[jnp.maximum(slots, 0)].astype(y.dtype), y)
+        values, virtual_positions = found
+        return jnp.where(
+            virtual_positions[..., None] >= 0,
+            values[jnp.maximum(virtual_positions, 0)].astype(y.dtype),
+            y,
+        )
 
     with nn.intercept_methods(intercept):
         yield
@@ -318,13 +322,13 @@ DECODERS = [
 def cross(path: str) -> str:
     """The decoder's own attention has targets in front of it, all others the encoder's inputs."""
     own = "decoder/" in path and ("self_attn" in path or "SelfAttention" in path)
-    return "virtual_targets" if own else "virtual"
+    return "virtual_target_positions" if own else "virtual_positions"
 
 
 PAIRS = dict(
     args=lambda: (tokens(0), tokens(1, 5)),
-    virtual={0: "virtual", 1: "virtual_targets"},
-    slots=cross,
+    virtual={0: "virtual_positions", 1: "virtual_target_positions"},
+    virtual_positions=cross,
     tables=r"embedding$",
 )
 T5 = dict(
@@ -431,7 +435,7 @@ OTHERS = [
         tables=r"/embedding$",
         call=lambda model, sound, ids: model(sound, decoder_input_ids=ids).logits,
         args=lambda: (random(2, 2, 5, 12), tokens(1)),
-        virtual={1: "virtual"},
+        virtual={1: "virtual_positions"},
     ),
     client(
         "FlaxWav2Vec2Model",

@@ -84,14 +84,19 @@ def _rows_of(family: Any, of: dict[str, tuple[jax.Array, jax.Array]]) -> Any:
 class _WithRows(nnx.Module):
     """A projection with rows at virtual positions, less the bias that is added to them."""
 
-    def __init__(self, inner: Any, values: jax.Array, slots: jax.Array, bias: Any):
-        self.inner, self.values, self.slots, self.bias = inner, values, slots, bias
+    def __init__(self, inner: Any, values: jax.Array, virtual_positions: jax.Array, bias: Any):
+        self.inner, self.values, self.virtual_positions, self.bias = (
+            inner,
+            values,
+            virtual_positions,
+            bias,
+        )
 
     def __call__(self, x):
         y = self.inner(x)
-        there = self.values[jnp.maximum(self.slots, 0)]
+        there = self.values[jnp.maximum(self.virtual_positions, 0)]
         there = there if self.bias is None else there - self.bias[...]
-        return jnp.where(self.slots[..., None, None] >= 0, there.reshape(y.shape), y)
+        return jnp.where(self.virtual_positions[..., None, None] >= 0, there.reshape(y.shape), y)
 
     @property
     def shape(self):

@@ -75,13 +75,13 @@ def parallel(adapter, given):
 
 def prefix(adapter, given):
     """Trained rows in the place of what a projection gives at virtual positions."""
-    slots = np.asarray(given["virtual"])
+    virtual_positions = np.asarray(given["virtual_positions"])
 
     def product(path, h, w, b=0.0, layer=None, around=None):
         y = h @ w + b
         found = fields(adapter, path, layer, "rows")
-        for example, time in np.argwhere(slots >= 0) if found else ():
-            y = y.at[example, time].set(found[0][slots[example, time]])
+        for example, time in np.argwhere(virtual_positions >= 0) if found else ():
+            y = y.at[example, time].set(found[0][virtual_positions[example, time]])
         return y
 
     return product
@@ -114,8 +114,8 @@ def mam(adapter, given):
 
 def unipelt(adapter, given):
     """LoRA at q and v, a prefix at k and v, an adapter behind `down`, each times its gate."""
-    slots = np.asarray(given["virtual"])
-    real = jnp.asarray(slots < 0)[..., None]
+    virtual_positions = np.asarray(given["virtual_positions"])
+    real = jnp.asarray(virtual_positions < 0)[..., None]
 
     def gate(x, name, layer):
         v, c = (adapter[f"{name}/{part}"] for part in ("gate", "gate_bias"))
@@ -132,8 +132,8 @@ def unipelt(adapter, given):
         if path in "kv":
             (rows,) = fields(adapter, path, layer, "rows")
             g = gate(h, "k/prefix", layer)
-            for example, time in np.argwhere(slots >= 0):
-                virtual = rows[slots[example, time]] * g[example, 0]
+            for example, time in np.argwhere(virtual_positions >= 0):
+                virtual = rows[virtual_positions[example, time]] * g[example, 0]
                 y = y.at[example, time].set(virtual)
         if path == "down":
             down, c, up, e = fields(adapter, path, layer, "down", "down_bias", "up", "up_bias")

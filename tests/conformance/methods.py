@@ -201,7 +201,7 @@ def _unipelt(sites, dtype):
         *map(sites.match, ("k", "v", "down")),
         rank=2,
         length=2,
-        width=3,
+        bottleneck_dim=3,
         norms=norms,
         dtype=dtype,
     )
@@ -236,8 +236,8 @@ def _gated_entries(sites, dtype):
     return jp.gates(sites.matrices, kind="sigmoid", start=0.7, dtype=dtype)
 
 
-def _sharpness(args):
-    return {"sharpness": np.array(1.5)}
+def _inverse_temperature(args):
+    return {"inverse_temperature": np.array(1.5)}
 
 
 def _xlora(sites, dtype):
@@ -262,9 +262,9 @@ def _one_task(args):
 def _virtual_positions(args):
     """Two in each of the first two examples, at different places; none in the others."""
     x = next((a for a in args if getattr(a, "ndim", 0) == 3), args[-1])  # or ids
-    slots = np.full(x.shape[:2], -1)
-    slots[0, :2] = slots[1, 1:3] = (0, 1)
-    return {"virtual": slots}
+    virtual_positions = np.full(x.shape[:2], -1)
+    virtual_positions[0, :2] = virtual_positions[1, 1:3] = (0, 1)
+    return {"virtual_positions": virtual_positions}
 
 
 def _prompt(sites, dtype):
@@ -318,11 +318,11 @@ _PARTS = dict.fromkeys(
     r"'(up|down)'.*sharding that the weight cannot follow",
 )
 _TURNED = {"a bias subtracted, a bias times two": r"'(up|down)'.*subtracts or scales '\w+_bias'"}
-_POSITIONS = r"prefix at '.*' is told of virtual positions"
+_POSITIONS = r"prefix at '.*' was given virtual positions of shape"
 _MISPLACED = {
-    "layers with time before batch, as many of both": r"is told of virtual positions \(4, 5\).*"
-    r"input has leading axes \(5, 4\)",
-    "a pooler of the first position": r"Output 0 of shape \(2, 19\) reads a placeholder",
+    "layers with time before batch, as many of both": r"was given virtual positions of shape "
+    r"\(4, 5\).*input has leading axes \(5, 4\)",
+    "a pooler of the first position": r"output 0 of shape \(2, 19\) depends on a placeholder",
 }
 
 # Sides are prime, so a block is all of them: as large as a square weight, cut where that is.
@@ -383,7 +383,7 @@ METHODS = [
         _gates,
         roles=_LINEAR,
         rows=("x @ w", "a mesh with Explicit axes"),
-        given=_sharpness,
+        given=_inverse_temperature,
     ),
     Method(
         "gates of entries",
@@ -391,7 +391,7 @@ METHODS = [
         factored=False,
         coarse=_CUT,
         rows=("lax.scan over layers",),
-        given=_sharpness,
+        given=_inverse_temperature,
     ),
     Method("hira", _hira, factored=False, rows=("x @ w", "lax.scan over layers")),
     Method("vera", _vera, rows=("x @ w",)),

@@ -234,8 +234,8 @@ def test_what_would_be_wrong_is_refused_by_path(row, method):
         given = method.given(args)
         tree = jp.combine(frozen, adapter, **given)
         jax.eval_shape(jp.lift(case.fn), tree, *args)
-        if "virtual" in given and args[-1].ndim == 2:  # ids: who reads them is data, too
-            jp.prompts.check_prefix(case.fn, tree, args[-1], given["virtual"], *args[:-1])
+        if "virtual_positions" in given and args[-1].ndim == 2:  # ids: who reads them is data, too
+            jp.prompts.check_prefix(case.fn, tree, args[-1], given["virtual_positions"], *args[:-1])
 
 
 def test_a_method_has_each_row_once():

@@ -349,7 +349,7 @@ def lora(sites, **options):
     return jp.lora(2, sites, alpha=3.0, dtype=FULL, **options)
 
 
-SLOTS = dict(virtual=np.array([[0, 1, -1, -1, -1], [-1, 0, 1, -1, -1]]))
+VIRTUAL_POSITIONS = dict(virtual_positions=np.array([[0, 1, -1, -1, -1], [-1, 0, 1, -1, -1]]))
 EXPERTS = {
     f"{path}/experts/{name}": numbers(f"{path} {name}", *shape)
     for path, n, m in (("up", D, F), ("down", F, D))
@@ -408,12 +408,14 @@ CASES: dict[str, Case] = {
         "tied", lambda s: jp.trainable_tokens([1, 4, 5], s.embedding, dtype=FULL)
     ),
     "prefix": on(
-        "layers", lambda s: jp.prefix_tuning(2, s.match("k"), s.match("v"), dtype=FULL), given=SLOTS
+        "layers",
+        lambda s: jp.prefix_tuning(2, s.match("k"), s.match("v"), dtype=FULL),
+        given=VIRTUAL_POSITIONS,
     ),
     "encoded_prefix": on(
         "layers",
         lambda s: jp.prefix_tuning(2, s.match("k"), s.match("v"), hidden=3, embed=2, dtype=FULL),
-        given=SLOTS,
+        given=VIRTUAL_POSITIONS,
     ),
     "bottleneck": on(
         "mlp",
@@ -434,7 +436,7 @@ CASES: dict[str, Case] = {
         lambda s: jp.mam(
             2, 3, *map(s.match, ("k", "v", "up", "down")), activation="tanh", dtype=FULL
         ),
-        given=SLOTS,
+        given=VIRTUAL_POSITIONS,
     ),
     "unipelt": on(
         "layers",
@@ -443,11 +445,11 @@ CASES: dict[str, Case] = {
             *map(s.match, ("k", "v", "down")),
             rank=2,
             length=2,
-            width=3,
+            bottleneck_dim=3,
             norms=s.match("mlp_scale", "mlp_bias"),
             dtype=FULL,
         ),
-        given=SLOTS,
+        given=VIRTUAL_POSITIONS,
     ),
     "moelora": on(
         "mlp",
@@ -471,12 +473,12 @@ CASES: dict[str, Case] = {
     "gates": on(
         "mlp",
         lambda s: jp.gates(s.linear, kind="sigmoid", structure="output", start=0.7, dtype=FULL),
-        given=dict(sharpness=np.array(1.5)),
+        given=dict(inverse_temperature=np.array(1.5)),
     ),
     "gates_of_blocks": on(
         "mlp",
         lambda s: jp.gates(s.linear, kind="sigmoid", structure=(2, None), start=0.7, dtype=FULL),
-        given=dict(sharpness=np.array(1.5)),
+        given=dict(inverse_temperature=np.array(1.5)),
     ),
     "bitfit": on("layers", jp.bitfit),
     "norm_tuning": on("layers", jp.norm_tuning),
@@ -514,7 +516,7 @@ CASES: dict[str, Case] = {
     "gates_of_entries": on(
         "layers",
         lambda s: jp.gates(s.linear, kind="sigmoid", start=0.7, dtype=FULL),
-        given=dict(sharpness=np.array(1.5)),
+        given=dict(inverse_temperature=np.array(1.5)),
     ),
     "lora_on_tied": on("tied", lambda s: lora(s.matrices)),
     "int8_on_tied": on("tied", qlora("int8")),

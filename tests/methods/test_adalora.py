@@ -30,7 +30,12 @@ def loss(frozen, adapter, batch, key):
 def fitted(steps=30, budget=6, **options):
     method = jp.adalora(R, SITES, alpha=6.0, dtype=jnp.float64)
     frozen, adapter = jp.split(method(KEY, PARAMS))
-    options = {"steps": steps, "warmup": 4, "final": 6, "every": 3} | options
+    options = {
+        "total_steps": steps,
+        "warmup_steps": 4,
+        "final_steps": 6,
+        "update_every": 3,
+    } | options
     tx = optim.rank_allocator(optax.adam(3e-2), budget, **options)
     state, counts = train.init(adapter, tx), []
     step = jax.jit(train.train_step(loss, tx))
@@ -56,7 +61,9 @@ def test_ranks_fall_along_the_cubic_schedule_to_the_budget_and_stay():
 def test_what_is_least_important_is_given_up():
     """A triplet whose gradient and value are large is kept, one without a gradient is not."""
     adapter = {"w/a": normal(0, 4, 3), "w/values": jnp.ones(3), "w/b": normal(1, 3, 5)}
-    tx = optim.rank_allocator(optax.sgd(0.0), 1, steps=4, warmup=0, final=1, every=1)
+    tx = optim.rank_allocator(
+        optax.sgd(0.0), 1, total_steps=4, warmup_steps=0, final_steps=1, update_every=1
+    )
     state = tx.init(adapter)
     slope = jax.tree.map(jnp.zeros_like, adapter)
     for sign in (1.0, -1.0, 1.0):
@@ -118,14 +125,16 @@ def test_orthogonality_is_the_sum_of_squared_distances():
 def test_the_values_of_the_budget_do_not_touch_other_arrays():
     adapter = {"w/a": normal(0, 4, 3), "w/values": jnp.ones(3), "w/b": normal(1, 3, 5)}
     adapter["other/bias"] = jnp.ones(2)
-    tx = optim.rank_allocator(optax.sgd(1.0), 1, steps=3, warmup=0, final=1, every=1)
+    tx = optim.rank_allocator(
+        optax.sgd(1.0), 1, total_steps=3, warmup_steps=0, final_steps=1, update_every=1
+    )
     state = tx.init(adapter)
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, adapter), state, adapter)
     np.testing.assert_array_equal(updates["other/bias"], [-1, -1])
 
 
 PLAIN = {"w/a": jnp.ones((2, 1)), "w/b": jnp.ones((1, 2))}
-BUDGET = {"steps": 9, "warmup": 2, "final": 2}
+BUDGET = {"total_steps": 9, "warmup_steps": 2, "final_steps": 2}
 
 
 @pytest.mark.parametrize(
@@ -166,10 +175,15 @@ BUDGET = {"steps": 9, "warmup": 2, "final": 2}
             "all values of this adapter are zero",
         ),
         (
-            lambda: optim.rank_allocator(optax.sgd(1), 1, steps=4, warmup=2, final=2),
-            "fewer than all",
+            lambda: optim.rank_allocator(
+                optax.sgd(1), 1, total_steps=4, warmup_steps=2, final_steps=2
+            ),
+            "together less than `total_steps`",
         ),
-        (lambda: optim.rank_allocator(optax.sgd(1), 0, **BUDGET), "every=10, budget=0.*at least 1"),
+        (
+            lambda: optim.rank_allocator(optax.sgd(1), 0, **BUDGET),
+            "budget=0, update_every=10.*at least 1",
+        ),
         (
             lambda: optim.rank_allocator(optax.sgd(1), 1, beta2=1.0, **BUDGET),
             r"beta2=1.0\)`: a decay",

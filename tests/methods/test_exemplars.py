@@ -199,7 +199,7 @@ def test_a_prefix_is_keys_and_values_before_the_input(sites):
     keys, values = sites.match("*/k/kernel"), sites.match("*/v/kernel")
     frozen, adapter = jp.split(jp.prefix_tuning(n, keys, values, dtype=F8)(KEY, toy.params()))
     adapter = toy.perturbed(adapter)
-    ids, slots = jp.prompts.prepend_virtual_tokens(toy.ids(), n)
+    ids, virtual_positions = jp.prompts.prepend_virtual_tokens(toy.ids(), n)
 
     def before(k, v, i):
         rows = [adapter[f"layers/{name}/kernel/rows"][i] for name in "kv"]
@@ -209,10 +209,12 @@ def test_a_prefix_is_keys_and_values_before_the_input(sites):
         return *(jnp.concatenate([r, x], axis=1) for r, x in zip(rows, (k, v), strict=True)), n
 
     by_hand = toy.by_hand(toy.params(), toy.ids(), first=n, prefix=before)
-    out = jp.prompts.drop_virtual_positions(lifted(frozen, adapter, ids, virtual=slots), n)
+    out = jp.prompts.drop_virtual_positions(
+        lifted(frozen, adapter, ids, virtual_positions=virtual_positions), n
+    )
     close(out, by_hand)
     # Real tokens read nothing that the placeholders are.
-    other = lifted(frozen, adapter, ids.at[:, :n].set(7), virtual=slots)
+    other = lifted(frozen, adapter, ids.at[:, :n].set(7), virtual_positions=virtual_positions)
     np.testing.assert_allclose(jp.prompts.drop_virtual_positions(other, n), out, rtol=1e-12)
 
 
@@ -225,13 +227,17 @@ def test_a_prefix_refuses_a_model_that_merges_batch_and_time():
     sites = jp.sites(flat, p, toy.ids())
     none = sites.match("k") - sites.match("k")
     frozen, adapter = jp.split(jp.prefix_tuning(2, sites.match("k"), none, dtype=F8)(KEY, p))
-    ids, slots = jp.prompts.prepend_virtual_tokens(toy.ids(), 2)
-    with pytest.raises(ValueError, match=r"prefix at 'k' is told of virtual positions \(3, 8\)"):
-        jp.lift(flat)(jp.combine(frozen, adapter, virtual=slots), ids)
+    ids, virtual_positions = jp.prompts.prepend_virtual_tokens(toy.ids(), 2)
+    with pytest.raises(
+        ValueError, match=r"prefix at 'k' was given virtual positions of shape \(3, 8\)"
+    ):
+        jp.lift(flat)(jp.combine(frozen, adapter, virtual_positions=virtual_positions), ids)
     one = jax.vmap(
-        lambda ids, slots: jp.lift(flat)(jp.combine(frozen, adapter, virtual=slots[None][0]), ids)
+        lambda ids, virtual_positions: jp.lift(flat)(
+            jp.combine(frozen, adapter, virtual_positions=virtual_positions[None][0]), ids
+        )
     )
-    out = one(ids, slots)
+    out = one(ids, virtual_positions)
     np.testing.assert_allclose(out[:, :2], jnp.broadcast_to(adapter["k/rows"], (3, 2, 8)))
 
 
@@ -276,7 +282,7 @@ def test_int8_is_within_half_a_step_of_the_weight_and_under_lora(sites):
         ),
         (lambda s: jp.prompt_tuning(0, s.embedding), r"length=0"),
         (lambda s: jp.prefix_tuning(0, s.linear, s.linear), r"length=0"),
-        (lambda s: jp.prefix_tuning(2, s.embedding, s.linear), "is no projection"),
+        (lambda s: jp.prefix_tuning(2, s.embedding, s.linear), "which is no projection"),
         (
             lambda s: jp.prefix_tuning(
                 2, s.match("*/k/kernel"), s.match("*/v/kernel"), rope=[1, 1, 1]

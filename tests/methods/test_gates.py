@@ -112,10 +112,12 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-np.asarray(x)))
 
 
-def z_by_hand(kind, logits, sharpness=None):
+def z_by_hand(kind, logits, inverse_temperature=None):
     if kind == "hard concrete":
         return np.clip(sigmoid(logits) * (1.1 - -0.1) - 0.1, 0, 1)
-    return sigmoid(sharpness * logits) if sharpness else (logits > 0).astype(float)
+    return (
+        sigmoid(inverse_temperature * logits) if inverse_temperature else (logits > 0).astype(float)
+    )
 
 
 def run(frozen, adapter, **call):
@@ -130,26 +132,30 @@ def merged(frozen, adapter, **call):
 
 
 @pytest.mark.parametrize(
-    "mix, kind, sharpness",
+    "mix, kind, inverse_temperature",
     [
         *((mix, "hard concrete", None) for mix in MIXES),
         (MIXES[1], "sigmoid", None),
         (MIXES[1], "sigmoid", 1.7),
     ],
 )
-def test_gates_are_those_of_the_formula(mix, kind, sharpness):
+def test_gates_are_those_of_the_formula(mix, kind, inverse_temperature):
     frozen, adapter = mixed(mix, kind, 3.0)
-    got = merged(frozen, adapter, **({} if sharpness is None else {"sharpness": sharpness}))
+    got = merged(
+        frozen,
+        adapter,
+        **({} if inverse_temperature is None else {"inverse_temperature": inverse_temperature}),
+    )
     for path, w in flat(PARAMS).items():
         logits = np.asarray(adapter[f"{path}/gates/{label(mix[path])}"])
         *stack, n, m = SIDES[path]
         assert logits.shape == (*stack, n * m // math.prod(block_sides(mix[path], n, m)))
-        z = over_entries(mix[path], path, z_by_hand(kind, logits, sharpness))
+        z = over_entries(mix[path], path, z_by_hand(kind, logits, inverse_temperature))
         np.testing.assert_allclose(got[path], w * z, rtol=1e-12)
 
 
 @each_structure_or_two
-def test_masks_and_openness_are_those_of_the_formula(structure, kind):
+def test_masks_and_expected_density_are_those_of_the_formula(structure, kind):
     method, _, adapter = made(structure, kind)
     masks = gate_masks(method, adapter)
     assert list(masks) == list(SITES)
@@ -165,7 +171,7 @@ def test_masks_and_openness_are_those_of_the_formula(structure, kind):
             chance = sigmoid(2.5 * logits)
         chances.append(over_entries(structure, path, chance).ravel())
     given = 2.5 if kind == "sigmoid" else None
-    share = expected_density(method, adapter, sharpness=given)
+    share = expected_density(method, adapter, inverse_temperature=given)
     np.testing.assert_allclose(share, np.concatenate(chances).mean(), rtol=1e-6)
     if kind == "sigmoid":
         np.testing.assert_allclose(
@@ -175,7 +181,7 @@ def test_masks_and_openness_are_those_of_the_formula(structure, kind):
     assert list(some) == ["embed"] and (some["embed"] == masks["embed"]).all()
 
 
-def test_a_drawn_gate_is_a_stretched_and_clipped_concrete_number():
+def test_a_sampled_gate_is_a_stretched_and_clipped_concrete_variable():
     logits = normal(0, 6)
     drawn = Gated(jnp.ones((3, 2)), logits, None, KEY, sides=(3, 2)).materialize()
     u = sigmoid(jax.random.logistic(KEY, (6,), jnp.float64))
@@ -188,7 +194,7 @@ def test_a_drawn_gate_is_a_stretched_and_clipped_concrete_number():
 # Draws ------------------------------------------------------------------------------------------
 
 
-def test_every_weight_and_layer_has_draws_of_its_own():
+def test_every_weight_and_layer_has_samples_of_its_own():
     sites = SITES.match("layers/*")
     _, frozen, adapter = made("entry", "hard concrete", sites)
     adapter = {k: jnp.zeros_like(v) for k, v in adapter.items()}
@@ -208,7 +214,7 @@ def test_every_weight_and_layer_has_draws_of_its_own():
             assert np.abs(a - b).max() > 0.1
 
 
-def test_the_share_of_open_draws_is_the_openness():
+def test_the_fraction_of_open_samples_is_the_expected_density():
     method, frozen, adapter = made("input", "hard concrete", size=1.5)
     count = 4000
 
@@ -232,7 +238,7 @@ def test_the_share_of_open_draws_is_the_openness():
         ("hard concrete", {"gates": KEY}, 0),
         ("hard concrete", {}, 2),
         ("hard concrete", {"gates": KEY}, 3),
-        ("sigmoid", {"sharpness": 3.0}, 1),
+        ("sigmoid", {"inverse_temperature": 3.0}, 1),
     ],
 )
 def test_a_lifted_model_and_its_gradients_are_those_of_the_merged_one(kind, call, mix):
@@ -254,7 +260,7 @@ def test_a_lifted_model_and_its_gradients_are_those_of_the_merged_one(kind, call
 
 
 @each_kind
-def test_the_openness_asks_every_gate_to_close(kind):
+def test_the_expected_density_asks_every_gate_to_close(kind):
     method, _, adapter = made("input", kind, TABLE)
     price = lambda a: expected_density(method, a, 1.5 if kind == "sigmoid" else None)  # noqa: E731
     (slope,) = jax.grad(price)(adapter).values()
@@ -279,7 +285,7 @@ def test_training_starts_at_the_base_to_the_last_bit(structure, kind):
 
 
 @each_kind
-def test_a_start_is_the_sigmoid_of_the_logits(kind):
+def test_the_start_is_the_sigmoid_of_the_logits(kind):
     _, adapter = jp.split(gates(TABLE, kind=kind, start=0.97)(KEY, PARAMS))
     (logits,) = adapter.values()
     assert logits.dtype == jnp.float32
@@ -296,16 +302,22 @@ def test_training_closes_the_gates_of_inputs_that_do_not_matter(kind):
     method = gates(sites, kind=kind, structure="input", dtype=jnp.float64)
     frozen, adapter = jp.split(method(KEY, params))
     steps, tx = 300, optax.adam(0.1)
-    sharpness = optax.exponential_decay(1.0, steps, 200.0)
+    inverse_temperature = optax.exponential_decay(1.0, steps, 200.0)
 
     def step(carry, i):
         adapter, state = carry
         hard = kind == "hard concrete"
-        call = {"gates": jax.random.fold_in(KEY, i)} if hard else {"sharpness": sharpness(i)}
+        call = (
+            {"gates": jax.random.fold_in(KEY, i)}
+            if hard
+            else {"inverse_temperature": inverse_temperature(i)}
+        )
 
         def loss(a):
             off = jp.lift(linear)(jp.combine(frozen, a, **call), x) - y
-            return jnp.mean(off**2) + 0.02 * expected_density(method, a, call.get("sharpness"))
+            return jnp.mean(off**2) + 0.02 * expected_density(
+                method, a, call.get("inverse_temperature")
+            )
 
         updates, state = tx.update(jax.grad(loss)(adapter), state, adapter)
         return (optax.apply_updates(adapter, updates), state), None
@@ -361,10 +373,12 @@ def test_inputs_and_outputs_of_one_weight_may_have_gates():
     np.testing.assert_allclose(merged(frozen, adapter)["layers/q"], want, rtol=1e-12)
 
 
-def test_a_sharpness_may_be_traced():
+def test_an_inverse_temperature_may_be_traced():
     _, frozen, adapter = made("input", "sigmoid", TABLE)
-    traced = jax.jit(lambda s: jp.merge(jp.combine(frozen, adapter, sharpness=s))["embed"])
-    given = merged(frozen, adapter, sharpness=1.7)["embed"]
+    traced = jax.jit(
+        lambda s: jp.merge(jp.combine(frozen, adapter, inverse_temperature=s))["embed"]
+    )
+    given = merged(frozen, adapter, inverse_temperature=1.7)["embed"]
     np.testing.assert_allclose(traced(1.7), given, rtol=1e-12)
     assert np.abs(traced(4.0) - given).max() > 1e-2
 
@@ -390,7 +404,7 @@ def test_an_input_of_a_convolution_is_one_of_its_window(structure):
     "structure, side",
     [("entry", "in"), ("input", "in"), ("output", "out"), ((2, 3), "in"), ((2, 3), "out")],
 )
-def test_gates_are_cut_with_their_matrix(structure, side):
+def test_gates_are_sharded_with_their_matrix(structure, side):
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     w, x = normal(0, 8, 6), normal(1, 5, 8)
     specs = ((P("d"), P(None, "d")), P()) if side == "in" else ((P(None, "d"), P()), P(None, "d"))
@@ -427,16 +441,19 @@ def test_a_method_survives_its_description(structure, start):
     [
         (
             lambda: gates(SITES, kind="gumbel"),
-            r"kind='gumbel'\)`: choose 'hard concrete' or 'sigmoid'",
+            r"kind='gumbel'\)`: `kind` must be 'hard concrete' or 'sigmoid'",
         ),
-        (lambda: gates(SITES, start=0.9), r"'hard concrete', start=0.9\)`: 0.92 <= start < 1 is"),
-        (lambda: gates(SITES, start=1.0), r"'hard concrete', start=1.0\)`: 0.92 <= start < 1 is"),
+        (lambda: gates(SITES, start=0.9), r"'hard concrete', start=0.9\)` needs 0.92 <= start < 1"),
+        (lambda: gates(SITES, start=1.0), r"'hard concrete', start=1.0\)` needs 0.92 <= start < 1"),
         (
             lambda: gates(SITES, kind="sigmoid", start=0.5),
-            r"kind='sigmoid', start=0.5\)`: 0.5 < start < 1 is needed",
+            r"kind='sigmoid', start=0.5\)` needs 0.5 < start < 1",
         ),
-        (lambda: gates(TABLE, structure=(4, 1)), "Blocks of 4 x 1 do not.*'embed', which is 6 x 4"),
-        (lambda: gates(TABLE, structure="ring"), "no structure 'ring'; there are entry"),
+        (lambda: gates(TABLE, structure=(4, 1)), "blocks of 4 x 1 do not.*'embed', which is 6 x 4"),
+        (
+            lambda: gates(TABLE, structure="ring"),
+            "structure='ring' is unknown; it must be one of entry",
+        ),
         (lambda: gates(SITES - SITES)(KEY, PARAMS), "`gates` selects no parameter"),
         (lambda: gates(TABLE.output_slice(0, 2)), "`gates`: a part of the columns of 'embed'"),
         (
@@ -462,8 +479,8 @@ def test_a_method_survives_its_description(structure, start):
             r"`gate_masks`: \['layers/o', 'layers/q'\] have no gates.*at \['embed'\]",
         ),
         (
-            lambda: expected_density(gates(TABLE), {}, sharpness=3),
-            r"sharpness=3\)`: gates of kind 'hard",
+            lambda: expected_density(gates(TABLE), {}, inverse_temperature=3),
+            r"inverse_temperature=3\)`: gates of kind 'hard",
         ),
     ],
 )

@@ -19,10 +19,14 @@ def test_unipelt_takes_keys_and_values_in_pairs(sites):
         jp.unipelt(keys, keys, keys - keys, down)
 
 
-def test_a_gate_says_where_it_is_told_of_other_positions(sites):
+def test_a_gate_names_the_weight_where_positions_do_not_fit(sites):
     layer = [sites.match(f"*/{name}/kernel") for name in ("q", "k", "v", "down")]
     frozen, adapter = jp.split(jp.unipelt(*layer)(jax.random.key(0), toy.params()))
-    slots = jax.numpy.full((toy.B, toy.T + 1), -1)
-    told = rf"gate at 'layers/q/kernel' is told of virtual positions \({toy.B}, {toy.T + 1}\)"
+    virtual_positions = jax.numpy.full((toy.B, toy.T + 1), -1)
+    told = (
+        rf"gate at 'layers/q/kernel' was given virtual positions of shape \({toy.B}, {toy.T + 1}\)"
+    )
     with pytest.raises(ValueError, match=told):
-        jp.lift(toy.model)(jp.combine(frozen, adapter, virtual=slots), toy.ids())
+        jp.lift(toy.model)(
+            jp.combine(frozen, adapter, virtual_positions=virtual_positions), toy.ids()
+        )

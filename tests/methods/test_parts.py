@@ -164,7 +164,7 @@ ON_A_PART = {
     "sparse_delta": lambda: jp.sparse_delta(0.5, MIDDLE),
     "trainable_tokens": lambda: jp.trainable_tokens([1], TABLE_PART),
     "unfreeze": lambda: jp.unfreeze(MIDDLE),
-    "unipelt": lambda: jp.unipelt(MIDDLE, W, OUT, OUT, rank=1, length=2, width=2),
+    "unipelt": lambda: jp.unipelt(MIDDLE, W, OUT, OUT, rank=1, length=2, bottleneck_dim=2),
     "vera": lambda: jp.vera(2, MIDDLE),
     "xlora": lambda: jp.xlora(MIDDLE, {"w": [1]}, width=2),
 }

@@ -62,8 +62,8 @@ def test_a_prefix_is_a_gate_between_attention_to_the_input_and_to_the_prefix(cau
     )
     frozen, adapter = jp.split(method(jax.random.key(0), p))
     adapter = {name: normal(40 + i, *adapter[name].shape) * 3 for i, name in enumerate(adapter)}
-    tokens, slots = jp.prompts.prepend_virtual_tokens(ids, LENGTH)
-    out = jp.lift(model)(jp.combine(frozen, adapter, virtual=slots), tokens)
+    tokens, virtual_positions = jp.prompts.prepend_virtual_tokens(ids, LENGTH)
+    out = jp.lift(model)(jp.combine(frozen, adapter, virtual_positions=virtual_positions), tokens)
     out = jp.prompts.drop_virtual_positions(out, LENGTH)
 
     x = np.asarray(p["embed"])[ids]

@@ -76,15 +76,15 @@ def split(method, p=None):
 
 
 def prefixed(length, **options):
-    """A prefix with rows so large that it is felt."""
+    """A prefix with rows so large that outputs depend on it."""
     options = dict(rope=ROPE, dtype=F8) | options
     frozen, adapter = split(jp.prefix_tuning(length, *projections(), **options))
     return frozen, toy.perturbed(adapter, 1.0)
 
 
 @jax.jit
-def lifted(frozen, adapter, slots, tokens, mask):
-    tree = jp.combine(frozen, adapter, virtual=slots)
+def lifted(frozen, adapter, virtual_positions, tokens, mask):
+    tree = jp.combine(frozen, adapter, virtual_positions=virtual_positions)
     return jp.lift(FORWARD)(tree, tokens, mask=mask)
 
 
@@ -100,32 +100,38 @@ TASKS = np.array([2, 0, 1])
 
 @functools.cache
 def mixed():
-    """(frozen, adapter, tokens, slots, mask) of three tasks, the last padded at the left."""
-    tokens, slots, mask = jp.prompts.prepend_prefixes(ids(), LENGTHS, TASKS)
+    """(frozen, adapter, tokens, positions, mask) of three tasks, the last padded at the left."""
+    tokens, virtual_positions, mask = jp.prompts.prepend_prefixes(ids(), LENGTHS, TASKS)
     real = jnp.arange(T) >= jnp.array([[0], [0], [2]])
     mask = mask & jnp.concatenate([jnp.ones((B, 3), bool), real], axis=1)
-    return *prefixed(LENGTHS), tokens, slots, mask
+    return *prefixed(LENGTHS), tokens, virtual_positions, mask
 
 
 def alone(adapter, example):
-    """(frozen, adapter, tokens, slots) of one example behind its own task's prefix."""
+    """(frozen, adapter, tokens, virtual_positions) of one example behind its own task's prefix."""
     task = int(TASKS[example])
     frozen, _ = prefixed(LENGTHS[task])
     own = ids()[example : example + 1, 2 if example == 2 else 0 :]
     return frozen, rows_of(adapter, task), *jp.prompts.prepend_virtual_tokens(own, LENGTHS[task])
 
 
-def test_slots_of_tasks_stand_one_behind_the_other_and_next_to_the_input():
-    tokens, slots, mask = jp.prompts.prepend_prefixes(jnp.full((3, 2), 5), LENGTHS, TASKS, fill=9)
+def test_virtual_positions_of_tasks_follow_each_other_next_to_the_input():
+    tokens, virtual_positions, mask = jp.prompts.prepend_prefixes(
+        jnp.full((3, 2), 5), LENGTHS, TASKS, fill=9
+    )
     assert tokens.tolist() == [[9, 9, 9, 5, 5]] * 3
-    assert slots.tolist() == [[-1, 4, 5, -1, -1], [-1, -1, 0, -1, -1], [1, 2, 3, -1, -1]]
+    assert virtual_positions.tolist() == [
+        [-1, 4, 5, -1, -1],
+        [-1, -1, 0, -1, -1],
+        [1, 2, 3, -1, -1],
+    ]
     assert mask.tolist() == [[False, *[True] * 4], [False, False, *[True] * 3], [True] * 5]
 
 
 def test_each_example_of_several_tasks_is_the_one_behind_its_own_prefix():
     """With rotary positions counted from the first of its own prefix, and padding."""
-    frozen, adapter, tokens, slots, mask = mixed()
-    out = lifted(frozen, adapter, slots, tokens, mask)
+    frozen, adapter, tokens, virtual_positions, mask = mixed()
+    out = lifted(frozen, adapter, virtual_positions, tokens, mask)
     for i in range(B):
         base, own, one, at = alone(adapter, i)
         want = jp.prompts.drop_virtual_positions(
@@ -140,21 +146,27 @@ def test_generation_reads_the_prefixes_out_of_the_cache():
     """Decoding steps have no virtual positions; the second example has padding in its middle."""
 
     def forward(parts, tokens, **where):
-        frozen, adapter, slots = parts
-        here = slots if slots.shape == tokens.shape else jnp.full(tokens.shape, -1)
-        return jp.lift(FORWARD)(jp.combine(frozen, adapter, virtual=here), tokens, **where)
+        frozen, adapter, virtual_positions = parts
+        here = (
+            virtual_positions
+            if virtual_positions.shape == tokens.shape
+            else jnp.full(tokens.shape, -1)
+        )
+        return jp.lift(FORWARD)(
+            jp.combine(frozen, adapter, virtual_positions=here), tokens, **where
+        )
 
     cache = functools.partial(decoder.init_cache, CONFIG, dtype=F8)
-    write = generator(forward, cache, max_new_tokens=4)
-    frozen, adapter, tokens, slots, mask = mixed()
-    got = np.asarray(write((frozen, adapter, slots), tokens, mask).tokens)
+    write = generator(forward, cache, max_new=4)
+    frozen, adapter, tokens, virtual_positions, mask = mixed()
+    got = np.asarray(write((frozen, adapter, virtual_positions), tokens, mask).tokens)
     # The whole sequence again without a cache: what was written is what is likeliest there.
     full = jnp.concatenate([tokens, got], axis=1)
     more = jnp.full((B, 4), -1)
     out = lifted(
         frozen,
         adapter,
-        jnp.concatenate([slots, more], axis=1),
+        jnp.concatenate([virtual_positions, more], axis=1),
         full,
         jnp.concatenate([mask, more < 0], axis=1),
     )
@@ -164,12 +176,14 @@ def test_generation_reads_the_prefixes_out_of_the_cache():
 
 
 def test_prefixes_of_several_tasks_are_trained_together_and_then_one_by_one():
-    frozen, adapter, tokens, slots, mask = mixed()
+    frozen, adapter, tokens, virtual_positions, mask = mixed()
 
     @jax.jit
     def gradient(shares):
         def loss(a):
-            return shares @ jnp.sin(lifted(frozen, a, slots, tokens, mask))[:, -1].sum(-1)
+            return shares @ jnp.sin(lifted(frozen, a, virtual_positions, tokens, mask))[:, -1].sum(
+                -1
+            )
 
         return jax.grad(loss)(adapter)
 
@@ -188,7 +202,7 @@ def test_prefixes_of_several_tasks_are_trained_together_and_then_one_by_one():
     close(lifted(base, start, at, one, None), lifted(frozen, adapter, where, both, seen))
 
 
-def test_an_encoded_prefix_folds_into_plain_rows():
+def test_dropping_the_encoder_of_a_prefix_leaves_plain_rows():
     """Of several tasks; the network has one table for all layers, `rows` are of each."""
     frozen, adapter = prefixed(LENGTHS, hidden=5, embed=4)
     keys = {f"layers/attn/k/kernel/{n}" for n in ("table", "down", "down_bias", "up", "up_bias")}
@@ -196,12 +210,12 @@ def test_an_encoded_prefix_folds_into_plain_rows():
     plain, rows = jp.adapters.drop_reparameterization(frozen, adapter)
     again, start = prefixed(LENGTHS)
     assert {k: v.shape for k, v in rows.items()} == {k: v.shape for k, v in start.items()}
-    _, _, tokens, slots, mask = mixed()
-    want = lifted(frozen, adapter, slots, tokens, mask)
-    close(lifted(plain, rows, slots, tokens, mask), want, by=1e-12)
-    close(lifted(again, rows, slots, tokens, mask), want, by=1e-12)
+    _, _, tokens, virtual_positions, mask = mixed()
+    want = lifted(frozen, adapter, virtual_positions, tokens, mask)
+    close(lifted(plain, rows, virtual_positions, tokens, mask), want, by=1e-12)
+    close(lifted(again, rows, virtual_positions, tokens, mask), want, by=1e-12)
     other = {name: -x for name, x in rows.items()}
-    assert np.abs(lifted(plain, other, slots, tokens, mask) - want)[:, -1].max() > 0.1
+    assert np.abs(lifted(plain, other, virtual_positions, tokens, mask) - want)[:, -1].max() > 0.1
 
 
 @pytest.mark.parametrize("hidden", [None, 5], ids=["rows", "encoded"])
@@ -213,28 +227,28 @@ def test_keys_and_values_come_back_from_a_file(tmp_path, hidden):
     save_adapter(tmp_path, adapter, method, params(), key=KEY)
     loaded = load_adapter(tmp_path, params())
     assert loaded.adapter.keys() == adapter.keys()
-    _, _, tokens, slots, mask = mixed()
-    got = lifted(loaded.frozen, loaded.adapter, slots, tokens, mask)
-    np.testing.assert_array_equal(got, lifted(frozen, adapter, slots, tokens, mask))
+    _, _, tokens, virtual_positions, mask = mixed()
+    got = lifted(loaded.frozen, loaded.adapter, virtual_positions, tokens, mask)
+    np.testing.assert_array_equal(got, lifted(frozen, adapter, virtual_positions, tokens, mask))
 
 
 @pytest.mark.parametrize("format", ["int8", "nf4"])
-def test_a_prefix_over_codes_is_one_over_what_they_say(format):
+def test_a_prefix_over_a_quantized_base_is_one_over_the_dequantized_base(format):
     """The biases behind keys and values stay as they are, and are not added to the rows."""
     quantize = jp.quantize(format, sites().linear, **({"block": 4} if format == "nf4" else {}))
     prefix = jp.prefix_tuning(LENGTHS, *projections(), rope=ROPE, dtype=F8)
-    _, adapter, tokens, slots, mask = mixed()
-    coded, _ = split(jp.chain(quantize, prefix))
-    decoded, _ = split(prefix, jp.merge(quantize(KEY, params())))
-    want = lifted(decoded, adapter, slots, tokens, mask)
-    close(lifted(coded, adapter, slots, tokens, mask), want)
-    assert np.abs(want - lifted(mixed()[0], adapter, slots, tokens, mask)).max() > 1e-3
+    _, adapter, tokens, virtual_positions, mask = mixed()
+    quantized, _ = split(jp.chain(quantize, prefix))
+    dequantized, _ = split(prefix, jp.merge(quantize(KEY, params())))
+    want = lifted(dequantized, adapter, virtual_positions, tokens, mask)
+    close(lifted(quantized, adapter, virtual_positions, tokens, mask), want)
+    assert np.abs(want - lifted(mixed()[0], adapter, virtual_positions, tokens, mask)).max() > 1e-3
 
 
-def test_a_slot_without_a_row_is_nan():
+def test_a_virtual_position_without_a_row_is_nan():
     frozen, adapter = prefixed(2)
-    tokens, slots = jp.prompts.prepend_virtual_tokens(ids(), 3)
-    out = lifted(frozen, adapter, slots.at[1, 2].set(1).at[2, 2].set(-1), tokens, None)
+    tokens, virtual_positions = jp.prompts.prepend_virtual_tokens(ids(), 3)
+    out = lifted(frozen, adapter, virtual_positions.at[1, 2].set(1).at[2, 2].set(-1), tokens, None)
     assert jnp.isnan(out[0, 3:]).all() and jnp.isfinite(out[1:]).all()
 
 
@@ -268,8 +282,8 @@ def test_a_prefix_of_an_encoder_takes_no_place_where_positions_are_given():
     keys, values = (found.match(f"layers/attn/{name}/kernel") for name in "kv")
     frozen, adapter = split(jp.prefix_tuning(n, keys, values, dtype=F8), p)
     adapter = toy.perturbed(adapter, 1.0)
-    longer, slots = jp.prompts.prepend_virtual_tokens(tokens, n)
-    tree = jp.combine(frozen, adapter, virtual=slots)
+    longer, virtual_positions = jp.prompts.prepend_virtual_tokens(tokens, n)
+    tree = jp.combine(frozen, adapter, virtual_positions=virtual_positions)
     real = jnp.arange(T) < jnp.array([[T], [4], [5]])
     mask = jnp.concatenate([jnp.ones((B, n), bool), real], axis=1)
     positions = jnp.maximum(jnp.arange(n + T) - n, 0)[None]
@@ -312,14 +326,19 @@ def test_an_encoder_decoder_has_a_prefix_before_inputs_and_one_before_targets():
     pairs = [[found.match(f"{at}/{name}/kernel") for name in "kv"] for at in where]
     method = jp.chain(
         jp.prefix_tuning(n, *pairs[0], dtype=F8),
-        jp.prefix_tuning(m, *pairs[1], slots="virtual_targets", dtype=F8),
+        jp.prefix_tuning(m, *pairs[1], positions_name="virtual_target_positions", dtype=F8),
         jp.prefix_tuning(n, *pairs[2], dtype=F8),
     )
     frozen, adapter = split(method, p)
     adapter = toy.perturbed(adapter, 1.0)
-    xs, slots = jp.prompts.prepend_virtual_tokens(inputs, n)
-    ys, target_slots = jp.prompts.prepend_virtual_tokens(targets, m)
-    tree = jp.combine(frozen, adapter, virtual=slots, virtual_targets=target_slots)
+    xs, virtual_positions = jp.prompts.prepend_virtual_tokens(inputs, n)
+    ys, target_positions = jp.prompts.prepend_virtual_tokens(targets, m)
+    tree = jp.combine(
+        frozen,
+        adapter,
+        virtual_positions=virtual_positions,
+        virtual_target_positions=target_positions,
+    )
     real = jnp.arange(T) < jnp.array([[T], [4], [5]])
     mask = jnp.concatenate([jnp.ones((B, n), bool), real], axis=1)
     out = jp.prompts.drop_virtual_positions(jp.lift(forward)(tree, xs, ys, mask=mask), m)
@@ -349,13 +368,18 @@ def test_an_encoder_decoder_has_a_prefix_before_inputs_and_one_before_targets():
     want = encoder_decoder.apply_fn(T5, attention_fn=attend)(p, inputs, targets, mask=real)
     assert not list(calls)
     close(out, want)
-    for at in where:  # Each of the three is felt.
+    for at in where:  # The outputs depend on each of the three.
         silent = {k: -x if k.startswith(at) else x for k, x in adapter.items()}
-        tree = jp.combine(frozen, silent, virtual=slots, virtual_targets=target_slots)
+        tree = jp.combine(
+            frozen,
+            silent,
+            virtual_positions=virtual_positions,
+            virtual_target_positions=target_positions,
+        )
         other = jp.prompts.drop_virtual_positions(jp.lift(forward)(tree, xs, ys, mask=mask), m)
         assert np.abs(other - want)[:, -1].max() > 1e-2
-    with pytest.raises(KeyError, match="Nothing is given for 'virtual_targets'"):
-        jp.combine(frozen, adapter, virtual=slots)
+    with pytest.raises(KeyError, match="Nothing is given for 'virtual_target_positions'"):
+        jp.combine(frozen, adapter, virtual_positions=virtual_positions)
 
 
 # Refusals -----------------------------------------------------------------------------------------
@@ -370,16 +394,19 @@ def on_toy():
     [
         (
             lambda k, v: jp.prefix_tuning(0, k, v),
-            "`prefix_tuning(length=0)`: at least one virtual position",
+            "`prefix_tuning(length=0)`: `length` must be at least 1",
         ),
         (
             lambda k, v: jp.prefix_tuning([2, 0], k, v),
-            "`prefix_tuning(length=[2, 0])`: at least one",
+            "`prefix_tuning(length=[2, 0])`: `length` must be at least 1",
         ),
-        (lambda k, v: jp.prefix_tuning([], k, v), "`prefix_tuning(length=[])`: at least one"),
+        (
+            lambda k, v: jp.prefix_tuning([], k, v),
+            "`prefix_tuning(length=[])`: `length` must be at least 1",
+        ),
         (
             lambda k, v: jp.prefix_tuning(2, k, v, hidden=0),
-            "`prefix_tuning(hidden=0, embed=None)`: widths are",
+            "`prefix_tuning(hidden=0, embed=None)`: both must be",
         ),
         (
             lambda k, v: jp.prefix_tuning(2, k, v, hidden=4, embed=0),
@@ -387,7 +414,7 @@ def on_toy():
         ),
         (
             lambda k, v: jp.prefix_tuning(2, k, v, embed=4),
-            "`prefix_tuning(hidden=None, embed=4)`: widths are",
+            "`prefix_tuning(hidden=None, embed=4)`: both must be",
         ),
         (
             lambda k, v: jp.prefix_tuning(2, k, k | v),
@@ -400,21 +427,23 @@ def on_toy():
         ),
         (
             lambda k, v: jp.prefix_tuning(2, k.output_slice(0, 2), v),
-            "`prefix`: a part of the columns of 'layers/k/kernel' is selected",
+            "`prefix_tuning`: a part of the columns of 'layers/k/kernel' is selected",
         ),
         (
             lambda k, v: jp.chain(
                 jp.prefix_tuning(2, k, v), jp.lora(2, v), jp.prefix_tuning(3, v, v - v)
             ),
-            "`prefix`: 'layers/v/kernel' has a prefix at the positions 'virtual' already",
+            "`prefix_tuning`: 'layers/v/kernel' already has a prefix at the positions "
+            "'virtual_positions', which",
         ),
         (
             lambda k, v: jp.prefix_tuning(2, on_toy().match("embed"), v),
-            "`prefix`: 'embed' is no projection but ['embedding', 'head', 'linear']",
+            "`prefix_tuning`: the model uses 'embed' as embedding, head, linear, which is no "
+            "projection",
         ),
         (
             lambda k, v: jp.prefix_tuning(2, on_toy().match("positions"), v),
-            "`prefix`: 'positions' is no projection but ['embedding']",
+            "`prefix_tuning`: the model uses 'positions' as embedding, which is no projection",
         ),
         (
             lambda k, v: jp.prefix_tuning(2, on_toy().match("*/q/bias"), v),
@@ -422,7 +451,7 @@ def on_toy():
         ),
     ],
 )
-def test_prefixes_say_what_is_wrong(make, message):
+def test_prefixes_refuse_wrong_options(make, message):
     found = on_toy()
     with pytest.raises(ValueError, match=re.escape(message)):
         make(found.match("*/k/kernel"), found.match("*/v/kernel"))(KEY, toy.params())
@@ -431,9 +460,12 @@ def test_prefixes_say_what_is_wrong(make, message):
 @pytest.mark.parametrize(
     "tasks, message",
     [
-        ([0, 3, 1], "tasks [0, 3, 1] of 3 examples; give each a number from 0 to 2"),
-        ([0, -1, 1], "tasks [0, -1, 1] of 3 examples"),
-        ([0, 1], "tasks [0, 1] of 3 examples; give each a number from 0 to 2, for prefixes of "),
+        ([0, 3, 1], "tasks [0, 3, 1] for 3 examples; give each example an index from 0 to 2"),
+        ([0, -1, 1], "tasks [0, -1, 1] for 3 examples"),
+        (
+            [0, 1],
+            "tasks [0, 1] for 3 examples; give each example an index from 0 to 2, for prefixes of ",
+        ),
     ],
 )
 def test_tasks_without_a_prefix_are_named(tasks, message):
@@ -446,5 +478,5 @@ def test_tasks_may_be_traced():
     jax.tree.map(
         np.testing.assert_array_equal, got, jp.prompts.prepend_prefixes(ids(), LENGTHS, TASKS)
     )
-    with pytest.raises(ValueError, match=r"tasks \(2,\) of 3 examples"):
+    with pytest.raises(ValueError, match=r"tasks of shape \(2,\) for 3 examples"):
         jax.jit(lambda tasks: jp.prompts.prepend_prefixes(ids(), LENGTHS, tasks))(TASKS[:2])

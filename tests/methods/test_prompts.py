@@ -75,9 +75,11 @@ class Tokenizer:
 @pytest.mark.parametrize(
     "length, ids", [(2, [7, 3]), (3, [7, 3, 41]), (7, [7, 3, 41, 7, 3, 41, 7])]
 )
-def test_a_text_gives_the_embeddings_of_its_tokens_cut_or_repeated(table, tokenizer, length, ids):
+def test_a_text_gives_the_embeddings_of_its_tokens_truncated_or_repeated(
+    table, tokenizer, length, ids
+):
     _, adapter = made(
-        jp.prompt_tuning(length, table, text="good or bad", tokenizer=tokenizer, dtype=F8)
+        jp.prompt_tuning(length, table, init_text="good or bad", tokenizer=tokenizer, dtype=F8)
     )
     np.testing.assert_array_equal(adapter["embed/rows"], toy.params()["embed"][jnp.array(ids)])
     _, same = made(jp.prompt_tuning(length, table, init=np.array([7, 3, 41]), dtype=F8))
@@ -94,8 +96,8 @@ def test_rows_of_the_vocabulary_are_drawn_anew_by_each_key(table):
     assert len(set(drawn[0])) > 20 and drawn[0] != drawn[1]
 
 
-def test_random_rows_have_the_deviation_they_are_given(table):
-    _, adapter = made(jp.prompt_tuning(4000, table, std=0.5))
+def test_random_rows_have_the_given_standard_deviation(table):
+    _, adapter = made(jp.prompt_tuning(4000, table, init_std=0.5))
     rows = adapter["embed/rows"]
     assert rows.shape == (4000, toy.D) and rows.dtype == jnp.float32
     assert abs(float(rows.std()) - 0.5) < 0.01 and abs(float(rows.mean())) < 0.01
@@ -200,7 +202,7 @@ def test_an_lstm_reads_the_table_of_one_task_at_a_time(table):
 
 
 @pytest.mark.parametrize("encoder", ["lstm", "mlp"])
-def test_an_encoder_folds_into_the_rows_of_a_plain_prompt(table, encoder):
+def test_dropping_the_encoder_leaves_the_rows_of_a_plain_prompt(table, encoder):
     _, frozen, adapter = p_tuned(table, encoder=encoder)
     ids = behind(table["embed"], 5, 0, toy.ids())
     folded, rows = jp.adapters.drop_reparameterization(frozen, adapter)
@@ -250,8 +252,10 @@ def test_many_prompts_share_one_base_under_vmap(table):
 
 @pytest.mark.parametrize("format", ["int8", "nf4"])
 @pytest.mark.parametrize("encoded", [False, True], ids=["prompt", "p_tuning"])
-def test_a_prompt_over_codes_is_one_over_what_they_say(sites, table, format, encoded):
-    """The table, which is the head as well, and all layers are in codes."""
+def test_a_prompt_over_a_quantized_table_is_one_over_the_dequantized_table(
+    sites, table, format, encoded
+):
+    """The table, which is the head as well, and all layers are quantized."""
     options = {"block": 8} if format == "nf4" else {}
     quantize = jp.quantize(format, sites.matrices, **options)
     method = (
@@ -261,13 +265,13 @@ def test_a_prompt_over_codes_is_one_over_what_they_say(sites, table, format, enc
     )
     frozen, adapter = made(jp.chain(quantize, method))
     adapter = toy.perturbed(adapter)
-    decoded = jp.merge(quantize(KEY, toy.params()))
-    assert np.abs(decoded["embed"] - toy.params()["embed"]).max() > 1e-3
+    dequantized = jp.merge(quantize(KEY, toy.params()))
+    assert np.abs(dequantized["embed"] - toy.params()["embed"]).max() > 1e-3
     rows = (jp.adapters.drop_reparameterization(frozen, adapter)[1] if encoded else adapter)[
         "embed/rows"
     ]
     ids = behind(table["embed"], 3, 0, toy.ids())
-    close(lifted(frozen, adapter, ids), by_hand(decoded, rows, ids))
+    close(lifted(frozen, adapter, ids), by_hand(dequantized, rows, ids))
 
 
 def test_a_prompt_over_lora_on_the_tied_table_and_everywhere_else(sites, table):
@@ -351,10 +355,10 @@ def test_a_template_of_a_tokenizer_adds_no_special_tokens():
 @pytest.mark.parametrize(
     "pieces, inputs, message",
     [
-        (["{x}", [1]], {}, r"takes the inputs ['x'], but got []."),
-        (["{x}", "{y}"], {"x": [1]}, r"takes the inputs ['x', 'y'], but got ['x']."),
-        (["{x}"], {"x": [1], "z": [2]}, r"takes the inputs ['x'], but got ['x', 'z']."),
-        (["{x}"], {"x": "good"}, "The text 'good' of a `template` needs the model's tokenizer"),
+        (["{x}", [1]], {}, r"takes the inputs ['x'], but was given []."),
+        (["{x}", "{y}"], {"x": [1]}, r"takes the inputs ['x', 'y'], but was given ['x']."),
+        (["{x}"], {"x": [1], "z": [2]}, r"takes the inputs ['x'], but was given ['x', 'z']."),
+        (["{x}"], {"x": "good"}, "the text 'good' needs the model's tokenizer"),
     ],
 )
 def test_a_template_names_what_is_missing(pieces, inputs, message):
@@ -363,7 +367,7 @@ def test_a_template_names_what_is_missing(pieces, inputs, message):
 
 
 def test_a_template_with_text_needs_its_tokenizer_at_once():
-    with pytest.raises(ValueError, match="The text 'It was ' of a `template` needs the model's"):
+    with pytest.raises(ValueError, match="the text 'It was ' needs the model's"):
         jp.prompts.prompt_template("It was {x}")
 
 
@@ -373,51 +377,62 @@ def test_a_template_with_text_needs_its_tokenizer_at_once():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda t: jp.prompt_tuning(0, t), "`prompt_tuning(length=0)`: at least one virtual token"),
+        (
+            lambda t: jp.prompt_tuning(0, t),
+            "`prompt_tuning(length=0)`: `length` must be at least 1",
+        ),
         (
             lambda t: jp.prompt_tuning(2, t, init="zeros"),
-            "`prompt_tuning(init='zeros')`: rows start at",
+            "`prompt_tuning(init='zeros')`: `init` must be 'random', 'vocabulary' or",
         ),
         (
             lambda t: jp.prompt_tuning(2, t, init=[]),
-            "`prompt_tuning(init=...)` is told of no token",
+            "`prompt_tuning(init=[])`: `init` must contain at least one token id",
         ),
         (
             lambda t: jp.prompt_tuning(2, t, init=[3, 50]),
-            "`prompt_tuning(init=[3, 50]...)` starts at ids that 'embed' with its 50 rows does not have",
+            "`prompt_tuning(init=[3, 50])` has ids out of range: 'embed' has 50 rows, "
+            "so ids are from 0 to 49",
         ),
         (
             lambda t: jp.prompt_tuning(2, t, init=[-1]),
-            "`prompt_tuning(init=[-1]...)` starts at ids",
+            "`prompt_tuning(init=[-1])` has ids out of range",
         ),
         (
-            lambda t: jp.prompt_tuning(2, t, init="vocabulary", text="good", tokenizer=words),
-            "`prompt_tuning(text=..., init='vocabulary')`: rows start at a text or elsewhere.",
+            lambda t: jp.prompt_tuning(2, t, init="vocabulary", init_text="good", tokenizer=words),
+            "`prompt_tuning(init='vocabulary', init_text='good')`: give either `init` or "
+            "`init_text`",
         ),
         (
-            lambda t: jp.prompt_tuning(2, t, text="good or bad"),
-            "`prompt_tuning(text='good or bad')` needs the model's tokenizer",
+            lambda t: jp.prompt_tuning(2, t, init_text="good or bad"),
+            "`prompt_tuning(init_text='good or bad')` needs the model's tokenizer",
         ),
         (
-            lambda t: jp.prompt_tuning(2, t, text="", tokenizer=words),
-            "`prompt_tuning(text='')`: the tokenizer makes no token of it.",
+            lambda t: jp.prompt_tuning(2, t, init_text="", tokenizer=words),
+            "`prompt_tuning(init_text='')`: the tokenizer gives no token for this text.",
         ),
         (lambda t: jp.p_tuning(0, t), "`p_tuning(length=0, hidden=None, layers=2, embed=None)`"),
         (lambda t: jp.p_tuning([2, 0], t), "`p_tuning(length=[2, 0], hidden=None"),
         (lambda t: jp.p_tuning([], t), "`p_tuning(length=[], hidden=None"),
         (lambda t: jp.p_tuning(2, t, hidden=0), "`p_tuning(length=2, hidden=0, layers=2"),
         (lambda t: jp.p_tuning(2, t, layers=0), "`p_tuning(length=2, hidden=None, layers=0"),
-        (lambda t: jp.p_tuning(2, t, embed=-4), "layers=2, embed=-4)`: all of them are positive"),
-        (lambda t: jp.p_tuning(2, t, encoder="gru"), "`p_tuning(encoder='gru')`: choose of"),
+        (
+            lambda t: jp.p_tuning(2, t, embed=-4),
+            "layers=2, embed=-4)`: each of them must be at least 1",
+        ),
+        (
+            lambda t: jp.p_tuning(2, t, encoder="gru"),
+            "`p_tuning(encoder='gru')`: `encoder` must be one of ['lstm', 'mlp']",
+        ),
     ],
 )
-def test_prompts_say_what_is_wrong(table, make, message):
+def test_prompts_refuse_wrong_options(table, make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make(table)(KEY, toy.params())
 
 
-@pytest.mark.parametrize("name", ["prompt", "p_tuning"])
-def test_only_a_table_that_is_read_by_id_has_virtual_tokens(sites, name):
+@pytest.mark.parametrize("name", ["prompt_tuning", "p_tuning"])
+def test_only_a_table_that_is_looked_up_by_id_has_virtual_tokens(sites, name):
     method = functools.partial(getattr(jp, name), 2)
     with pytest.raises(ValueError, match=f"`{name}`: the model uses 'layers/q/kernel' as linear"):
         method(sites.match("*/q/kernel"))(KEY, toy.params())
@@ -440,7 +455,7 @@ def test_ids_without_a_row_are_named_whatever_the_tree(sites, table):
         jp.prompts.check_token_ids(tree, site, [[5, -3]])
     for bare in (p, jp.combine(*made(jp.lora(2, sites.match("*/q/kernel"))))):
         jp.prompts.check_token_ids(bare, site, [[0, 49]])
-        with pytest.raises(ValueError, match="Token id 50 .* 50 rows and 0 virtual.* up to 49"):
+        with pytest.raises(ValueError, match="Token id 50 .* 50 rows and 0 virtual.* from 0 to 49"):
             jp.prompts.check_token_ids(bare, site, [[0, 50]])
 
 

@@ -73,8 +73,8 @@ def test_moments_are_those_of_the_inputs_layer_by_layer():
             second, first = second + rows.T @ rows, first + rows.sum(0)
         np.testing.assert_allclose(found["layers/up"].second[index], second, rtol=1e-9)
         np.testing.assert_allclose(found["layers/up"].first[index], first, rtol=1e-9)
-    np.testing.assert_array_equal(found["layers/down"].rows, [72.0] * L)
-    assert found["head"].rows == 72
+    np.testing.assert_array_equal(found["layers/down"].count, [72.0] * L)
+    assert found["head"].count == 72
 
 
 def test_moments_over_codes_are_those_of_their_values():
@@ -90,8 +90,8 @@ def test_moments_over_codes_are_those_of_their_values():
 
 def test_padding_does_not_count_whatever_it_holds():
     batch = BATCHES[0].at[:, 4:].set(1e3)
-    counted = lambda batch: jnp.broadcast_to(jnp.arange(6) < 4, (4, 6)).astype(float)  # noqa: E731
-    got = jp.calibration.input_moments(model, PARAMS, SITES.linear, [batch], counted=counted)
+    mask = lambda batch: jnp.broadcast_to(jnp.arange(6) < 4, (4, 6)).astype(float)  # noqa: E731
+    got = jp.calibration.input_moments(model, PARAMS, SITES.linear, [batch], mask=mask)
     want = jp.calibration.input_moments(model, PARAMS, SITES.linear, [BATCHES[0][:, :4]])
     for path, own in want.items():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), got[path], own)
@@ -117,11 +117,13 @@ def test_batches_that_run_dry_are_refused():
     list(spent)
     for find in (jp.calibration.input_moments, jp.calibration.mean_gradients):
         f = loss if find is jp.calibration.mean_gradients else model
-        with pytest.raises(ValueError, match="ran dry after 3 of 5"):
+        with pytest.raises(ValueError, match="iterator was exhausted after 3 batches, of 5 needed"):
             find(f, PARAMS, LAYERS, BATCHES, steps=5)
-        with pytest.raises(ValueError, match="ran dry after 0 of at least one"):
+        with pytest.raises(
+            ValueError, match="iterator was exhausted after 0 batches, of at least one"
+        ):
             find(f, PARAMS, LAYERS, spent)
-        with pytest.raises(ValueError, match=r"steps=0\)`: at least one batch"):
+        with pytest.raises(ValueError, match=r"steps=0\)`: `steps` must be at least 1"):
             find(f, PARAMS, LAYERS, BATCHES, steps=0)
 
 
@@ -147,7 +149,7 @@ def test_what_has_no_inputs_of_its_own_is_refused():
 
     params = {"table": jnp.ones((7, 4))}
     sites = jp.sites(embedded, params, jnp.zeros((2, 3), int))
-    with pytest.raises(ValueError, match="'table' is used as embedding; only the inputs of plain"):
+    with pytest.raises(ValueError, match="uses 'table' as embedding, but only the inputs of plain"):
         jp.calibration.input_moments(embedded, params, sites.embedding, [jnp.zeros((2, 3), int)])
 
 
@@ -157,15 +159,15 @@ def test_a_product_that_no_output_depends_on_is_named():
 
     params = {"a": jnp.ones((D, 2)), "b": jnp.ones((D, 3))}
     sites = jp.sites(half, params, BATCHES[0])
-    with pytest.raises(ValueError, match="has seen no input of 'b': the outputs"):
+    with pytest.raises(ValueError, match="found no input of 'b': the outputs"):
         jp.calibration.input_moments(half, params, sites.linear, BATCHES[:1])
 
 
 def test_counts_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"as \(4,\), but those of 'layers/up' have .*\(4, 6"):
-        jp.calibration.input_moments(
-            model, PARAMS, LAYERS, BATCHES, counted=lambda batch: jnp.ones(4)
-        )
+    with pytest.raises(
+        ValueError, match=r"shape \(4,\), but the inputs of 'layers/up' have .*\(4, 6"
+    ):
+        jp.calibration.input_moments(model, PARAMS, LAYERS, BATCHES, mask=lambda batch: jnp.ones(4))
 
 
 def test_a_gradient_of_codes_is_refused():
@@ -448,8 +450,8 @@ def of_nan(path):
             lambda: jp.eva(R + 1, SITES.match("head").output_slice(0, 5), moments()),
             r"eva\(rank=3\)` needs .* 'head' of shape \(8, 5\) is 8 x 1",
         ),
-        (lambda: jp.eva(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; it has"),
-        (lambda: jp.corda(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; it has"),
+        (lambda: jp.eva(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; those given"),
+        (lambda: jp.corda(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; those given"),
         (lambda: jp.corda(R, LAYERS, moments(), keep="all"), "keep='all'.*choose 'task' or"),
         (lambda: jp.corda(R, LAYERS, moments(), damping=0), "damping=0.*positive share"),
         (
@@ -501,7 +503,7 @@ ON_LORA = {
     "olora": jp.olora,
     "pissa": jp.pissa,
     "poly": lambda r, sites: jp.poly(r, sites, skills=2, tasks=2),
-    "unipelt": lambda r, sites: jp.unipelt(sites, *[sites] * 3, rank=r, width=1, length=1),
+    "unipelt": lambda r, sites: jp.unipelt(sites, *[sites] * 3, rank=r, bottleneck_dim=1, length=1),
 }
 
 
@@ -525,7 +527,7 @@ def test_what_a_task_has_shown_may_be_traced_or_a_constant_of_a_traced_program(m
 
 def test_moments_of_another_model_are_refused():
     other = {path: m._replace(second=m.second[..., 1:, 1:]) for path, m in moments().items()}
-    with pytest.raises(ValueError, match=r"'layers/down' have shape \(3, 11, 11\), should be"):
+    with pytest.raises(ValueError, match=r"'layers/down' have shape \(3, 11, 11\), but must"):
         jp.eva(R, LAYERS, other)
 
 

@@ -80,7 +80,12 @@ def test_outputs_are_those_of_peft(theirs):
 def test_the_same_values_are_given_up_at_the_same_steps(theirs):
     adapter, rng = adapter_of(theirs), np.random.default_rng(0)
     tx = optim.rank_allocator(
-        optax.sgd(0.0), TARGET * 2, steps=STEPS, warmup=WARMUP, final=FINAL, every=EVERY
+        optax.sgd(0.0),
+        TARGET * 2,
+        total_steps=STEPS,
+        warmup_steps=WARMUP,
+        final_steps=FINAL,
+        update_every=EVERY,
     )
     state, seen = tx.init(adapter), set()
     for step in range(1, STEPS + 1):

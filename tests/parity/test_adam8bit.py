@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxpeft import optim
-from jaxpeft.optim._adam8bit import block_scales, dynamic_map, encode
+from jaxpeft.optim._adam8bit import block_scales, dynamic_map, quantize
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch: make parity installs it")
 bnb = pytest.importorskip("bitsandbytes", reason="the oracle is bitsandbytes (pip install it)")
@@ -32,7 +32,7 @@ def test_codes_and_scales_are_theirs(signed):
     theirs, absmax = torch.ops.bitsandbytes.quantize_blockwise(flat, table, 256)
     scales = block_scales(x)
     np.testing.assert_array_equal(np.asarray(scales).T.ravel(), absmax.numpy())
-    ours, theirs = np.asarray(encode(x, scales, signed=signed)).T, theirs.numpy()
+    ours, theirs = np.asarray(quantize(x, scales, signed=signed)).T, theirs.numpy()
 
     differ = ours != theirs
     # They multiply by 1 / absmax, we divide: a last digit, and so a code, may differ at a middle.
@@ -76,5 +76,5 @@ def test_steps_are_those_of_their_optimizer():
     for moment, name in [(state[0].mu, "1"), (state[0].nu, "2")]:
         codes, scales = (kept[key + name].numpy() for key in ("state", "absmax"))
         np.testing.assert_allclose(np.asarray(moment.scales).T.ravel(), scales, rtol=2e-2)
-        differ = np.abs(np.asarray(moment.codes).T.astype(int) - codes)
+        differ = np.abs(np.asarray(moment.values).T.astype(int) - codes)
         assert (differ > 0).mean() < 0.05 and np.quantile(differ, 0.999) <= 1

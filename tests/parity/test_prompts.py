@@ -251,7 +251,7 @@ def test_rows_start_at_the_tokens_of_a_text(llama, tokenizer, length):
         tokenizer_name_or_path=folder,
     )
     theirs = peft.get_peft_model(copy.deepcopy(llama.model), config)
-    method = jp.prompt_tuning(length, llama.sites.match(TABLE), text=TEXT, tokenizer=ours)
+    method = jp.prompt_tuning(length, llama.sites.match(TABLE), init_text=TEXT, tokenizer=ours)
     _, adapter = llama.split(method)
     want = array(encoder_of(theirs).embedding.weight)
     np.testing.assert_array_equal(adapter[f"{TABLE}/rows"], want)
@@ -355,28 +355,34 @@ def test_prefix_tuning(llama, hidden):
     rope = llama.config.rope.frequencies(llama.config.head_dim)
     frozen, adapter = prefix(llama, theirs, hidden, rope=rope)
     tokens = ids()
-    full, slots = jp.prompts.prepend_virtual_tokens(jnp.asarray(tokens), N)
+    full, virtual_positions = jp.prompts.prepend_virtual_tokens(jnp.asarray(tokens), N)
     lifted = jp.lift(llama.forward)
     sides = [(frozen, adapter)] + (
         [] if hidden is None else [jp.adapters.drop_reparameterization(frozen, adapter)]
     )
     for side in sides:
-        got = jax.jit(lifted)(jp.combine(*side, virtual=slots), full)
+        got = jax.jit(lifted)(jp.combine(*side, virtual_positions=virtual_positions), full)
         got = jp.prompts.drop_virtual_positions(got, N)
         check(got, logits(theirs, tokens), logits(llama.model, tokens))
         mask = np.arange(TIME) < np.array([[TIME], [4]])
         want = logits(theirs, tokens, attention_mask=mask.astype(int))
         whole = np.concatenate([np.ones((2, N), bool), mask], axis=1)
-        got = jax.jit(lifted)(jp.combine(*side, virtual=slots), full, mask=whole)
+        got = jax.jit(lifted)(
+            jp.combine(*side, virtual_positions=virtual_positions), full, mask=whole
+        )
         check(np.asarray(jp.prompts.drop_virtual_positions(got, N))[mask], want[mask])
 
     def forward(parts, tokens, **where):
         # A decoding step has no virtual position: the cache holds the prefix.
-        frozen, adapter, slots = parts
-        here = slots if slots.shape == tokens.shape else jnp.full(tokens.shape, -1)
-        return lifted(jp.combine(frozen, adapter, virtual=here), tokens, **where)
+        frozen, adapter, virtual_positions = parts
+        here = (
+            virtual_positions
+            if virtual_positions.shape == tokens.shape
+            else jnp.full(tokens.shape, -1)
+        )
+        return lifted(jp.combine(frozen, adapter, virtual_positions=here), tokens, **where)
 
-    said = generator(llama, forward)((frozen, adapter, slots), full).tokens
+    said = generator(llama, forward)((frozen, adapter, virtual_positions), full).tokens
     np.testing.assert_array_equal(said, written(theirs, tokens))
     assert len(np.unique(said)) > 2
 
@@ -404,7 +410,9 @@ def test_a_prefix_of_the_decoder(t5):
     theirs = adapted(t5.model, "PrefixTuningConfig", num_virtual_tokens=N)
     flat = array(encoder_of(theirs).embedding.weight)
     keys, values = (t5.sites.match(f"decoder/layers/attn/{n}/kernel") for n in "kv")
-    frozen, adapter = t5.split(jp.prefix_tuning(N, keys, values, slots="virtual_targets"))
+    frozen, adapter = t5.split(
+        jp.prefix_tuning(N, keys, values, positions_name="virtual_target_positions")
+    )
     # It doubles the 2 L parts and deals them out by four, of which cross-attention gets the last
     # two and drops them: half of the parts are used, each in two layers.
     parts = jnp.split(flat, 2 * LAYERS, axis=1)
@@ -415,8 +423,8 @@ def test_a_prefix_of_the_decoder(t5):
         for i, n in enumerate("kv")
     }
     inputs, targets = ids(), ids(3)
-    full, slots = jp.prompts.prepend_virtual_tokens(jnp.asarray(targets), N)
-    tree = jp.combine(frozen, copied(adapter, arrays), virtual_targets=slots)
+    full, virtual_positions = jp.prompts.prepend_virtual_tokens(jnp.asarray(targets), N)
+    tree = jp.combine(frozen, copied(adapter, arrays), virtual_target_positions=virtual_positions)
     got = jp.prompts.drop_virtual_positions(jax.jit(jp.lift(t5.forward))(tree, inputs, full), N)
     options = {"decoder_input_ids": targets, "attention_mask": np.ones((2, TIME), int)}
     want = logits(theirs, inputs, **options)

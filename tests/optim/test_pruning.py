@@ -1,4 +1,4 @@
-"""Pruning while training, against the formulas in NumPy, and what its zeros and states are."""
+"""Pruning during training, against the formulas in NumPy: its zeros, masks and states."""
 
 import jax
 import jax.numpy as jnp
@@ -71,14 +71,14 @@ def cubic(steps, begin, final):
     return optax.polynomial_schedule(1.0, final, 3, steps, begin)
 
 
-@pytest.mark.parametrize("rule", ["magnitude", "movement", "taylor"])
+@pytest.mark.parametrize("criterion", ["magnitude", "movement", "taylor"])
 @pytest.mark.parametrize("structure, sides", [("entry", (1, 1)), ((2, 1), (2, 1))])
-def test_each_rule_is_its_formula_step_by_step(rule, structure, sides):
+def test_each_criterion_is_its_formula_step_by_step(criterion, structure, sides):
     sites = SITES.match("layers/*")  # the head is trained, and not pruned
     total = sum(START[path].size for path in sites)
     schedule = cubic(6, 1, 0.25)
     tx = optim.scheduled_pruning(
-        optax.sgd(RATE), sites, schedule, rule=rule, structure=structure, every=2
+        optax.sgd(RATE), sites, schedule, criterion=criterion, structure=structure, update_every=2
     )
     history = trained(tx, 8)
     theta = {path: np.asarray(START[path]) for path in START}
@@ -88,13 +88,13 @@ def test_each_rule_is_its_formula_step_by_step(rule, structure, sides):
         g = {path: np.asarray(x) for path, x in g.items()}
         for path in sites:
             slope = theta[path] * g[path]
-            if rule == "movement":
+            if criterion == "movement":
                 scores[path] = scores[path] - slope
             else:
                 scores[path] = 0.9 * scores[path] + 0.1 * slope**2
         theta = {p: w - RATE * g[p] * mask.get(p, 1) for p, w in theta.items()}
         if t % 2 == 0:
-            ranked = {p: np.abs(theta[p]) for p in sites} if rule == "magnitude" else scores
+            ranked = {p: np.abs(theta[p]) for p in sites} if criterion == "magnitude" else scores
             mask = kept(ranked, int(float(schedule(t)) * total + 1e-6), *sides)
         for path, w in theta.items():
             want = w * mask.get(path, 1)
@@ -104,8 +104,8 @@ def test_each_rule_is_its_formula_step_by_step(rule, structure, sides):
     assert sum(int((adapter[path] != 0).sum()) for path in sites) == total // 4
 
 
-def test_an_entry_that_was_given_up_comes_back_with_its_value():
-    tx = optim.scheduled_pruning(optax.sgd(RATE), SITES, 0.5, rule="movement", every=1)
+def test_an_entry_that_was_pruned_may_return_with_its_value():
+    tx = optim.scheduled_pruning(optax.sgd(RATE), SITES, 0.5, criterion="movement", update_every=1)
     history = trained(tx, 12)
     returned = 0
     for (before, old, _), (after, new, _) in zip(history, history[1:], strict=False):
@@ -117,10 +117,10 @@ def test_an_entry_that_was_given_up_comes_back_with_its_value():
     assert returned > 3
 
 
-@pytest.mark.parametrize("rule", ["magnitude", "movement"])
-def test_what_is_given_up_is_moved_by_neither_momentum_nor_decay(rule):
+@pytest.mark.parametrize("criterion", ["magnitude", "movement"])
+def test_a_pruned_entry_is_changed_by_neither_momentum_nor_decay(criterion):
     tx = optim.scheduled_pruning(
-        optax.adamw(RATE, weight_decay=0.1), SITES, 0.5, rule=rule, every=3
+        optax.adamw(RATE, weight_decay=0.1), SITES, 0.5, criterion=criterion, update_every=3
     )
     history = trained(tx, 9)
     gone = 0
@@ -134,7 +134,7 @@ def test_what_is_given_up_is_moved_by_neither_momentum_nor_decay(rule):
 
 def test_zeros_are_zeros_and_the_rest_moves_as_under_the_optimizer_alone():
     """Up to the first decision there is no difference, to the last bit."""
-    tx = optim.scheduled_pruning(optax.adam(0.05), SITES, 0.3, every=4)
+    tx = optim.scheduled_pruning(optax.adam(0.05), SITES, 0.3, update_every=4)
     history = trained(tx, 6)
     alone = trained(optax.adam(0.05), 3)
     for path in START:
@@ -149,12 +149,12 @@ def test_zeros_are_zeros_and_the_rest_moves_as_under_the_optimizer_alone():
 def test_every_matrix_keeps_its_best_entry():
     small = {**START, "layers/up": START["layers/up"].at[1].multiply(1e-6)}
     ((_, state, _),) = trained(
-        optim.scheduled_pruning(optax.sgd(0.0), SITES, 0.2, every=1), 1, small
+        optim.scheduled_pruning(optax.sgd(0.0), SITES, 0.2, update_every=1), 1, small
     )[1:]
     mask = state.masks["layers/up"][1]
     assert sum(int(x.sum()) for x in state.masks.values()) == int(0.2 * TOTAL)
     assert mask.sum() == 1 and mask.ravel()[jnp.argmax(jnp.abs(small["layers/up"][1]))]
-    tx = optim.scheduled_pruning(optax.sgd(0.0), SITES, 0.25, every=1, scope="matrix")
+    tx = optim.scheduled_pruning(optax.sgd(0.0), SITES, 0.25, update_every=1, scope="matrix")
     ((_, state, _),) = trained(tx, 1, small)[1:]
     assert [int(m.sum()) for m in state.masks["layers/up"]] == [D * F // 4] * 2
 
@@ -165,14 +165,14 @@ def test_blocks_follow_the_layout_of_a_kernel_by_heads():
 
     q = normal(0, D, 3, 2) * jnp.array([1.0, 9, 5])[:, None]
     sites = jp.sites(heads, {"q": q}, X).linear
-    tx = optim.scheduled_pruning(optax.sgd(0.0), sites, 0.67, structure=(None, 2), every=1)
+    tx = optim.scheduled_pruning(optax.sgd(0.0), sites, 0.67, structure=(None, 2), update_every=1)
     updates, state = tx.update({"q": jnp.zeros_like(q)}, tx.init({"q": q}), {"q": q})
     assert not (q + updates["q"])[:, 0].any() and state.masks["q"][:, 1:].all()
 
 
 def test_rewinding_goes_back_to_an_early_step_under_the_new_mask():
     falling = optax.piecewise_constant_schedule(1.0, {4: 0.5, 8: 0.5})
-    tx = optim.scheduled_pruning(optax.adam(0.05), SITES, falling, every=1, rewind=2)
+    tx = optim.scheduled_pruning(optax.adam(0.05), SITES, falling, update_every=1, rewind_step=2)
     history = trained(tx, 10)
     early, early_state, _ = history[2]
     fell = []
@@ -186,7 +186,9 @@ def test_rewinding_goes_back_to_an_early_step_under_the_new_mask():
             want = early[path] * state.masks.get(path, 1)
             np.testing.assert_allclose(adapter[path], want, rtol=1e-12)
         for x, y in zip(
-            jax.tree.leaves(state.inner), jax.tree.leaves(early_state.inner), strict=True
+            jax.tree.leaves(state.inner_state),
+            jax.tree.leaves(early_state.inner_state),
+            strict=True,
         ):
             np.testing.assert_array_equal(x, y)
     assert len(fell) == 2
@@ -194,11 +196,11 @@ def test_rewinding_goes_back_to_an_early_step_under_the_new_mask():
     assert (jnp.abs(dense - early["head"]) < 0.05 * 3).all()  # two steps of Adam from there
 
 
-def test_rigl_takes_turns_as_the_paper_says():
+def test_rigl_drops_and_grows_as_the_paper_says():
     masks = jp.sparsity.topk_mask(
         jp.sparsity.magnitude_scores(PARAMS, SITES), SITES, 0.5, scope="matrix"
     )
-    tx = optim.rigl(optax.sgd(RATE), SITES, masks, until=8, every=3, fraction=0.6)
+    tx = optim.rigl(optax.sgd(RATE), SITES, masks, end_step=8, update_every=3, drop_fraction=0.6)
     start = {path: jnp.where(masks[path], x, 0) for path, x in START.items()}
     history = trained(tx, 9, start)
     changed = []
@@ -253,7 +255,12 @@ def test_it_runs_in_the_train_step_and_is_compiled_once():
         return summed(*args)
 
     tx = optim.scheduled_pruning(
-        optax.adam(0.02), SITES, cubic(6, 0, 0.2), rule="movement", every=2, rewind=1
+        optax.adam(0.02),
+        SITES,
+        cubic(6, 0, 0.2),
+        criterion="movement",
+        update_every=2,
+        rewind_step=1,
     )
     step = jax.jit(train.train_step(loss_fn, tx, max_grad_norm=1.0), donate_argnums=0)
     state = train.init(jax.tree.map(jnp.copy, START), tx)
@@ -265,9 +272,11 @@ def test_it_runs_in_the_train_step_and_is_compiled_once():
     assert sum(int((x != 0).sum()) for x in state.adapter.values()) == int(0.2 * TOTAL)
 
 
-@pytest.mark.parametrize("rule, rewind", [("magnitude", None), ("movement", 1)])
-def test_training_goes_on_from_a_checkpoint_to_the_bit(rule, rewind, tmp_path):
-    tx = optim.scheduled_pruning(optax.adam(0.02), SITES, 0.4, rule=rule, every=2, rewind=rewind)
+@pytest.mark.parametrize("criterion, rewind_step", [("magnitude", None), ("movement", 1)])
+def test_training_goes_on_from_a_checkpoint_to_the_bit(criterion, rewind_step, tmp_path):
+    tx = optim.scheduled_pruning(
+        optax.adam(0.02), SITES, 0.4, criterion=criterion, update_every=2, rewind_step=rewind_step
+    )
     step = jax.jit(train.train_step(summed, tx))
     half = state = train.init(START, tx)
     for i in range(6):
@@ -288,27 +297,41 @@ MASKS = {path: jnp.ones(x.shape, bool) for path, x in START.items()}
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: optim.scheduled_pruning(ADAM, SITES, 0.0), r"density=0.0\)`: a share in \(0, 1\]"),
         (
-            lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, rule="size"),
-            "rule='size'.*magnitude, movement",
+            lambda: optim.scheduled_pruning(ADAM, SITES, 0.0),
+            r"density=0.0\)`: `density` must be in \(0, 1\]",
+        ),
+        (
+            lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, criterion="size"),
+            "criterion='size'.*magnitude, movement",
         ),
         (
             lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, scope="row"),
             "scope='row'.*'all' or 'matrix'",
         ),
         (
-            lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, every=0),
-            "every=0, decay=0.9, rewind=None",
+            lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, update_every=0),
+            r"update_every=0\)`: `update_every` must be at least 1",
         ),
-        (lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, rewind=-1), "rewind=-1"),
+        (
+            lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, rewind_step=-1),
+            r"rewind_step=-1\)`: `rewind_step` must be at least 0",
+        ),
+        (
+            lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, decay=1.0),
+            r"decay=1.0\)`: `decay` must be in \[0, 1\)",
+        ),
+        (
+            lambda: optim.rigl(ADAM, SITES, MASKS, end_step=9, drop_fraction=1.0),
+            r"drop_fraction=1.0\)`: `drop_fraction` must be in \(0, 1\)",
+        ),
         (
             lambda: optim.scheduled_pruning(ADAM, SITES, 0.5, structure=(5, 1)),
-            r"Blocks of 5 x 1 do not divide '.*', which is 4 x 3|which is 4 x 6|which is 6 x 4",
+            r"blocks of 5 x 1 do not divide '.*', which is 4 x 3|which is 4 x 6|which is 6 x 4",
         ),
         (
             lambda: optim.scheduled_pruning(ADAM, SITES, 0.5).init({"head": START["head"]}),
-            r"`pruned` prunes 'layers/down' of shape \(2, 6, 4\), but the adapter does not have it",
+            r"`scheduled_pruning` prunes 'layers/down' of shape \(2, 6, 4\), .* does not have it",
         ),
         (
             lambda: optim.scheduled_pruning(ADAM, SITES, 0.5).init(
@@ -318,18 +341,27 @@ MASKS = {path: jnp.ones(x.shape, bool) for path, x in START.items()}
         ),
         (
             lambda: optim.scheduled_pruning(ADAM, SITES.match("head").output_slice(0, 3), 0.5),
-            "`pruned`: a part of the columns of 'head' is selected",
+            "`scheduled_pruning`: a part of the columns of 'head' is selected",
         ),
-        (lambda: optim.scheduled_pruning(ADAM, SITES - SITES, 0.5), "`pruned` selects no weight"),
+        (
+            lambda: optim.scheduled_pruning(ADAM, SITES - SITES, 0.5),
+            "`scheduled_pruning` selects no weight",
+        ),
         (
             lambda: ADAM and optim.scheduled_pruning(ADAM, SITES, 0.5).update(START, None),
-            "`pruned` needs the parameters",
+            "`scheduled_pruning` needs the parameters",
         ),
-        (lambda: optim.rigl(ADAM, SITES, MASKS, until=0), "every=100, until=0, fraction=0.3"),
-        (lambda: optim.rigl(ADAM, SITES, {}, until=9).init(START), "the mask of .* has shape None"),
+        (
+            lambda: optim.rigl(ADAM, SITES, MASKS, end_step=0),
+            "end_step=0, update_every=100",
+        ),
+        (
+            lambda: optim.rigl(ADAM, SITES, {}, end_step=9).init(START),
+            "the mask of .* has shape None",
+        ),
         (
             lambda: optim.rigl(
-                ADAM, SITES, {**MASKS, "layers/up": MASKS["layers/up"].at[1].set(False)}, until=9
+                ADAM, SITES, {**MASKS, "layers/up": MASKS["layers/up"].at[1].set(False)}, end_step=9
             ).init(START),
             "mask of 'layers/up' leaves a matrix without entries",
         ),

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import toy
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpeft import optim, train
 from jaxpeft.optim import _paging as paging
 from tests.compiles import compilations
+from tests.train import toy
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 SMALL = 4  # elements from which on arrays are paged in these tests
@@ -85,11 +85,11 @@ def assert_paged(state, min_size=SMALL):
         assert kind(x) == ("pinned_host" if x.size >= min_size else "device"), x.shape
 
 
-@pytest.mark.parametrize("in_flight", [1, 2])
+@pytest.mark.parametrize("max_in_flight", [1, 2])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_paging_changes_no_value_and_the_state_stays_on_the_host(name, in_flight):
+def test_paging_changes_no_value_and_the_state_stays_on_the_host(name, max_in_flight):
     tx = OPTIMIZERS[name]
-    got = after(optim.paged(tx, min_size=SMALL, in_flight=in_flight))
+    got = after(optim.paged(tx, min_size=SMALL, max_in_flight=max_in_flight))
     assert_same(got, after(tx))
     assert_paged(got[1])
     assert any(kind(x) == "pinned_host" for x in jax.tree.leaves(got[1]))
@@ -165,7 +165,7 @@ def barriers(tx):
 
 
 @pytest.mark.parametrize(
-    "name, pieces",
+    "name, stages",
     [
         ("adamw", 2),
         ("momentum", 2),
@@ -175,10 +175,10 @@ def barriers(tx):
         ("every second step", 1),
     ],
 )
-def test_a_piece_is_what_needs_nothing_of_the_others(name, pieces):
-    """Each piece ends with a barrier, and each but the first waits for one before it."""
-    assert barriers(optim.paged(OPTIMIZERS[name], min_size=SMALL)) == pieces + pieces - 1
-    assert barriers(optim.paged(OPTIMIZERS[name], min_size=SMALL, in_flight=2)) == pieces
+def test_a_stage_is_what_depends_on_no_other_state(name, stages):
+    """Each stage ends with a barrier, and each but the first waits for one before it."""
+    assert barriers(optim.paged(OPTIMIZERS[name], min_size=SMALL)) == stages + stages - 1
+    assert barriers(optim.paged(OPTIMIZERS[name], min_size=SMALL, max_in_flight=2)) == stages
 
 
 def test_a_state_that_the_update_leaves_alone_is_not_fetched():
@@ -210,7 +210,7 @@ def test_a_sharded_state_keeps_its_spec_and_changes_its_memory(kind_of_axis):
         assert_same(got, after(optax.adamw(1e-1), start=start)[0])
 
 
-def test_what_cannot_be_cut_like_its_parameter_lies_everywhere():
+def test_a_state_that_its_parameters_sharding_does_not_divide_is_replicated():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     start = {"w": jax.device_put(jnp.ones((16, 16)), NamedSharding(mesh, P(None, "x")))}
     tx = optax.GradientTransformation(
@@ -344,9 +344,12 @@ def test_a_step_with_a_paged_state_compiles_once():
 @pytest.mark.parametrize(
     "options, told",
     [
-        ({"min_size": 0}, "`min_size` counts elements, at least 1; got 0"),
-        ({"in_flight": 0}, "`in_flight` counts pieces, at least 1; got 0"),
-        ({"missing": "ignore"}, '`missing` is "error" or "device", got \'ignore\''),
+        ({"min_size": 0}, r"`paged\(min_size=0\)`: `min_size` must be at least 1"),
+        ({"max_in_flight": 0}, r"`paged\(max_in_flight=0\)`: `max_in_flight` must be at least 1"),
+        (
+            {"if_unsupported": "ignore"},
+            r"`paged\(if_unsupported='ignore'\)`: .* 'error' or 'device'",
+        ),
     ],
 )
 def test_an_option_out_of_its_range_is_refused(options, told):
@@ -357,15 +360,15 @@ def test_an_option_out_of_its_range_is_refused(options, told):
 def test_a_backend_without_host_memory_is_refused_or_keeps_the_state(monkeypatch):
     monkeypatch.setattr(paging, "_memory_kinds", lambda device: ["device"])
     tx = optax.adamw(1e-1)
-    told = r"'pinned_host' memory, .*0.* has \['device'\].*missing=\"device\""
+    told = r"'pinned_host' memory, .*0.* has \['device'\].*if_unsupported='device'"
     with pytest.raises(ValueError, match=told):
         optim.paged(tx, min_size=SMALL).init(params())
-    got = after(optim.paged(tx, min_size=SMALL, missing="device"))
+    got = after(optim.paged(tx, min_size=SMALL, if_unsupported="device"))
     assert_same(got, after(tx))
     assert all(kind(x) == "device" for x in jax.tree.leaves(got))
 
 
-def test_a_shape_that_lies_nowhere_is_refused():
+def test_a_shape_without_sharding_is_refused():
     state = {"m": jax.ShapeDtypeStruct((64,), jnp.float32)}
     with pytest.raises(ValueError, match=r"shape=\(64,\).* at \['m'\] has no sharding"):
         optim.to_host(state, min_size=SMALL)

@@ -1,4 +1,4 @@
-"""Units are cut out of all of their arrays, and the smaller model is the one with zeros there."""
+"""Groups are removed from all of their arrays; the smaller model equals the one with zeros."""
 
 import dataclasses
 import functools
@@ -17,8 +17,7 @@ from jaxpeft.sparsity import (
     prune_structured,
     topk_groups,
 )
-
-from .stack import normal
+from tests.methods.stack import normal
 
 D, F, L, T, N, K, H = 5, 6, 4, 7, 4, 2, 3
 X = normal(99, T, D)
@@ -87,7 +86,7 @@ def hidden(p, kept):
 
 
 def by_heads(p, kept):
-    """Zeros in fused kernels and biases, in blocks of as many numbers as they hold for a unit."""
+    """Zeros in fused kernels and biases, in blocks of as many entries as they hold for a group."""
 
     def spread(size):
         return np.repeat(kept, size // len(kept))
@@ -104,7 +103,7 @@ def by_split_heads(p, kept):
     return {k: v.reshape(p[k].shape) for k, v in zeroed.items()}
 
 
-# name: (model, params, patterns of outputs, of inputs, of stacks, count, what a unit's zeros are)
+# name: (model, params, patterns of outputs, of inputs, of stacks, count, the zeros of a group)
 CASES = {
     "mlp": (mlp, arrays(**MLP), "up", "down", None, F, hidden),
     "gated": (
@@ -237,7 +236,7 @@ def test_the_smaller_model_is_the_one_with_zeros(name):
     want = run(zeroed, X)
     np.testing.assert_allclose(run(smaller, X), want, atol=1e-10)
     assert np.abs(want - run(params, X)).max() > 1e-2
-    # What is left is what was not zeroed; arrays that no unit has a block of are the same.
+    # What is left is what was not zeroed; arrays without a block of any group are the same.
     assert jax.tree.structure(smaller) == jax.tree.structure(params)
     for new, zero, old in zip(*map(jax.tree.leaves, (smaller, zeroed, params)), strict=True):
         if new is old:
@@ -246,7 +245,7 @@ def test_the_smaller_model_is_the_one_with_zeros(name):
             assert new.size == np.count_nonzero(zero) == old.size // 2
 
 
-def test_the_blocks_that_are_left_stand_in_their_order():
+def test_the_kept_blocks_stay_in_their_order():
     params = CASES["heads in fused kernels"][1]
     smaller = prune_structured(
         params, found("heads in fused kernels"), np.array([False, True, False, True])
@@ -257,7 +256,7 @@ def test_the_blocks_that_are_left_stand_in_their_order():
     np.testing.assert_array_equal(smaller["o"], params["o"][jnp.array(columns)])
 
 
-def test_each_layer_of_a_stack_loses_its_own_units():
+def test_each_layer_of_a_stack_loses_its_own_groups():
     params = CASES["scanned mlp"][1]
     kept = half((L, F), seed=3)
     assert len({tuple(row) for row in kept}) == L
@@ -273,7 +272,7 @@ def test_each_layer_of_a_stack_loses_its_own_units():
 # Layouts ----------------------------------------------------------------------------------------
 
 
-def test_an_axis_that_the_program_cuts_is_cut_inside():
+def test_an_axis_that_the_model_reshapes_is_pruned_inside():
     def model(p, x):
         w = p["w"].reshape(L, D, F)  # layers and inputs on one axis of the array
         return jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w) @ p["back"], None), x, w)[0]
@@ -295,7 +294,7 @@ def test_an_axis_that_the_program_cuts_is_cut_inside():
     np.testing.assert_array_equal(got, np.concatenate(want))
 
 
-def test_layers_on_the_last_axis_have_their_own_units_too():
+def test_layers_on_the_last_axis_have_their_own_groups_too():
     def model(p, x):
         w = jnp.moveaxis(p["w"], -1, 0)
         return jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w) @ p["back"], None), x, w)[0]
@@ -326,7 +325,7 @@ def test_an_axis_of_that_length_goes_before_one_that_divides(shape):
 @pytest.mark.parametrize(
     "kernel, bias", [((N, H), (N * H,)), ((N * H,), (N, H)), ((H, N), (N * H,))]
 )
-def test_a_bias_is_cut_where_the_outputs_of_its_kernel_are(kernel, bias):
+def test_a_bias_is_pruned_where_the_outputs_of_its_kernel_are(kernel, bias):
     def model(p, x):
         y = jnp.tensordot(x, p["w"], 1).reshape(-1, *bias)
         return y + p["b"]
@@ -341,13 +340,13 @@ def test_a_bias_is_cut_where_the_outputs_of_its_kernel_are(kernel, bias):
     np.testing.assert_array_equal(smaller["w"].reshape(D, -1), params["w"].reshape(D, -1)[:, left])
 
 
-def test_a_bias_that_is_selected_too_is_cut_once():
+def test_a_bias_that_is_also_selected_is_pruned_once():
     sites = mlp_sites()
     both = prunable_groups(F, outputs=sites.match("up", "up_bias"), inputs=sites.match("down"))
     assert both == found("mlp")
 
 
-def test_one_number_for_all_outputs_is_left_alone():
+def test_a_scalar_for_all_outputs_is_left_alone():
     def model(p, x):
         return x @ p["w"] + p["b"]
 
@@ -396,7 +395,7 @@ def test_an_expert_is_a_slice_of_a_stack_and_an_output_of_its_router():
     assert prunable_groups(L, stacks=sites).shape == (L,)
 
 
-def test_a_unit_may_be_an_input_and_an_output_of_one_kernel():
+def test_a_group_may_be_an_input_and_an_output_of_one_kernel():
     def model(p, x):
         h = x @ p["in"]
         for _ in range(2):
@@ -422,7 +421,7 @@ def test_a_unit_may_be_an_input_and_an_output_of_one_kernel():
 # Scores -----------------------------------------------------------------------------------------
 
 
-def test_the_score_of_a_unit_is_the_sum_over_its_blocks():
+def test_the_score_of_a_group_is_the_sum_over_its_blocks():
     params = CASES["grouped queries"][1]
     scores = {c: jnp.abs(params[c]) for c in "qko"}
     want = np.zeros(K)
@@ -443,7 +442,7 @@ def test_scores_of_a_stack_are_by_layer_and_those_of_layers_are_not():
     np.testing.assert_allclose(got, by_layer.sum(1), rtol=1e-12)
 
 
-def test_as_many_of_the_best_units_are_kept_in_every_layer():
+def test_as_many_of_the_best_groups_are_kept_in_every_layer():
     p = CASES["scanned mlp"][1]["layers"]
     scores = {"layers/up": jnp.abs(p["up"]) * jnp.arange(1.0, L + 1)[:, None, None]}
     kept = topk_groups(scores, found("scanned mlp"), 0.7)
@@ -453,11 +452,11 @@ def test_as_many_of_the_best_units_are_kept_in_every_layer():
         assert mask.sum() == 4 and row[mask].min() > row[~mask].max()
 
 
-def test_units_may_have_scores_of_their_own_and_the_first_of_equals_are_kept():
+def test_groups_may_have_scores_of_their_own_and_the_first_of_equals_are_kept():
     kept = topk_groups(jnp.array([1.0, 2, 1, 1, 0, 1]), found("mlp"), 0.5)
     np.testing.assert_array_equal(kept, [True, True, True, False, False, False])
     assert topk_groups(jnp.arange(6.0), found("mlp"), 1.0).all()
-    assert 1 / 49 * 49 < 1  # rounding takes no unit away
+    assert 1 / 49 * 49 < 1  # rounding removes no group
     assert topk_groups(jnp.ones(49), PrunableGroups(49, (), ()), 1 / 49).sum() == 1
 
 
@@ -498,12 +497,15 @@ def mlp_sites():
             lambda: prunable_groups(3, inputs=sites_of("filters").match("last")),
             r"input axes of 'last' \(3, 3, 6, 2\) have lengths \[3, 3, 6\].*override\('last'",
         ),
-        (lambda: prunable_groups(3), r"units\(3\)` selects no parameter"),
-        (lambda: prunable_groups(3, outputs=jp.Sites({})), r"units\(3\)` selects no parameter"),
-        (lambda: prunable_groups(0, outputs=mlp_sites()), r"units\(0\)`: at least one"),
+        (lambda: prunable_groups(3), r"groups\(3\)` selects no parameter"),
+        (lambda: prunable_groups(3, outputs=jp.Sites({})), r"groups\(3\)` selects no parameter"),
+        (
+            lambda: prunable_groups(0, outputs=mlp_sites()),
+            r"groups\(0\)`: `count` must be at least 1",
+        ),
         (
             lambda: prunable_groups(3, outputs=mlp_sites().match("up").output_slice(0, 2)),
-            r"`units`: a part of the columns of 'up'",
+            r"`prunable_groups`: a part of the columns of 'up'",
         ),
     ],
 )
@@ -518,7 +520,7 @@ def test_members_of_different_stacks_are_refused():
 
     params = {"layers": arrays(L, **MLP), "head": normal(8, D, 2)}
     sites = jp.sites(model, params, X)
-    message = r"'layers/down' has units.*stack \(4,\), 'head' of shape \(5, 2\) in a stack \(\)"
+    message = r"'layers/down' has a stack \(4,\), but 'head' of shape \(5, 2\) has a stack \(\)"
     with pytest.raises(ValueError, match=message):
         prunable_groups(D, outputs=sites.match("*/down"), inputs=sites.match("head"))
 
@@ -528,7 +530,7 @@ def test_a_bias_of_another_length_is_refused():
         return jnp.einsum("td,dnh->tnh", x, p["w"]) + p["b"]
 
     sites = jp.sites(model, arrays(w=(D, 4, 8), b=(8,)), X)
-    with pytest.raises(ValueError, match=r"adds 'b' of shape \(8,\).* 8 numbers for 32 outputs"):
+    with pytest.raises(ValueError, match=r"adds 'b' of shape \(8,\).* 8 entries for 32 outputs"):
         prunable_groups(4, outputs=sites.match("w"))
 
 
@@ -538,13 +540,16 @@ def test_a_bias_of_another_length_is_refused():
         (lambda u: group_scores({}, u), r"none of \['up', 'up_bias', 'down'\] has scores"),
         (
             lambda u: group_scores({"up": jnp.ones((6, 5))}, u),
-            r"'up' have shape \(6, 5\), should be \(5, 6\)",
+            r"'up' have shape \(6, 5\), but must have \(5, 6\)",
         ),
         (lambda u: group_scores({"up": jnp.full((5, 6), jnp.nan)}, u), "not all finite"),
         (lambda u: topk_groups(jnp.full(6, jnp.inf), u, 0.5), "not all finite"),
-        (lambda u: topk_groups(jnp.ones(5), u, 0.5), r"have shape \(5,\), should be \(6,\)"),
+        (lambda u: topk_groups(jnp.ones(5), u, 0.5), r"have shape \(5,\), but must have \(6,\)"),
         (lambda u: topk_groups(jnp.ones(6), u, 0.1), r"density=0.1\)` keeps none of 6 .* 0.167"),
-        (lambda u: topk_groups(jnp.ones(6), u, 1.5), r"density=1.5\)`: a share"),
+        (
+            lambda u: topk_groups(jnp.ones(6), u, 1.5),
+            r"density=1.5\)`: `density` must be in \(0, 1\]",
+        ),
     ],
 )
 def test_scores_that_cannot_be_are_refused(call, message):
@@ -558,9 +563,9 @@ P = CASES["mlp"][1]
 @pytest.mark.parametrize(
     "params, kept, message",
     [
-        (P, np.ones(5, bool), r"shape \(5,\) and dtype bool, should be bools \(6,\)"),
-        (P, np.arange(6), r"dtype int64, should be bools \(6,\)"),
-        (P, np.zeros(6, bool), "keeps none of 6 units"),
+        (P, np.ones(5, bool), r"shape \(5,\) and dtype bool, but must be bool \(6,\)"),
+        (P, np.arange(6), r"dtype int64, but must be bool \(6,\)"),
+        (P, np.zeros(6, bool), "keeps none of 6 groups"),
         ({**P, "up": None}, half((6,)), r"does not have 'up'. It has \['down'"),
         ({**P, "up": P["up"].T}, half((6,)), r"'up' has shape \(6, 5\), but had \(5, 6\)"),
         (
@@ -571,7 +576,7 @@ P = CASES["mlp"][1]
         ({**P, "up_bias": jp.Trainable(P["up_bias"])}, half((6,)), "'up_bias' is a structured"),
     ],
 )
-def test_what_cannot_be_cut_is_refused(params, kept, message):
+def test_what_cannot_be_pruned_is_refused(params, kept, message):
     with pytest.raises(ValueError, match=message):
         prune_structured(params, found("mlp"), kept)
 
@@ -579,14 +584,14 @@ def test_what_cannot_be_cut_is_refused(params, kept, message):
 def test_layers_that_keep_different_numbers_are_refused():
     kept = np.tile(np.arange(F) < 3, (L, 1))
     kept[1, 4] = True
-    with pytest.raises(ValueError, match=r"keeps 3 or 4 units, by slice of the stack \(4,\)"):
+    with pytest.raises(ValueError, match=r"keeps 3 or 4 groups, by slice of the stack \(4,\)"):
         prune_structured(CASES["scanned mlp"][1], found("scanned mlp"), kept)
 
 
 # The decoder ------------------------------------------------------------------------------------
 
 
-def test_a_decoder_without_half_of_its_units_and_heads():
+def test_a_decoder_without_half_of_its_hidden_units_and_heads():
     config = decoder.Config(
         vocab_size=11,
         hidden_size=8,

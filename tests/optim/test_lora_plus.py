@@ -1,4 +1,4 @@
-"""LoRA+: the larger rate is for the second factor of low-rank weights, and for nothing else."""
+"""LoRA+: the second factor of a low-rank weight has the larger learning rate, and nothing else."""
 
 import re
 
@@ -137,14 +137,18 @@ def test_embeddings_have_a_rate_of_their_own(given):
     assert fast(method, sites) == FACTORS
     frozen, adapter = jp.split(method(KEY, PARAMS))
     assert not adapter["table/a"].any() and adapter["table/b"].any()
-    gone = moves(optim.lora_plus(optax.sgd, 1.0, frozen, sites, embedding=0.25), adapter)
+    gone = moves(
+        optim.lora_plus(optax.sgd, 1.0, frozen, sites, embedding_learning_rate=0.25), adapter
+    )
     tables = {f"{path}/{name}": 0.25 for path in ("table", "places") for name in "ab"}
     assert gone == {**tables, "up/w/a": 1, "up/w/b": 16, "down/w/a": 1, "down/w/b": 16}
 
 
 def test_the_rate_of_embeddings_may_be_a_schedule():
     frozen, adapter = jp.split(jp.lora(R, SITES.matrices)(KEY, PARAMS))
-    tx = optim.lora_plus(optax.sgd, 1.0, frozen, SITES, embedding=lambda step: 0.5 / (step + 1))
+    tx = optim.lora_plus(
+        optax.sgd, 1.0, frozen, SITES, embedding_learning_rate=lambda step: 0.5 / (step + 1)
+    )
     assert [moves(tx, adapter, steps)["table/a"] for steps in (1, 2)] == [0.5, 0.25]
 
 
@@ -157,17 +161,17 @@ def split(method):
     [
         (
             lambda: optim.lora_plus(optax.sgd, 1.0, {}, SITES, ratio=0),
-            "`lora_plus(ratio=0)`: a positive number",
+            "`lora_plus(ratio=0)`: `ratio` must be positive",
         ),
         (
             lambda: optim.lora_plus(optax.sgd, 1.0, split(jp.bitfit(SITES))[0], SITES),
-            "no low-rank weight whose `b` is trained. It is for LoRA",
+            "no low-rank weight whose `b` is trained. Use it with LoRA",
         ),
         (
             lambda: optim.lora_plus(
                 optax.sgd, 1.0, split(jp.lora(R, SITES.match("table")))[0], SITES
             ),
-            "trained but the embeddings' ['table/a', 'table/b']. It is for LoRA",
+            "trained but the embeddings' ['table/a', 'table/b']. Use it with LoRA",
         ),
         (
             lambda: optim.lora_plus(
@@ -176,14 +180,14 @@ def split(method):
                 split(jp.lora(R, LINEAR))[0],
                 jp.sites(lambda p, x: x @ p["other"], {"other": jnp.ones((2, 2))}, jnp.ones(2)),
             ),
-            "do not know 'down/w', which has low-rank factors, so whether it is an embedding is "
-            "not known. They know ['other']",
+            "do not have 'down/w', which has low-rank factors, so it is unknown whether it is an "
+            "embedding. They have ['other']",
         ),
         (
             lambda: optim.lora_plus(optax.sgd, 1.0, split(jp.lora(R, LINEAR))[0], SITES).init(
                 {"x/c": jnp.ones(2)}
             ),
-            "places for ['down/w/b', 'up/w/b'], but this adapter has ['x/c']",
+            "placeholders for ['down/w/b', 'up/w/b'], but this adapter has ['x/c']",
         ),
     ],
 )

@@ -1,11 +1,10 @@
-"""Adam in 8 bits: the map by its description, nearest codes, the rule, its bytes, its places."""
+"""Adam in 8 bits: its dynamic map, nearest values, update rule, bytes and shardings."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import toy
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -14,14 +13,15 @@ from jaxpeft.optim._adam8bit import (
     QuantizedMoment,
     block_axis,
     block_scales,
-    decode,
+    dequantize,
     dynamic_map,
-    encode,
+    quantize,
 )
+from tests.train import toy
 
 
 def described_map(signed):
-    """The 256 numbers in float64: middles of equal parts of each decade, 0, 1, and negatives."""
+    """The 256 numbers in float64: centers of equal parts of each decade, 0, 1, and negatives."""
     numbers = [0.0, 1.0]
     for e in range(7):
         edges = np.linspace(0.1, 1, 2 ** (e + (not signed)) + 1) * 10.0 ** (e - 6)
@@ -48,27 +48,27 @@ def test_known_entries_of_the_maps():
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_every_number_of_the_map_has_its_own_code(signed):
+def test_every_entry_of_the_map_has_its_own_quantized_value(signed):
     numbers = dynamic_map(signed)
-    codes = encode(numbers, jnp.ones(1), signed=signed)
-    np.testing.assert_array_equal(codes, np.arange(256))
+    quantized = quantize(numbers, jnp.ones(1), signed=signed)
+    np.testing.assert_array_equal(quantized, np.arange(256))
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_codes_are_nearest(signed):
+def test_quantized_values_are_nearest(signed):
     random = np.random.default_rng(0)
     table = described_map(signed)
     middles = (table[1:] + table[:-1]) / 2
     spread = np.exp(random.uniform(np.log(1e-8), 0, 20000)) * random.choice([-1, 1], 20000)
     x = np.concatenate([spread, middles * (1 + 1e-5), middles * (1 - 1e-5), [0, 1, -1, 1e-30]])
     x = (x if signed else np.abs(x)).astype(np.float32)
-    codes = np.asarray(encode(x, jnp.ones(1), signed=signed, block=len(x)))
+    quantized = np.asarray(quantize(x, jnp.ones(1), signed=signed, block=len(x)))
     nearest = np.searchsorted(middles, x.astype(np.float64))
     # The part is computed in float32: what lies this close to a middle may go either way.
-    wrong = codes != nearest
-    off = np.abs(np.abs(x - table[codes]) - np.abs(x - table[nearest]))
+    wrong = quantized != nearest
+    off = np.abs(np.abs(x - table[quantized]) - np.abs(x - table[nearest]))
     assert (off[wrong] < 1e-6 * np.abs(x[wrong])).all()
-    assert np.abs(codes.astype(int) - nearest).max() <= 1
+    assert np.abs(quantized.astype(int) - nearest).max() <= 1
     assert wrong.mean() < 1e-3
 
 
@@ -89,9 +89,9 @@ def test_blocks_run_along_one_axis_and_err_by_their_own_largest(shape, axis, sca
     assert block_axis(shape) == axis
     found = block_scales(x)
     assert found.shape == scales
-    codes = encode(x, found, signed=True)
-    assert codes.shape == shape and codes.dtype == jnp.uint8
-    got = np.asarray(decode(QuantizedMoment(codes, found), signed=True))
+    quantized = quantize(x, found, signed=True)
+    assert quantized.shape == shape and quantized.dtype == jnp.uint8
+    got = np.asarray(dequantize(QuantizedMoment(quantized, found), signed=True))
     length = -(-shape[axis] // scales[axis])
     pieces = np.array_split(np.arange(shape[axis]), range(length, shape[axis], length))
     for i, piece in enumerate(pieces):
@@ -107,7 +107,7 @@ def test_blocks_of_zeros_and_of_equal_values():
     x = np.zeros((512, 3), np.float32)
     x[:256, 1], x[256:, 2] = 7.5, 1e-42  # a denormal
     scales = block_scales(x)
-    got = decode(QuantizedMoment(encode(x, scales, signed=False), scales), signed=False)
+    got = dequantize(QuantizedMoment(quantize(x, scales, signed=False), scales), signed=False)
     np.testing.assert_array_equal(got[:, :2], x[:, :2])
     assert np.isfinite(got).all()
 
@@ -119,8 +119,8 @@ def by_hand(grads, b1=0.9, b2=0.999, eps=1e-8):
         table = described_map(signed)
         cut = x.reshape(-1, 256, x.shape[1])
         scale = np.abs(cut).max(1, keepdims=True)
-        codes = np.searchsorted((table[1:] + table[:-1]) / 2, cut / scale)
-        return (table[codes] * scale).reshape(x.shape)
+        quantized = np.searchsorted((table[1:] + table[:-1]) / 2, cut / scale)
+        return (table[quantized] * scale).reshape(x.shape)
 
     m = v = np.zeros(grads[0].shape)
     for t, g in enumerate(grads, 1):
@@ -204,7 +204,7 @@ def size(tree):
         ((576, 1536), 2.042),
     ],
 )
-def test_bytes_a_parameter(shape, most):
+def test_bytes_per_parameter(shape, most):
     weights = {"w": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
     state = jax.eval_shape(optim.scale_by_adam8bit().init, weights)
     per = (size(state) - 4) / np.prod(shape)
@@ -226,14 +226,14 @@ def test_no_table_is_looked_up():
 
 
 @pytest.mark.parametrize("spec", [P("x", None), P(None, "x")])
-def test_the_moments_lie_where_their_parameter_lies(spec):
+def test_the_moments_are_sharded_like_their_parameter(spec):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     place = NamedSharding(mesh, spec)
     w = jax.device_put(jnp.ones((4096, 16), jnp.float32), place)
     tx = optim.adamw8bit(1e-2)
     for state in (tx.init(w), jax.jit(tx.update)(w, tx.init(w), w)[1]):
         for moment in (state[0].mu, state[0].nu):
-            assert moment.codes.sharding.is_equivalent_to(place, 2)
+            assert moment.values.sharding.is_equivalent_to(place, 2)
             assert moment.scales.sharding.is_equivalent_to(place, 2)
     text = jax.jit(tx.update).lower(w, tx.init(w), w).compile().as_text()
     for collective in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
@@ -268,21 +268,21 @@ def test_the_step_takes_it_and_it_can_be_paged():
     tx = optim.adamw8bit(1e-2, min_size=1)
     got, want = run(optim.paged(tx, min_size=1)), run(tx)
     jax.tree.map(np.testing.assert_array_equal, got, want)
-    codes = got.opt_state[0].mu["w/a"].codes
-    assert codes.dtype == jnp.uint8 and codes.sharding.memory_kind == "pinned_host"
+    quantized = got.opt_state[0].mu["w/a"].values
+    assert quantized.dtype == jnp.uint8 and quantized.sharding.memory_kind == "pinned_host"
 
 
 @pytest.mark.parametrize(
     "options, told",
     [
-        ({"b1": 1.0}, "`b1` is a decay rate, from 0 to below 1; got 1.0"),
-        ({"b2": -0.1}, "`b2` is a decay rate, from 0 to below 1; got -0.1"),
-        ({"block": 1}, "`block` counts numbers that share a scale, at least 2; got 1"),
-        ({"min_size": 0}, "`min_size` counts elements, at least 1; got 0"),
+        ({"b1": 1.0}, r"b1=1.0\)`: a decay rate must be in"),
+        ({"b2": -0.1}, r"b2=-0.1\)`: a decay rate must be in"),
+        ({"block": 1}, r"block=1\)`: `block` must be at least 2"),
+        ({"min_size": 0}, r"min_size=0\)`: `min_size` must be at least 1"),
     ],
 )
 def test_an_option_out_of_its_range_is_refused(options, told):
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=r"`scale_by_adam8bit\(" + told):
         optim.scale_by_adam8bit(**options)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=r"`adamw8bit\(" + told):
         optim.adamw8bit(1e-3, **options)

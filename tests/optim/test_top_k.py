@@ -1,4 +1,4 @@
-"""The largest by counting, against NumPy's stable sort."""
+"""The k largest by counting, against a stable sort of NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpeft.optim._top_k import largest_of_rows, largest_within
+from jaxpeft.optim._top_k import top_k_of_rows, top_k_within_budget
 
 #: Few, so that there are many equal ones; with what a float may also be.
 VALUES = [-np.inf, -2.5, -1.0, -0.0, 0.0, 1e-30, 0.5, 0.5000001, 3.0, np.inf, np.nan]
 A, B = (2, 3, 4), (5, 6)
-of_rows = jax.jit(largest_of_rows)
-within = jax.jit(lambda scores, budget: largest_within(scores, {"a": 1, "b": 4}, budget))
+of_rows = jax.jit(top_k_of_rows)
+within = jax.jit(lambda scores, budget: top_k_within_budget(scores, {"a": 1, "b": 4}, budget))
 
 
 def drawn(shape):
@@ -54,10 +54,10 @@ def test_every_float_has_its_order(dtype):
     want = np.zeros(x.shape, bool)
     for row, order in zip(want, falling(np.asarray(x, np.float64)), strict=True):
         row[order[:77]] = True
-    np.testing.assert_array_equal(largest_of_rows(x, 77), want)
+    np.testing.assert_array_equal(top_k_of_rows(x, 77), want)
 
 
 def test_nothing_is_sorted_and_no_array_of_all_is_made():
     scores = {name: jnp.zeros((1000, 1000)) for name in "ab"}
-    text = jax.jit(lambda x: largest_within(x, {"a": 1, "b": 1}, 7)).lower(scores).as_text()
+    text = jax.jit(lambda x: top_k_within_budget(x, {"a": 1, "b": 1}, 7)).lower(scores).as_text()
     assert "sort" not in text and "concatenate" not in text

@@ -10,9 +10,8 @@ import pytest
 import jaxpeft as jp
 from jaxpeft.calibration import Moments
 from jaxpeft.io import load_adapter, save_adapter
-from jaxpeft.sparsity._masks import packed, unpacked
-
-from .stack import model, normal, params
+from jaxpeft.sparsity._masks import pack_mask, unpack_mask
+from tests.methods.stack import model, normal, params
 
 L, D, F = 2, 4, 6
 KEY = jax.random.key(0)
@@ -162,7 +161,7 @@ def test_whole_layers_are_kept():
         path: jnp.stack([jnp.ones(s.shape[1:]), 2 * jnp.ones(s.shape[1:])])
         for path, s in layers.items()
     }
-    masks = jp.sparsity.topk_mask(scores, layers, 0.5, structure="matrix", empty=True)
+    masks = jp.sparsity.topk_mask(scores, layers, 0.5, structure="matrix", allow_empty=True)
     assert all(not mask[0].any() and mask[1].all() for mask in masks.values())
 
 
@@ -177,35 +176,35 @@ def test_masks_of_a_kernel_by_heads_follow_its_layout():
     assert mask[:, 1].all() and mask.sum() == 2 * D
 
 
-def test_masks_survive_the_text():
+def test_masks_survive_packing():
     (site,) = HEAD.values()
     mask = random_masks()["head"]
-    np.testing.assert_array_equal(unpacked(packed(mask), site, "f"), mask)
+    np.testing.assert_array_equal(unpack_mask(pack_mask(mask), site, "f"), mask)
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda s: jp.sparsity.topk_mask(s, SITES, 0.0), r"density=0.0\)`: a share in"),
+        (lambda s: jp.sparsity.topk_mask(s, SITES, 0.0), r"density=0.0\)`: `density` must be in"),
         (
             lambda s: jp.sparsity.topk_mask(s, SITES, 0.5, scope="row"),
-            "scope='row'.*choose 'all' or 'matrix'",
+            "scope='row'.*must be 'all' or 'matrix'",
         ),
         (
             lambda s: jp.sparsity.topk_mask(s, SITES, 0.5, structure="ring"),
-            "no structure 'ring'; there are entry",
+            "structure='ring' is unknown; it must be one of entry",
         ),
         (
             lambda s: jp.sparsity.topk_mask(s, HEAD, 0.5, structure=(2,)),
-            r"structure=\(2,\) has 1 numbers, should have two, \(rows, columns\)",
+            r"structure=\(2,\) has 1 numbers, but must have two, \(rows, columns\)",
         ),
         (
             lambda s: jp.sparsity.topk_mask(s, HEAD, 0.5, structure=(3, 1)),
-            "Blocks of 3 x 1 do not.*'head'.*4 x 3",
+            r"structure=\(3, 1\): blocks of 3 x 1 do not.*'head'.*4 x 3",
         ),
         (
             lambda s: jp.sparsity.topk_mask({}, HEAD, 0.5),
-            r"scores of 'head' have shape None, should be \(4, 3\)",
+            r"scores of 'head' have shape None, but must have \(4, 3\)",
         ),
         (
             lambda s: jp.sparsity.topk_mask({"head": s["head"] / 0}, HEAD, 0.5),
@@ -213,49 +212,61 @@ def test_masks_survive_the_text():
         ),
         (
             lambda s: jp.sparsity.topk_mask({**s, "head": 0 * s["head"]}, SITES, 0.3),
-            "leaves no entry of 'head'.*scope='matrix'",
+            "keeps no entry of 'head'.*scope='matrix'",
         ),
         (
             lambda s: jp.sparsity.topk_mask(
                 {"layers/up": s["layers/up"].at[1].set(0)}, SITES.match("*up"), 0.3
             ),
-            "leaves no entry of matrix 1 of 'layers/up'",
+            "keeps no entry of matrix 1 of 'layers/up'",
         ),
-        (lambda s: jp.sparsity.topk_mask({}, SITES - SITES, 0.5), "`keep` selects no parameter"),
-        (lambda s: jp.prune(s, HEAD), "`prune`: the mask of 'head' has dtype float64, should be b"),
-        (lambda s: jp.prune({}, HEAD), r"`prune`: the mask of 'head' has shape None, should be"),
-        (lambda s: jp.sparse_delta(0.0, HEAD), r"sparse\(0.0\)`: a share of entries"),
+        (
+            lambda s: jp.sparsity.topk_mask({}, SITES - SITES, 0.5),
+            "`topk_mask` selects no parameter",
+        ),
+        (
+            lambda s: jp.prune(s, HEAD),
+            "`prune`: the mask of 'head' has dtype float64, but must be b",
+        ),
+        (
+            lambda s: jp.prune({}, HEAD),
+            r"`prune`: the mask of 'head' has shape None, but must have",
+        ),
+        (
+            lambda s: jp.sparse_delta(0.0, HEAD),
+            r"`sparse_delta\(masks=0.0\)`: a density must be in \(0, 1\]",
+        ),
         (
             lambda s: jp.sparse_delta({"head": jnp.zeros((D, 3), bool)}, HEAD)(KEY, PARAMS),
-            "mask of 'head' has no entry. Leave",
+            "`sparse_delta`: the mask of 'head' has no entry. Leave",
         ),
         (
             lambda s: jp.sparsity.saliency_scores("snap", loss, PARAMS, HEAD, BATCHES),
-            "choose one of snip, taylor",
+            "criterion must be one of snip, taylor",
         ),
         (
             lambda s: jp.sparsity.saliency_scores("obd", loss, PARAMS, HEAD, BATCHES),
-            "give it a key",
+            "needs `key=jax.random.key",
         ),
         (
             lambda s: jp.sparsity.saliency_scores("snip", loss, PARAMS, HEAD, []),
-            "ran dry after 0 of at least one",
+            "iterator was exhausted after 0 batches, of at least one",
         ),
         (
             lambda s: jp.sparsity.obs_scores(PARAMS, HEAD, {}, damping=0.0),
-            r"damping=0.0\)`: a positive share",
+            r"damping=0.0\)`: `damping` must be positive",
         ),
         (
             lambda s: jp.sparsity.obs_scores(
                 PARAMS, HEAD, {"head": Moments(jnp.zeros((D, D)), X[0], 5)}
             ),
-            "moments of 'head' cannot be inverted.*all zero, leave the weight out",
+            "moments of 'head' cannot be inverted.*Leave the weight out",
         ),
         (
             lambda s: jp.chain(jp.full_finetuning(HEAD), jp.prune(random_masks(), HEAD))(
                 KEY, PARAMS
             ),
-            "`prune`: 'head' is trained as a whole already",
+            "`prune`: 'head' is already trained as a whole",
         ),
     ],
 )
@@ -273,7 +284,7 @@ def test_what_cannot_be_is_refused(call, message):
         (jp.gates(SITES), "gates"),
     ],
 )
-def test_entries_of_what_is_no_matrix_are_refused(second, name):
+def test_entries_of_a_weight_without_dense_equivalent_are_refused(second, name):
     with pytest.raises(ValueError, match=rf"{name}.*: 'head' holds Mixture, .*behind `{name}"):
         jp.chain(jp.moelora(2, SITES, experts=2, tasks=2), second)(KEY, PARAMS)
 
@@ -325,7 +336,7 @@ def test_only_entries_of_the_mask_are_trained(dtype):
         assert (w[masks[path]] != flat(params)[path][masks[path]]).all()
 
 
-def test_random_entries_are_as_many_in_every_matrix_and_none_twice():
+def test_random_entries_have_one_density_in_every_matrix_and_no_duplicates():
     frozen, adapter = jp.split(jp.sparse_delta(0.5, SITES)(KEY, PARAMS))
     assert {k: v.shape for k, v in adapter.items()} == {
         "layers/up/values": (L, D * F // 2),

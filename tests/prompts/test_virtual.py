@@ -13,8 +13,7 @@ import pytest
 import jaxpeft as jp
 from jaxpeft import data, train
 from jaxpeft.models import decoder, encoder, shifted_sparse
-
-from . import toy
+from tests.methods import toy
 
 F8 = jnp.float64
 KEY = jax.random.key(0)
@@ -72,9 +71,11 @@ def tuned(name, layers=2):
     return frozen, toy.perturbed(adapter, 1.0), fill
 
 
-def tree_of(name, slots, layers=2):
+def tree_of(name, virtual_positions, layers=2):
     frozen, adapter, _ = tuned(name, layers)
-    return jp.combine(frozen, adapter, **({"virtual": slots} if "prefix" in name else {}))
+    return jp.combine(
+        frozen, adapter, **({"virtual_positions": virtual_positions} if "prefix" in name else {})
+    )
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -82,8 +83,8 @@ def lifted(config, tree, ids, segments, positions):
     return jp.lift(decoder.apply_fn(config))(tree, ids, segment_ids=segments, positions=positions)
 
 
-def run(name, config, ids, slots, segments=None, positions=None):
-    return lifted(config, tree_of(name, slots), ids, segments, positions)
+def run(name, config, ids, virtual_positions, segments=None, positions=None):
+    return lifted(config, tree_of(name, virtual_positions), ids, segments, positions)
 
 
 def packed():
@@ -104,22 +105,26 @@ def alone(name, config):
     """The loss of each example in a row of its own, behind its own virtual tokens."""
     ids = jnp.stack([jnp.pad(jnp.asarray(x), (0, 9 - len(x))) for x in EXAMPLES])
     segments = jnp.asarray([[int(i < len(x)) for i in range(9)] for x in EXAMPLES])
-    longer, slots, shown = jp.prompts.prepend_virtual_tokens(ids, N, tuned(name)[2], segments)
-    shown = shown if config.sliding_window else None  # without a window no segments are needed
-    return losses(run(name, config, longer, slots, shown)[:, N:], ids, segments)
+    longer, virtual_positions, shown = jp.prompts.prepend_virtual_tokens(
+        ids, N, tuned(name)[2], segments
+    )
+    shown = shown if config.window else None  # without a window no segments are needed
+    return losses(run(name, config, longer, virtual_positions, shown)[:, N:], ids, segments)
 
 
 @pytest.mark.parametrize("config", [CONFIG, WINDOWED], ids=["full", "windowed"])
 @pytest.mark.parametrize("name", ["prefix", "prompt"])
 def test_packed_examples_have_the_loss_of_each_alone(name, config):
     ids, segments = packed()
-    longer, slots, shown = jp.prompts.prepend_virtual_tokens(ids, N, tuned(name)[2], segments)
-    got = losses(run(name, config, longer, slots, shown)[:, N:], ids, segments)
+    longer, virtual_positions, shown = jp.prompts.prepend_virtual_tokens(
+        ids, N, tuned(name)[2], segments
+    )
+    got = losses(run(name, config, longer, virtual_positions, shown)[:, N:], ids, segments)
     want = alone(name, config)
     np.testing.assert_allclose(got, want, rtol=1e-10)
     # As it was: virtual tokens in the segment of a row's first example.
     first = jnp.concatenate([jnp.ones((2, N), int), segments], axis=1)
-    wrong = losses(run(name, config, longer, slots, first)[:, N:], ids, segments)
+    wrong = losses(run(name, config, longer, virtual_positions, first)[:, N:], ids, segments)
     assert abs(wrong - want) > 1e-3
 
 
@@ -145,8 +150,10 @@ def test_batches_give_each_packed_example_virtual_tokens_of_its_own(name):
 
 def test_rows_of_several_tasks_are_packed_behind_the_prefix_of_their_own():
     ids, segments = packed()
-    tokens, slots, shown = jp.prompts.prepend_prefixes(ids, (1, 2), np.array([1, 0]), 0, segments)
-    assert slots[:, :2].tolist() == [[1, 2], [-1, 0]]
+    tokens, virtual_positions, shown = jp.prompts.prepend_prefixes(
+        ids, (1, 2), np.array([1, 0]), 0, segments
+    )
+    assert virtual_positions[:, :2].tolist() == [[1, 2], [-1, 0]]
     assert shown[:, :2].tolist() == [[-1, -1], [0, -1]]
     np.testing.assert_array_equal(shown[:, 2:], segments)
     assert tokens.shape == (2, 14)
@@ -154,7 +161,7 @@ def test_rows_of_several_tasks_are_packed_behind_the_prefix_of_their_own():
 
 def test_batches_without_virtual_tokens_are_as_they_were():
     tokens = [data.Tokens(x.astype(np.int32), np.ones(len(x), bool)) for x in EXAMPLES]
-    batch = data.Batches(data.Examples(tokens, max_length=12), batch_size=2)[0]
+    batch = data.Batches(data.Examples(tokens, context=12), batch_size=2)[0]
     assert "virtual_positions" not in batch and batch["tokens"].shape == (2, 12)
 
 
@@ -166,9 +173,11 @@ def test_a_window_leaves_the_prefix_in_sight_as_in_a_model_written_by_hand():
     _, adapter, _ = tuned("unturned prefix", 1)
     angles = jnp.arange(N, dtype=jnp.float32)[None, :, None, None] * ROPE
     ids = jnp.stack([jnp.arange(1, 10), jnp.arange(11, 20)])
-    longer, slots, shown = jp.prompts.prepend_virtual_tokens(ids, N, segment_ids=jnp.ones_like(ids))
-    config = dataclasses.replace(WINDOWED, num_layers=1)
-    tree = tree_of("unturned prefix", slots, 1)
+    longer, virtual_positions, shown = jp.prompts.prepend_virtual_tokens(
+        ids, N, segment_ids=jnp.ones_like(ids)
+    )
+    config = decoder.dataclasses.replace(WINDOWED, layers=1)
+    tree = tree_of("unturned prefix", virtual_positions, 1)
     out = lifted(config, tree, longer, shown, None)
 
     def attend(q, k, v, *, query_positions, key_positions, window):
@@ -195,54 +204,61 @@ def test_a_window_leaves_the_prefix_in_sight_as_in_a_model_written_by_hand():
 @pytest.mark.parametrize("name", ["prefix", "prompt"])
 def test_decoding_after_a_windowed_prefill_still_sees_the_virtual_tokens(name):
     ids = jnp.stack([jnp.arange(1, 10), jnp.arange(11, 20)])
-    longer, slots, shown = jp.prompts.prepend_virtual_tokens(
+    longer, virtual_positions, shown = jp.prompts.prepend_virtual_tokens(
         ids, N, tuned(name)[2], jnp.ones_like(ids)
     )
-    whole = run(name, WINDOWED, longer, slots, shown)
-    forward = jax.jit(jp.lift(decoder.apply_fn(WINDOWED)))
+    whole = run(name, WINDOWED, longer, virtual_positions, shown)
+    forward = jax.jit(jp.lift(decoder.pure(WINDOWED)))
     cache = decoder.init_cache(WINDOWED, 2, 12, F8)
     cut = N + 6
     first, cache = forward(
-        tree_of(name, slots[:, :cut]), longer[:, :cut], segment_ids=shown[:, :cut], cache=cache
+        tree_of(name, virtual_positions[:, :cut]),
+        longer[:, :cut],
+        segment_ids=shown[:, :cut],
+        cache=cache,
     )
     np.testing.assert_allclose(first, whole[:, :cut], atol=1e-10)
     for at in range(cut, 12):
         step, cache = forward(
-            tree_of(name, slots[:, at : at + 1]), longer[:, at : at + 1], cache=cache
+            tree_of(name, virtual_positions[:, at : at + 1]), longer[:, at : at + 1], cache=cache
         )
         np.testing.assert_allclose(step[:, 0], whole[:, at], atol=1e-10)
 
 
 def test_groups_of_tokens_that_do_not_see_the_prefix_are_refused():
     ids = jnp.arange(1, 10)[None]
-    longer, slots, shown = jp.prompts.prepend_virtual_tokens(ids, N, segment_ids=jnp.ones_like(ids))
-    model = jp.lift(decoder.apply_fn(CONFIG, attention_fn=shifted_sparse(4)))
-    out = jax.jit(model)(tree_of("prefix", slots), longer, segment_ids=shown)
+    longer, virtual_positions, shown = jp.prompts.prepend_virtual_tokens(
+        ids, N, segment_ids=jnp.ones_like(ids)
+    )
+    model = jp.lift(decoder.pure(CONFIG, attention_fn=shifted_sparse(4)))
+    out = jax.jit(model)(tree_of("prefix", virtual_positions), longer, segment_ids=shown)
     assert jnp.isnan(out).all()
     where = decoder.TokenPositions(jnp.arange(12)[None], shown)
     q = jnp.ones((1, 12, 2, 6))
-    with pytest.raises(ValueError, match="own group only, but 3 tokens are virtual"):
-        shifted_sparse(4)(q, q, q, query_positions=where, key_positions=where, window=None)
-    within = jp.lift(decoder.apply_fn(CONFIG, attention_fn=shifted_sparse(12)))
-    got = jax.jit(within)(tree_of("prefix", slots), longer, segment_ids=shown)
-    np.testing.assert_allclose(got, run("prefix", CONFIG, longer, slots, shown), atol=1e-10)
+    with pytest.raises(ValueError, match="group alone, but 3 tokens are virtual"):
+        shifted_sparse(4)(q, q, q, queries=place, keys=place, window=None)
+    within = jp.lift(decoder.pure(CONFIG, attention_fn=shifted_sparse(12)))
+    got = jax.jit(within)(tree_of("prefix", virtual_positions), longer, segment_ids=shown)
+    np.testing.assert_allclose(
+        got, run("prefix", CONFIG, longer, virtual_positions, shown), atol=1e-10
+    )
 
 
 @pytest.mark.parametrize(
     "segments, message",
     [
-        (np.ones((1, 4), int), "`segment_ids` (1, 4) are told of tokens (2, 5)"),
-        (np.full((2, 5), -1), "`segment_ids` hold -1, but are 0 for padding"),
+        (np.ones((1, 4), int), "`segment_ids` have shape (1, 4), but the tokens have (2, 5)"),
+        (np.full((2, 5), -1), "`segment_ids` contain -1, but must be 0 for padding"),
     ],
 )
-def test_segments_are_those_of_the_tokens(segments, message):
+def test_segment_ids_that_do_not_fit_the_tokens_are_refused(segments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         jp.prompts.prepend_virtual_tokens(jnp.ones((2, 5), int), N, segment_ids=segments)
 
 
 @pytest.mark.parametrize("virtual", [-2, [[1]]])
-def test_batches_say_what_virtual_tokens_are(virtual):
-    examples = data.Examples([data.Tokens(np.arange(4), np.ones(4, bool))], max_length=4)
+def test_batches_refuse_wrong_virtual_tokens(virtual):
+    examples = data.Examples([data.Tokens(np.arange(4), np.ones(4, bool))], context=4)
     with pytest.raises(ValueError, match=re.escape(f"sequence of ids; got {virtual!r}.")):
         data.Batches(examples, batch_size=1, virtual_tokens=virtual)
 
@@ -292,17 +308,19 @@ def with_prefix(fn, ids=IDS, p=P, n=2, **options):
     found = jp.sites(fn, p, ids)
     method = jp.prefix_tuning(n, found.match("k"), found.match("v"), dtype=F8, **options)
     frozen, adapter = jp.split(method(KEY, p))
-    longer, slots = jp.prompts.prepend_virtual_tokens(ids, n)
-    tree = jp.combine(frozen, toy.perturbed(adapter, 1.0), virtual=slots)
-    return tree, longer, slots
+    longer, virtual_positions = jp.prompts.prepend_virtual_tokens(ids, n)
+    tree = jp.combine(frozen, toy.perturbed(adapter, 1.0), virtual_positions=virtual_positions)
+    return tree, longer, virtual_positions
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_model_that_reads_a_placeholder_is_refused(name):
     fn = reading(READERS[name])
-    tree, ids, slots = with_prefix(fn)
-    with pytest.raises(ValueError, match=r"Output 0 of shape \(3, [89].*reads a placeholder: with"):
-        jp.prompts.check_prefix(fn, tree, ids, slots)
+    tree, ids, virtual_positions = with_prefix(fn)
+    with pytest.raises(
+        ValueError, match=r"output 0 of shape \(3, [89].*depends on a placeholder: with"
+    ):
+        jp.prompts.check_prefix(fn, tree, ids, virtual_positions)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +341,7 @@ def test_a_model_that_reads_none_passes(how, hidden):
     jp.prompts.check_prefix(fn, *with_prefix(fn, hidden=hidden))
 
 
-def test_what_a_mask_or_a_window_hides_is_named():
+def test_a_prefix_hidden_by_a_mask_or_a_window_is_named():
     t = np.arange(9)
     masks = {
         "masked": (t >= 2)[None],
@@ -331,7 +349,7 @@ def test_what_a_mask_or_a_window_hides_is_named():
         "packed": (t[:, None] < 5) == (t < 5),
     }
     places = {
-        "masked": "0, one of 3: its",
+        "masked": "0, one of 3,",
         "windowed": "0, position 5, one of",
         "packed": "0, position 5",
     }
@@ -342,27 +360,30 @@ def test_what_a_mask_or_a_window_hides_is_named():
             out = attended(p, p["embed"][ids], seen[:length, :length])
             return out[:, -1] if name == "masked" else out
 
-        tree, ids, slots = with_prefix(fn)
+        tree, ids, virtual_positions = with_prefix(fn)
         with pytest.raises(
-            ValueError, match=f"prefix at '[kv]' is not seen from example {places[name]}"
+            ValueError,
+            match=f"output at example {places[name]}.* not depend on the prefix at '[kv]'",
         ):
-            jp.prompts.check_prefix(fn, tree, ids, slots)
+            jp.prompts.check_prefix(fn, tree, ids, virtual_positions)
 
 
-def test_the_decoder_is_told_to_show_a_prefix_beyond_its_window_and_in_packed_rows():
+def test_segment_ids_make_a_prefix_visible_beyond_the_window_and_in_packed_rows():
     ids, segments = packed()
     ids = ids[:, :9]
-    longer, slots, shown = jp.prompts.prepend_virtual_tokens(
+    longer, virtual_positions, shown = jp.prompts.prepend_virtual_tokens(
         ids, N, segment_ids=jnp.where(segments == 2, 2, 1)[:, :9]
     )
-    forward, tree = decoder.apply_fn(WINDOWED), tree_of("prefix", slots)
-    jp.prompts.check_prefix(forward, tree, longer, slots, segment_ids=shown)
-    at = "the prefix at 'layers/attn/k/kernel' is not seen from example 0, position 6"
-    with pytest.raises(ValueError, match=f"(?i){at}"):
-        jp.prompts.check_prefix(forward, tree, longer, slots)
-    with pytest.raises(ValueError, match="is not seen from example 0, position 10"):
+    forward, tree = decoder.pure(WINDOWED), tree_of("prefix", virtual_positions)
+    jp.prompts.check_prefix(forward, tree, longer, virtual_positions, segment_ids=shown)
+    at = "example 0, position 6, .* does not depend on the prefix at 'layers/attn/k/kernel'"
+    with pytest.raises(ValueError, match=at):
+        jp.prompts.check_prefix(forward, tree, longer, virtual_positions)
+    with pytest.raises(ValueError, match="output at example 0, position 10, one of"):
         first = jnp.where(shown == -1, 1, shown)
-        jp.prompts.check_prefix(decoder.apply_fn(CONFIG), tree, longer, slots, segment_ids=first)
+        jp.prompts.check_prefix(
+            decoder.pure(CONFIG), tree, longer, virtual_positions, segment_ids=first
+        )
 
 
 def test_an_encoder_pools_its_first_token_behind_virtual_ones():
@@ -378,23 +399,28 @@ def test_an_encoder_pools_its_first_token_behind_virtual_ones():
             KEY, p
         )
     )
-    longer, slots = jp.prompts.prepend_virtual_tokens(ids, 2)
-    tree = jp.combine(frozen, toy.perturbed(adapter), virtual=slots)
-    with pytest.raises(ValueError, match=r"Output 0 of shape \(3, 12\) reads a placeholder"):
-        jp.prompts.check_prefix(forward, tree, longer, slots)
-    jp.prompts.check_prefix(forward, tree, longer, slots, virtual=2)
-    x = jax.jit(jp.lift(encoder.apply_fn(config)))(tree, longer)[:, 2]
+    longer, virtual_positions = jp.prompts.prepend_virtual_tokens(ids, 2)
+    tree = jp.combine(frozen, toy.perturbed(adapter), virtual_positions=virtual_positions)
+    with pytest.raises(ValueError, match=r"output 0 of shape \(3, 12\) depends on a placeholder"):
+        jp.prompts.check_prefix(forward, tree, longer, virtual_positions)
+    jp.prompts.check_prefix(forward, tree, longer, virtual_positions, virtual=2)
+    x = jax.jit(jp.lift(encoder.pure(config)))(tree, longer)[:, 2]
     got = jax.jit(lambda *given: jp.lift(forward)(*given, virtual=2))(tree, longer)
     want = jnp.tanh(x @ p["pooler"]["kernel"] + p["pooler"]["bias"])
     np.testing.assert_allclose(got, want, atol=1e-12)
 
 
-def test_a_check_needs_the_tokens_and_the_tree_of_the_same_slots():
+def test_a_check_needs_the_tokens_and_the_tree_of_the_same_positions():
     fn = reading(lambda x, ids: x)
-    tree, ids, slots = with_prefix(fn)
-    for given in [(P, ids, slots), (tree, ids[:, 2:], slots), (tree, ids, -jnp.ones_like(slots))]:
+    tree, ids, virtual_positions = with_prefix(fn)
+    for given in [
+        (P, ids, virtual_positions),
+        (tree, ids[:, 2:], virtual_positions),
+        (tree, ids, -jnp.ones_like(virtual_positions)),
+    ]:
         with pytest.raises(
-            ValueError, match=r"`check_prefix` is given tokens \(3, .*slots \(3, 9\)"
+            ValueError,
+            match=r"`check_prefix`: tokens of shape \(3, .*virtual positions of shape \(3, 9\)",
         ):
             jp.prompts.check_prefix(fn, *given)
 
@@ -415,10 +441,9 @@ def time_first(p, ids, outputs=lambda x: x):
 def test_a_model_with_time_first_is_refused_whatever_the_batch(rows, hidden):
     """With eight rows of eight positions too, where shapes alone say nothing."""
     ids = jax.random.randint(KEY, (rows, 6), 1, 20)
-    tree, longer, slots = with_prefix(time_first, ids, hidden=hidden)
-    told = (
-        rf"prefix at 'k' is told of virtual positions \({min(rows, 7)}, 8\).*\(8, {min(rows, 7)}\)"
-    )
+    tree, longer, virtual_positions = with_prefix(time_first, ids, hidden=hidden)
+    batch = min(rows, 7)
+    told = rf"prefix at 'k' was given virtual positions of shape \({batch}, 8\).*\(8, {batch}\)"
     for run in (jp.lift(time_first), jax.jit(jp.lift(time_first))):
         with pytest.raises(ValueError, match=told):
             run(tree, longer)
@@ -429,7 +454,7 @@ def test_a_square_batch_of_a_model_with_batch_first_is_right():
     fn = reading(lambda x, ids: x)
     made_for = lambda p, ids: fn(p, ids) + jnp.zeros((8, 1, 1))  # noqa: E731
     ids = jax.random.randint(KEY, (8, 6), 1, 20)
-    tree, longer, slots = with_prefix(fn, ids)
+    tree, longer, virtual_positions = with_prefix(fn, ids)
     whole = jax.jit(jp.lift(fn))(tree, longer)
     np.testing.assert_array_equal(jax.jit(jp.lift(made_for))(tree, longer), whole)
     some, where = jp.prompts.prepend_virtual_tokens(ids[:3], 2)
@@ -446,8 +471,8 @@ def test_moments_of_a_model_with_time_first_are_refused_too():
 
     batch = {"ids": jax.random.randint(KEY, (8, 8), 1, 20), "mask": jnp.ones((8, 8))}
     found = jp.sites(fn, P, batch).match("k")
-    with pytest.raises(ValueError, match=r"which inputs count as \(7, 8\).*leading axes \(8, 7\)"):
-        jp.calibration.input_moments(fn, P, found, [batch], counted=lambda batch: batch["mask"])
+    with pytest.raises(ValueError, match=r"mask of shape \(7, 8\).*leading axes \(8, 7\)"):
+        jp.calibration.input_moments(fn, P, found, [batch], mask=lambda batch: batch["mask"])
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -462,9 +487,9 @@ def test_fit_refuses_a_loss_that_reads_a_placeholder(at, jitted):
         jp.prefix_tuning(2, found.match("k"), found.match("v"), dtype=F8)(KEY, P)
     )
 
-    def loss(frozen, adapter, batch, key):
-        ids, slots = jp.prompts.prepend_virtual_tokens(batch, 2)
-        out = jp.lift(fn)(jp.combine(frozen, adapter, virtual=slots), ids)
+    def loss(adapter, frozen, batch, key):
+        ids, virtual_positions = jp.prompts.prepend_virtual_tokens(batch, 2)
+        out = jp.lift(fn)(jp.combine(frozen, adapter, virtual_positions=virtual_positions), ids)
         return jnp.sum(out**2), jnp.float32(3)
 
     loss = jax.jit(loss) if jitted else loss
@@ -472,7 +497,9 @@ def test_fit_refuses_a_loss_that_reads_a_placeholder(at, jitted):
         train.fit, loss, optax.sgd(0.1), frozen, adapter, [np.asarray(IDS)], progress=False
     )
     if at == 0:
-        with pytest.raises(ValueError, match=r"loss reads a placeholder.* it is [\d.]+ instead of"):
+        with pytest.raises(
+            ValueError, match=r"loss depends on a placeholder.* it is [\d.]+ instead of"
+        ):
             go()
         return
     assert int(go().state.step) == 1
@@ -486,9 +513,15 @@ def test_fit_refuses_packed_rows_of_which_the_first_examples_alone_have_virtual_
 
     def loss(mind, frozen, adapter, batch, key):
         shown = batch["segment_ids"] if mind else None
-        ids, slots, *shown = jp.prompts.prepend_virtual_tokens(batch["tokens"], N, fill, shown)
-        tree = jp.combine(frozen, adapter, **({"virtual": slots} if name == "prefix" else {}))
-        out = jp.lift(decoder.apply_fn(CONFIG))(tree, ids, segment_ids=shown[0] if mind else None)
+        ids, virtual_positions, *shown = jp.prompts.prepend_virtual_tokens(
+            batch["tokens"], N, fill, shown
+        )
+        tree = jp.combine(
+            frozen,
+            adapter,
+            **({"virtual_positions": virtual_positions} if name == "prefix" else {}),
+        )
+        out = jp.lift(decoder.pure(CONFIG))(tree, ids, segment_ids=shown[0] if mind else None)
         return train.cross_entropy(out[:, N:], batch["targets"], batch["weights"])
 
     def go(mind):
@@ -506,7 +539,7 @@ def test_fit_refuses_gates_over_packed_rows():
     """A gate of UniPELT is a mean over the row, in which examples would mix."""
     found = jp.sites(decoder.apply_fn(CONFIG), params(), one(EXAMPLES[0]))
     k, v, down = (found.match(f"*/{name}/kernel") for name in ("attn/k", "attn/v", "down"))
-    method = jp.unipelt(found.match("*/q/kernel"), k, v, down, rank=2, length=N, width=2)
+    method = jp.unipelt(found.match("*/q/kernel"), k, v, down, rank=2, length=N, bottleneck_dim=2)
     frozen, adapter = jp.split(method(KEY, params()))
     batch = {"segment_ids": np.array([[1, 1, 0], [1, 2, 3]])}
     loss = lambda *given: None  # noqa: E731

@@ -1,4 +1,4 @@
-"""What a pruned matrix keeps makes up for what it loses, on the inputs that were seen."""
+"""SparseGPT: the kept entries of a pruned matrix compensate, on the inputs of the calibration."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft.sparsity import sparsegpt_update
-
-from .stack import model, normal, params
+from tests.methods.stack import model, normal, params
 
 L, D, F, OUT = 2, 6, 8, 5
 KEY = jax.random.key(0)
@@ -68,7 +67,7 @@ def test_every_matrix_of_a_stack_is_that_of_the_formula():
     assert np.abs(got["layers/up"] - jnp.where(MASKS["layers/up"], old["layers/up"], 0)).max() > 0.1
 
 
-def test_what_comes_first_is_made_up_for_by_the_least_squares_solution():
+def test_pruning_the_first_inputs_gives_the_least_squares_solution():
     w, lost = normal(7, D, OUT), [1, 3, 0, 2, 5]
     mask = np.arange(D)[:, None] >= np.array(lost)[None]  # the first so many of each column
     tree, sites, moments = one(w, X)
@@ -104,7 +103,7 @@ def test_zeros_are_exact_and_arrays_keep_their_dtypes(dtype):
         np.testing.assert_array_equal(w == 0, ~MASKS[path])
 
 
-def test_narrow_weights_are_computed_in_wide_ones():
+def test_16_bit_weights_are_computed_in_float32():
     w = normal(7, D, OUT).astype(jnp.bfloat16)
     tree, sites, moments = one(w, X)
     assert moments["w"].second.dtype == jnp.float32
@@ -143,7 +142,10 @@ def test_kernels_of_several_axes_are_those_of_their_matrices():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: sparsegpt_update(PARAMS, HEAD, MASKS, {}), "no moments of the inputs of 'head'"),
+        (
+            lambda: sparsegpt_update(PARAMS, HEAD, MASKS, {}),
+            "there are no moments of the inputs of 'head'",
+        ),
         (
             lambda: sparsegpt_update(
                 PARAMS,
@@ -151,7 +153,7 @@ def test_kernels_of_several_axes_are_those_of_their_matrices():
                 MASKS,
                 {"head": MOMENTS["head"]._replace(second=jnp.eye(5))},
             ),
-            r"moments of 'head' have shape \(5, 5\), should be \(6, 6\)",
+            r"moments of 'head' have shape \(5, 5\), but must have \(6, 6\)",
         ),
         (
             lambda: sparsegpt_update(PARAMS, HEAD, {}, MOMENTS),
@@ -159,11 +161,11 @@ def test_kernels_of_several_axes_are_those_of_their_matrices():
         ),
         (
             lambda: sparsegpt_update(PARAMS, HEAD, {"head": MASKS["head"].T}, MOMENTS),
-            r"mask of 'head' has shape \(5, 6\), should be \(6, 5\)",
+            r"mask of 'head' has shape \(5, 6\), but must have \(6, 5\)",
         ),
         (
             lambda: sparsegpt_update(PARAMS, HEAD, MASKS, MOMENTS, damping=0.0),
-            r"damping=0.0\)`: a positive share",
+            r"damping=0.0\)`: `damping` must be positive",
         ),
         (
             lambda: sparsegpt_update(
