@@ -262,7 +262,7 @@ def from_json(description: Any, factories: Mapping[str, Callable], at: str = "me
 
 
 #: What a loop counts, so that a large number is a loop without end.
-_LOOPS = ("factors", "layers", "steps", "terms", "turns")
+_LOOPS = ("layers", "n_butterfly_factors", "n_iter", "neumann_terms", "steps")
 
 
 def _check_sizes(options: Mapping[str, Any], at: str) -> None:

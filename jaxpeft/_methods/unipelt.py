@@ -71,7 +71,7 @@ class GatedPrefix(Prefix):
 
 @weight
 class GatedBottleneck(Bottleneck):
-    """y + g(z) * change(z)."""
+    """y + g(z) * delta(z)."""
 
     gate: Any = axes("out", optional=True)
     gate_bias: Any = axes("one", optional=True)
@@ -80,9 +80,9 @@ class GatedBottleneck(Bottleneck):
 
     per_position = "slots"
 
-    def change(self, z):
+    def delta(self, z):
         g = gate(z, self.gate, self.gate_bias, self.slots, self.path)
-        return (g * super().change(z)).astype(z.dtype)
+        return (g * super().delta(z)).astype(z.dtype)
 
 
 @register_method
@@ -144,7 +144,7 @@ def unipelt(
     behind = bottleneck_adapter(
         width,
         outputs,
-        reads="sum",
+        adapter_input="output_plus_residual",
         norms=norms,
         eps=eps,
         activation=activation,
