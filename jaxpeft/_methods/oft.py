@@ -121,7 +121,7 @@ class CayleyRotation(Weight):
         return {"rotation": self._rotation(self.skew.array)}
 
     def acting(self, **derived):
-        return RotatedInputs(self.w, derived["rotation"], self.block_size)
+        return RotatedInputs(self.w, derived["rotation"], self.block_size, 1)
 
     def materialize(self):
         return self.acting(rotation=self._rotation(self.skew)).materialize()

@@ -209,7 +209,7 @@ def xlora(
         )
     if gate_input == "input" and hidden_size is not None:
         raise ValueError(
-            f"`xlora(hidden_size={hidden_size}, gate_input='input')`: each gate has the size of its "
+            f"`xlora(hidden_size={hidden_size}, gate_input='input')`: a gate has the size of its "
             "matrix's input. Leave `hidden_size` out."
         )
     if not temperature > 0:
@@ -277,7 +277,7 @@ def _check_ranks(sites: Sites, ranks: Mapping[str, Sequence[int]]) -> int:
         if len(own) != experts or experts < 2 or min(own) < 0 or max(own) < 1:
             raise ValueError(
                 f"`xlora`: the ranks of '{path}' are {list(own)}. There should be one rank for "
-                f"each of two or more experts, as many at every matrix (here {experts}), none of them "
-                "negative and at least one positive, as `mixtures.stack_adapters` returns them."
+                f"each of two or more experts, as many at every matrix (here {experts}), none "
+                "of them negative and one positive, as `mixtures.stack_adapters` returns them."
             )
     return len(next(iter(ranks.values()), ()))

@@ -72,8 +72,8 @@ def stack_adapters(adapters: Sequence[tuple[Method, Mapping[str, Any]]]) -> Adap
             if _layout(site) != _layout(other):
                 raise ValueError(
                     f"`stack_adapters`: '{path}' is {_layout(other)} (shape, stack, in, out, "
-                    f"roles) in adapter {first}, but {_layout(site)} in adapter {i}. They were trained on "
-                    "different bases. Give adapters of the same base."
+                    f"roles) in adapter {first}, but {_layout(site)} in adapter {i}. They were "
+                    "trained on different bases. Give adapters of the same base."
                 )
     sites = functools.reduce(operator.or_, (method.options["sites"] for method, _ in adapters))
     arrays, ranks = {}, {}

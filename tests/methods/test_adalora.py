@@ -132,7 +132,7 @@ BUDGET = {"steps": 9, "warmup": 2, "final": 2}
     "make, message",
     [
         (lambda: jp.adalora(7, SITES)(KEY, PARAMS), r"rank=7\)` needs 1 <= rank"),
-        (lambda: jp.adalora(R, SITES, std=0.0), r"std=0.0\)`: factors of zero"),
+        (lambda: jp.adalora(R, SITES, init_std=0.0), r"init_std=0.0\)`: factors of zero"),
         (
             lambda: jp.adalora(R, SITES.output_slice(0, 2)),
             "`adalora`: a part of the columns of 'head'",

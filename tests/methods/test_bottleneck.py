@@ -75,22 +75,22 @@ INPUT = normal(9, 2, T, D) * 3
 READ = {
     "output": lambda h, x, p: h,
     "residual": lambda h, x, p: x,
-    "sum": lambda h, x, p: x + h,
+    "output_plus_residual": lambda h, x, p: x + h,
     "sum, normed": lambda h, x, p: norm(x + h, p),
 }
 
 
-def option(reads, sites):
+def option(adapter_input, sites):
     norms = sites.match("norm/*") if "normed" in reads else None
     return {"reads": reads.split(",")[0], "norms": norms, "eps": EPS}
 
 
 @pytest.mark.parametrize("fn", [postnorm, rematerialized])
-@pytest.mark.parametrize("reads", READ)
-def test_an_adapter_reads_what_it_is_told_to(reads, fn):
+@pytest.mark.parametrize("adapter_input", READ)
+def test_an_adapter_reads_what_it_is_told_to(adapter_input, fn):
     p, sites = layers(), jp.sites(fn, layers(), INPUT)
     out, adapter = adapted(
-        fn, p, INPUT, "down/kernel", scale=2.5, activation="gelu", **option(reads, sites)
+        fn, p, INPUT, "down/kernel", scale=2.5, activation="gelu", **option(adapter_input, sites)
     )
     x = INPUT
     for i in range(L):
@@ -134,7 +134,7 @@ def two_layers():
 def test_norms_belong_to_the_kernels_in_their_order():
     p, sites = two_layers(), jp.sites(unrolled, two_layers(), INPUT)
     norms = sites.match("*/norm/*")
-    out, adapter = adapted(unrolled, p, INPUT, "*/down/kernel", reads="sum", norms=norms, eps=EPS)
+    out, adapter = adapted(unrolled, p, INPUT, "*/down/kernel", adapter_input="output_plus_residual", norms=norms, eps=EPS)
     x = INPUT
     for name in ("first", "second"):
         h, here = ffn(x, p[name]), p[name]["norm"]
@@ -209,18 +209,18 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("reads", ["sum", "residual"])
+@pytest.mark.parametrize("adapter_input", ["output_plus_residual", "residual"])
 @pytest.mark.parametrize("way", WAYS)
-def test_the_stream_is_found_however_the_model_adds_it(way, reads):
+def test_the_stream_is_found_however_the_model_adds_it(way, adapter_input):
     """Also beside a single row, where a bias is as long as the stream."""
     p = {"u": normal(0, D, F), "w": normal(1, F, D), "b": normal(2, D)}
     for shape in (T, D), (1, D), (1, 1, D), (D,):
         x = normal(3, *shape)
         # Sites are those of several rows, as where a model is trained on these and then decodes.
         rows = normal(4, *(3 for _ in shape[:-1]), D)
-        out, adapter = adapted(WAYS[way], p, x, "w", rows, reads=reads)
+        out, adapter = adapted(WAYS[way], p, x, "w", rows, adapter_input=adapter_input)
         h = hidden(p, x) @ p["w"] + p["b"]
-        z = x + h if reads == "sum" else x
+        z = x + h if adapter_input == "output_plus_residual" else x
         # One of the ways leads through float32.
         rtol = 1e-5 if way == "reshapes and names" else 1e-10
         np.testing.assert_allclose(out, x + h + network(z, adapter, "w"), rtol=rtol)
@@ -236,24 +236,24 @@ def flax_models(x):
     }
 
 
-@pytest.mark.parametrize("reads", ["sum", "residual"])
+@pytest.mark.parametrize("adapter_input", ["output_plus_residual", "residual"])
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
-def test_the_stream_is_found_in_flax_modules(kind, reads):
+def test_the_stream_is_found_in_flax_modules(kind, adapter_input):
     for x in normal(3, T, D), normal(3, 1, D):
         fn, params = flax_models(x)[kind]
-        out, adapter = adapted(fn, params, x, "w/kernel", normal(4, T, D), reads=reads)
+        out, adapter = adapted(fn, params, x, "w/kernel", normal(4, T, D), adapter_input=adapter_input)
         p = {"u": params["u"]["kernel"], "w": params["w"]["kernel"], "b": params["w"]["bias"]}
         h = fn(params, x) - x
         close(h, hidden(p, x) @ p["w"] + p["b"])
-        close(out, x + h + network(x + h if reads == "sum" else x, adapter, "w/kernel"))
+        close(out, x + h + network(x + h if adapter_input == "output_plus_residual" else x, adapter, "w/kernel"))
 
 
-@pytest.mark.parametrize("reads", ["sum", "residual"])
-def test_an_adapter_on_the_stream_stands_on_codes_and_on_lora_under_vmap_and_grad(reads):
+@pytest.mark.parametrize("adapter_input", ["output_plus_residual", "residual"])
+def test_an_adapter_on_the_stream_stands_on_codes_and_on_lora_under_vmap_and_grad(adapter_input):
     p = {"u": normal(0, D, F), "w": normal(1, F, D), "b": normal(2, D)}
     x, w = normal(3, T, D), jp.sites(plain, p, normal(3, T, D)).match("w")
     below = jp.chain(jp.quantize("int8", w), jp.lora(2, w, dtype=F8))
-    method = jp.chain(below, jp.bottleneck_adapter(M, w, reads=reads, dtype=F8))
+    method = jp.chain(below, jp.bottleneck_adapter(M, w, adapter_input=adapter_input, dtype=F8))
     frozen, adapter = jp.split(method(KEY, p))
     adapter = perturbed(adapter)
     factors = {f"w/{name}": adapter[f"w/w/{name}"] for name in "ab"}
@@ -264,7 +264,7 @@ def test_an_adapter_on_the_stream_stands_on_codes_and_on_lora_under_vmap_and_gra
 
     def by_hand(adapter, x):
         h = plain(dense, x) - x
-        return x + h + network(x + h if reads == "sum" else x, adapter, "w")
+        return x + h + network(x + h if adapter_input == "output_plus_residual" else x, adapter, "w")
 
     close(lifted(adapter, x), by_hand(adapter, x))
     close(jax.vmap(lifted, (None, 0))(adapter, x), by_hand(adapter, x))
@@ -274,13 +274,13 @@ def test_an_adapter_on_the_stream_stands_on_codes_and_on_lora_under_vmap_and_gra
 
 
 @pytest.mark.parametrize("rows", [T, 1])
-@pytest.mark.parametrize("reads", ["output", "sum", "residual"])
-def test_a_model_in_bfloat16_keeps_its_dtype(reads, rows):
+@pytest.mark.parametrize("adapter_input", ["output", "output_plus_residual", "residual"])
+def test_a_model_in_bfloat16_keeps_its_dtype(adapter_input, rows):
     p = {"u": normal(0, D, F), "w": normal(1, F, D), "b": normal(2, D)}
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), p)
     x = normal(3, rows, D).astype(jnp.bfloat16)
     sites = jp.sites(plain, half, normal(4, T, D).astype(jnp.bfloat16))
-    method = jp.bottleneck_adapter(M, sites.match("w"), reads=reads)
+    method = jp.bottleneck_adapter(M, sites.match("w"), adapter_input=adapter_input)
     frozen, adapter = jp.split(method(KEY, half))
     assert {a.dtype for a in adapter.values()} == {jnp.dtype(jnp.float32)}
     adapter = perturbed(adapter)
@@ -289,7 +289,7 @@ def test_a_model_in_bfloat16_keeps_its_dtype(reads, rows):
     wide = jax.tree.map(lambda a: a.astype(F8), half)
     x = x.astype(F8)
     h = hidden(wide, x) @ wide["w"] + wide["b"]
-    z = {"output": h, "sum": x + h, "residual": x}[reads]
+    z = {"output": h, "output_plus_residual": x + h, "residual": x}[adapter_input]
     want = x + h + network(z, adapter, "w")
     # A few roundings to eight bits, of h, z and the sum.
     assert jnp.abs(out.astype(F8) - want).max() < 0.01 * jnp.abs(want).max()
@@ -344,11 +344,11 @@ LOST = {
 
 
 @pytest.mark.parametrize("case", LOST)
-@pytest.mark.parametrize("reads", ["sum", "residual"])
-def test_a_stream_that_is_not_found_is_an_error_that_says_what_happens_instead(case, reads):
+@pytest.mark.parametrize("adapter_input", ["output_plus_residual", "residual"])
+def test_a_stream_that_is_not_found_is_an_error_that_says_what_happens_instead(case, adapter_input):
     fn, message = LOST[case]
     p, x = {"w": normal(0, D, D)}, normal(1, T, D)
-    method = jp.bottleneck_adapter(M, jp.sites(fn, p, x).match("w"), reads=reads)
+    method = jp.bottleneck_adapter(M, jp.sites(fn, p, x).match("w"), adapter_input=adapter_input)
     with pytest.raises(ValueError, match=rf"adapter at 'w' reads the residual stream.*{message}"):
         jp.lift(fn)(start(method, p), x)
 
@@ -363,7 +363,7 @@ def test_a_stream_that_is_not_found_is_an_error_that_says_what_happens_instead(c
 )
 def test_a_product_that_has_no_stream_beside_it_is_an_error(fn, shape):
     p, x = {"w": normal(0, *shape)}, normal(1, T, D)
-    method = jp.bottleneck_adapter(M, jp.sites(fn, p, x).match("w"), reads="residual")
+    method = jp.bottleneck_adapter(M, jp.sites(fn, p, x).match("w"), adapter_input="residual")
     with pytest.raises(
         jp.NotMergeableError, match=r"Bottleneck at 'w' .* `dot_general` .*test_bott"
     ):
@@ -373,10 +373,10 @@ def test_a_product_that_has_no_stream_beside_it_is_an_error(fn, shape):
 # ---- Where it starts, how many numbers it trains
 
 
-@pytest.mark.parametrize("reads", READ)
-def test_training_starts_at_the_model_with_2md_d_m_numbers(reads):
+@pytest.mark.parametrize("adapter_input", READ)
+def test_training_starts_at_the_model_with_2md_d_m_numbers(adapter_input):
     p, sites = layers(), jp.sites(postnorm, layers(), INPUT)
-    method = jp.bottleneck_adapter(M, sites.match("down/kernel"), dtype=F8, **option(reads, sites))
+    method = jp.bottleneck_adapter(M, sites.match("down/kernel"), dtype=F8, **option(adapter_input, sites))
     frozen, adapter = jp.split(method(KEY, p))
     assert sum(a.size for a in adapter.values()) == L * (2 * M * D + D + M)
     close(jp.lift(postnorm)(jp.combine(frozen, adapter), INPUT), postnorm(p, INPUT))
@@ -451,46 +451,46 @@ def kernels(sites):
 
 
 REFUSED = {
-    "width": (lambda s: jp.bottleneck_adapter(0, kernels(s)), r"bottleneck\(width=0\)"),
+    "no hidden unit": (lambda s: jp.bottleneck_adapter(0, kernels(s)), r"bottleneck_adapter\(bottleneck_dim=0\)"),
     "activation": (
         lambda s: jp.bottleneck_adapter(M, kernels(s), activation="elu"),
-        r"bottleneck\(activation='elu'\)`: choose of \['gelu', 'relu', 'silu', 'tanh'\]",
+        r"bottleneck_adapter\(activation='elu'\)`: choose one of \['gelu', 'relu', 'silu', 'tanh'\]",
     ),
     "dropout": (
         lambda s: jp.bottleneck_adapter(M, kernels(s), dropout=1.0),
-        r"bottleneck\(dropout=1.0\)",
+        r"bottleneck_adapter\(dropout=1.0\)",
     ),
-    "reads": (
-        lambda s: jp.bottleneck_adapter(M, kernels(s), reads="input"),
-        r"bottleneck\(reads='input', init='zero'\)`: .*'output', 'sum', 'residual'",
+    "adapter input": (
+        lambda s: jp.bottleneck_adapter(M, kernels(s), adapter_input="input"),
+        r"bottleneck_adapter\(adapter_input='input'\)`: .*'output', 'output_plus_residual', 'residual'\",
     ),
     "init": (
         lambda s: jp.bottleneck_adapter(M, kernels(s), init="ones"),
-        r"bottleneck\(reads='output', init='ones'\)`: .*'zero' or 'normal'",
+        r"bottleneck_adapter\(init='ones'\)`: .*'zero' or 'normal'",
     ),
     "norms of too few": (
-        lambda s: jp.bottleneck_adapter(M, kernels(s), reads="sum", norms=s.match("first/norm/*")),
+        lambda s: jp.bottleneck_adapter(M, kernels(s), adapter_input="output_plus_residual", norms=s.match("first/norm/*")),
         r"one scale and one bias for each of \['first/down/kernel', 'second/down/kernel'\], but "
-        r"got \['first/norm/scale'\] and \['first/norm/bias'\]",
+        r"got the scales \['first/norm/scale'\] and the biases \['first/norm/bias'\]",
     ),
     "norms without biases": (
-        lambda s: jp.bottleneck_adapter(M, kernels(s), reads="sum", norms=s.match("*/norm/scale")),
-        r"but got \['first/norm/scale', 'second/norm/scale'\] and \[\]",
+        lambda s: jp.bottleneck_adapter(M, kernels(s), adapter_input="output_plus_residual", norms=s.match("*/norm/scale")),
+        r"but got the scales \['first/norm/scale', 'second/norm/scale'\] and the biases \[\]",
     ),
-    "norms for what reads none": (
-        lambda s: jp.bottleneck_adapter(M, kernels(s), reads="residual", norms=s.match("*/norm/*")),
-        r"bottleneck\(reads='residual', norms=...\)`: an adapter that reads the 'sum'",
+    "norms without the sum": (
+        lambda s: jp.bottleneck_adapter(M, kernels(s), adapter_input="residual", norms=s.match("*/norm/*")),
+        r"bottleneck_adapter\(adapter_input='residual', norms=...\)`: norms are for 'output_plus_res\",
     ),
     "norms of another size": (
         lambda s: jp.bottleneck_adapter(
-            M, s.match("first/up/kernel"), reads="sum", norms=s.match("first/norm/*")
+            M, s.match("first/up/kernel"), adapter_input="output_plus_residual", norms=s.match("first/norm/*")
         ),
         r"'first/norm/scale' of shape \(8,\) does not have one number for each of the 12 outputs "
         r"of 'first/up/kernel', in its stack \(\)",
     ),
     "nothing": (
         lambda s: jp.bottleneck_adapter(M, kernels(s) - kernels(s)),
-        "`bottleneck` selects no parameter",
+        "`bottleneck_adapter` selects no parameter",
     ),
 }
 

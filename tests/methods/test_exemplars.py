@@ -268,7 +268,7 @@ def test_int8_is_within_half_a_step_of_the_weight_and_under_lora(sites):
             lambda s: jp.chain(jp.quantize("int8", s.linear), jp.full_finetuning(s)),
             "no array of real numbers",
         ),
-        (lambda s: jp.bottleneck_adapter(0, s.linear), r"width=0"),
+        (lambda s: jp.bottleneck_adapter(0, s.linear), r"bottleneck_dim=0"),
         (lambda s: jp.bottleneck_adapter(2, s.linear, activation="step"), r"activation='step'"),
         (
             lambda s: jp.parallel_adapter(2, s.linear, s.match("*/q/kernel")),

@@ -69,7 +69,7 @@ def test_one_tasks_mixture_is_plain_lora(name, tmp_path):
 def test_skills_are_drawn_where_the_call_has_a_key():
     _, frozen, adapter = trained("poly")
     ids = jnp.zeros(N, int)
-    calls = [run(frozen, adapter, task=ids, skills=jax.random.key(i)) for i in (0, 0, 1)]
+    calls = [run(frozen, adapter, task=ids, skill_sampling=jax.random.key(i)) for i in (0, 0, 1)]
     np.testing.assert_array_equal(calls[0], calls[1])
     assert np.abs(calls[0] - calls[2]).max() > 1e-3
     assert np.abs(calls[0] - run(frozen, adapter, task=ids)).max() > 1e-3
@@ -143,7 +143,10 @@ def test_tasks_of_another_batch_are_refused(name):
             r"rank=4, experts=3.*\[1, 2, 4\] experts can",
         ),
         (lambda: jp.moelora(4, SITES, experts=2, tasks=0), r"tasks=0, experts=2.*tasks nobody"),
-        (lambda: jp.poly(4, SITES, skills=0, tasks=2), r"tasks=2, skills=0.*nothing to weigh"),
+        (
+            lambda: jp.poly(4, SITES, skills=0, tasks=2),
+            r"tasks=2, skills=0.*must both be at least 1",
+        ),
         (
             lambda: jp.poly(4, SITES.output_slice(0, 1), skills=1, tasks=1),
             "`poly`: a part of the col",
@@ -155,8 +158,8 @@ def test_tasks_of_another_batch_are_refused(name):
         (lambda: jp.moelora(6, SITES, experts=2, tasks=2), r"`moelora\(rank=6\)` needs 1 <= rank"),
         (lambda: jp.poly(0, SITES, skills=2, tasks=2), r"`poly\(rank=0\)` needs 1 <= rank <= min"),
         (
-            lambda: jp.moelora(4, SITES, experts=2, tasks=2, width=0),
-            r"`moelora\(width=0\)`: .*cannot tell tasks apart.*at least 1",
+            lambda: jp.moelora(4, SITES, experts=2, tasks=2, task_embedding_dim=0),
+            r"`moelora\(task_embedding_dim=0\)`: .*cannot tell tasks apart.*at least 1",
         ),
         (
             lambda: jp.mixtures.select_task(jp.lora(2, SITES), {}, 0),

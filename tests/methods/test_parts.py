@@ -166,7 +166,7 @@ ON_A_PART = {
     "unfreeze": lambda: jp.unfreeze(MIDDLE),
     "unipelt": lambda: jp.unipelt(MIDDLE, W, OUT, OUT, rank=1, length=2, width=2),
     "vera": lambda: jp.vera(2, MIDDLE),
-    "xlora": lambda: jp.xlora(MIDDLE, {"w": [1]}, width=2),
+    "xlora": lambda: jp.xlora(MIDDLE, {"w": [1]}, hidden_size=2),
 }
 HONOURED = {"lora", "lora_fa", "eva", "ia3"}
 #: These take all parameters of the program, and choose among them themselves.

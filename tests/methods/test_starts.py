@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft._methods.pissa import leading
+from jaxpeft._methods.pissa import top_singular_triplets
 from jaxpeft.io import load_adapter, save_adapter
 
 from .stack import model, params
@@ -40,7 +40,9 @@ def gradients():
 
 METHODS = {
     "pissa": lambda sites, **more: jp.pissa(R, sites, dtype=jnp.float64, **more),
-    "pissa, sketched": lambda sites, **more: jp.pissa(R, sites, turns=6, dtype=jnp.float64, **more),
+    "pissa, sketched": lambda sites, **more: jp.pissa(
+        R, sites, n_iter=6, dtype=jnp.float64, **more
+    ),
     "olora": lambda sites, **more: jp.olora(R, sites, dtype=jnp.float64, **more),
     "corda": lambda sites, **more: jp.corda(R, sites, moments(), dtype=jnp.float64, **more),
     "lora_ga": lambda sites, **more: jp.lora_ga(R, sites, gradients(), dtype=jnp.float64, **more),
@@ -303,7 +305,7 @@ def test_pissa_trains_the_largest_components():
 def test_a_sketch_finds_the_leading_components():
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=(40, 30)) @ np.diag(0.7 ** np.arange(30.0)))
-    u, s, v = leading(KEY, w, 4, turns=4)
+    u, s, v = top_singular_triplets(KEY, w, 4, n_iter=4)
     exact = np.linalg.svd(w, compute_uv=False)
     np.testing.assert_allclose(s, exact[:4], rtol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(w - u * s @ v, 2), exact[4], rtol=1e-5)
@@ -324,12 +326,15 @@ def test_corda_takes_what_the_tasks_inputs_see():
     w, c = PARAMS["head"], moments()["head"].second / 72
     c = c + 0.01 * jnp.trace(c) / D * jnp.eye(D)
     head = SITES.match("head")
-    for keep, at in (("task", slice(0, R)), ("knowledge", slice(-R, None))):
+    for mode, k in (
+        ("instruction-previewed", slice(0, R)),
+        ("knowledge-preserved", slice(-R, None)),
+    ):
         _, adapter = jp.split(
-            jp.corda(R, head, moments(), keep=keep, dtype=jnp.float64)(KEY, PARAMS)
+            jp.corda(R, head, moments(), mode=mode, dtype=jnp.float64)(KEY, PARAMS)
         )
         u, s, v = np.linalg.svd(c @ w, full_matrices=False)
-        want = np.linalg.inv(c) @ (u[:, at] * s[at]) @ v[at]
+        want = np.linalg.inv(c) @ (u[:, k] * s[k]) @ v[k]
         np.testing.assert_allclose(adapter["head/a"] @ adapter["head/b"], want, atol=1e-9)
 
 
@@ -438,7 +443,7 @@ def of_nan(path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: jp.eva(R, LAYERS, moments(), rho=0.5), r"eva\(rho=0.5\)`: at least 1"),
+        (lambda: jp.eva(R, LAYERS, moments(), rho=0.5), r"eva\(rho=0.5\)`: give at least 1"),
         (
             lambda: jp.eva(6, SITES.linear, moments()),
             r"eva\(rank=6\)` needs .* 'head' of shape \(8, 5\) is 8 x 5",
@@ -450,8 +455,11 @@ def of_nan(path):
         ),
         (lambda: jp.eva(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; it has"),
         (lambda: jp.corda(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; it has"),
-        (lambda: jp.corda(R, LAYERS, moments(), keep="all"), "keep='all'.*choose 'task' or"),
-        (lambda: jp.corda(R, LAYERS, moments(), damping=0), "damping=0.*positive share"),
+        (
+            lambda: jp.corda(R, LAYERS, moments(), mode="all"),
+            "mode='all'.*choose 'instruction-previewed' or",
+        ),
+        (lambda: jp.corda(R, LAYERS, moments(), damping=0), "damping=0.*positive fraction"),
         (
             lambda: jp.corda(R, LAYERS, of_no_inputs("layers/up", 1)),
             r"`corda`: the inputs of 'layers/up' were all zero or .* in \[\[1\]\] of its stack",
@@ -471,8 +479,11 @@ def of_nan(path):
             "`lora_ga`: the gradient of 'layers/up' is not finite.*names the batch",
         ),
         (lambda: jp.lora_ga(R, LAYERS, gradients(), gamma=0), "gamma=0.*positive number"),
-        (lambda: jp.lora_ga(R, LAYERS, {}), r"'layers/down' has shape None, should be \(3, 12, 8"),
-        (lambda: jp.pissa(R, LAYERS, turns=-1), r"turns=-1\)`: 0 or more turns"),
+        (
+            lambda: jp.lora_ga(R, LAYERS, {}),
+            r"'layers/down' has shape None, but should have \(3, 12, 8",
+        ),
+        (lambda: jp.pissa(R, LAYERS, n_iter=-1), r"n_iter=-1\)`: give 0 or more iterations"),
         (lambda: jp.lora_ga(5, LAYERS, gradients())(KEY, PARAMS), "2 \\* rank = 10.*rank to 4"),
         (
             lambda: jp.olora(R, LAYERS.output_slice(0, 2)),
