@@ -132,32 +132,32 @@ BUDGET = {"steps": 9, "warmup": 2, "final": 2}
     "make, message",
     [
         (lambda: jp.adalora(7, SITES)(KEY, PARAMS), r"rank=7\)` needs 1 <= rank"),
-        (lambda: jp.adalora(R, SITES, init_std=0.0), r"init_std=0.0\)`: factors of zero"),
+        (lambda: jp.adalora(R, SITES, init_std=0.0), r"init_std=0.0\)`: give a positive number"),
         (
             lambda: jp.adalora(R, SITES.output_slice(0, 2)),
             "`adalora`: a part of the columns of 'head'",
         ),
         (
             lambda: jp.adapters.orthogonality_penalty(PLAIN),
-            r"nothing of `adalora` is among \['w/a', 'w/b'\]",
+            r"no arrays of `adalora`; it has \['w/a', 'w/b'\]",
         ),
         (
             lambda: jp.adapters.drop_pruned_ranks(jp.lora(R, SITES), PLAIN),
-            "`adalora` made; this one is of 'lora'",
+            "from `adalora`, but got one from 'lora'",
         ),
         (
             lambda: jp.adapters.drop_pruned_ranks(jp.chain(jp.adalora(R, SITES)), PLAIN),
-            "this one is of 'chain'. Of a chain, give that method in it",
+            "got one from 'chain'. From a `chain`, give that method in it",
         ),
         (
             lambda: jp.adapters.drop_pruned_ranks(len, PLAIN),
-            "this one is of '<built-in function len>'",
+            "got one from '<built-in function len>'",
         ),
         (
             lambda: jp.adapters.drop_pruned_ranks(
                 jp.adalora(R, SITES.match("head")), PLAIN | {"head/a": X}
             ),
-            r"lacks \['head/b', 'head/values'\].* it has \['head/a', 'w/a', 'w/b'\]. Give the adap",
+            r"lacks \['head/b', 'head/values'\].* it has \['head/a', 'w/a', 'w/b'\]. Give all",
         ),
         (
             lambda: jp.adapters.drop_pruned_ranks(

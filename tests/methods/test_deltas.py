@@ -227,8 +227,8 @@ def test_a_product_of_miss_costs_half_of_loras():
         (lambda s: jp.lokr({"up": 0}, s), r"`lokr\(rank=0\)` for 'up'"),
         (
             lambda s: jp.lokr(2, s, decompose_factor=3),
-            r"`lokr\(decompose_factor=3\)`: 3 does not divide the out side of 'up' of shape \(12, 20\), "
-            r"which is 20\. These do: \[1, 2, 4, 5, 10, 20\]",
+            r"`lokr\(decompose_factor=3\)`: 3 does not divide the out side of 'up' of shape "
+            r"\(12, 20\), which is 20\. These do: \[1, 2, 4, 5, 10, 20\]",
         ),
         (
             lambda s: jp.lokr(2, s, decompose_factor=(5, 2)),
@@ -240,7 +240,7 @@ def test_a_product_of_miss_costs_half_of_loras():
         ),
         (
             lambda s: jp.lokr(2, s, decompose_factor=(2, 2, 3)),
-            r"`lokr\(decompose_factor=\(2, 2, 3\)\)` for .up.: a pair",
+            r"`lokr\(decompose_factor=\(2, 2, 3\)\)` for .up.: give one number, or a pair",
         ),
         (lambda s: jp.lokr(2, s, dropout=2), r"`lokr\(dropout=2\)`"),
         (lambda s: jp.miss(13, s), r"`miss\(rank=13\)`.*'up' of shape \(12, 20\) has 12 inputs"),
@@ -257,7 +257,9 @@ def test_what_cannot_be_is_refused_by_name(call, message):
 @pytest.mark.parametrize("name", ["vera", "loha", "lokr", "miss"])
 def test_a_part_of_the_columns_is_refused(name):
     _, sites = base()
-    with pytest.raises(ValueError, match=rf"`{name}`.*columns of 'up' .*\(Part\(index=1, of=2"):
+    with pytest.raises(
+        ValueError, match=rf"`{name}`.*columns of 'up' .*\OutputSlice(index=1, of=2"
+    ):
         getattr(jp, name)(2, sites.match("up").output_slice(1, 2))
 
 
@@ -269,5 +271,7 @@ def test_a_convolution_is_refused_by_lokr():
         return jax.lax.conv_general_dilated(x, p["w"], (1,), "SAME", dimension_numbers=numbers)
 
     sites = jp.sites(f, params, jnp.ones((2, 5, 4)))
-    with pytest.raises(ValueError, match=r"'w' of shape \(3, 4, 6\) is a convolution's kernel"):
+    with pytest.raises(
+        ValueError, match=r"'w' of shape \(3, 4, 6\) is the kernel of a convolution"
+    ):
         jp.lokr(2, sites.conv)

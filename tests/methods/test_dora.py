@@ -91,7 +91,9 @@ def test_a_column_of_zeros_stays_one():
 
 def test_a_part_of_the_columns_is_refused():
     sites = jp.sites(model, params(), X)
-    with pytest.raises(ValueError, match=r"columns of 'up' is selected \(Part\(index=1, of=2"):
+    with pytest.raises(
+        ValueError, match=r"columns of 'up' is selected \(OutputSlice\(index=1, of=2"
+    ):
         jp.dora(2, sites.match("up").output_slice(1, 2))
 
 

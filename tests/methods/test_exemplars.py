@@ -128,7 +128,7 @@ def test_a_parallel_adapter_meets_itself_across_a_remat_but_not_across_a_loop():
     np.testing.assert_allclose(jp.lift(across_remat)(tree, x), by_hand, rtol=1e-12)
     with pytest.raises(TypeError, match="adapter 'down' reads its input inside a loop"):
         jp.lift(across_loop)(tree, x)
-    with pytest.raises(ValueError, match="adapter 'down' is to add at its sub-layer's output"):
+    with pytest.raises(ValueError, match="has reached the output of the parallel adapter 'down'"):
         jp.lift(lambda p, x: x @ p["down"])({"down": tree["down"]}, toy.normal(3, 5, 12))
 
 

@@ -1,4 +1,4 @@
-"""Mixtures: an example's own task weighs the experts, and one task's mixture is plain LoRA."""
+"""Mixtures: routing weights by the task of an example, and one task as plain LoRA."""
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +130,7 @@ def test_one_tasks_mixture_keeps_what_other_methods_have_trained(name):
 @each
 def test_tasks_of_another_batch_are_refused(name):
     _, frozen, adapter = trained(name)
-    message = r"told of tasks \(2,\) \(batch,\), but its input has shape \(4, 3, 5\)"
+    message = r"got task ids of shape \(2,\) \(batch,\), but its input has shape \(4, 3, 5\)"
     with pytest.raises(ValueError, match=message):
         run(frozen, adapter, task=jnp.zeros(2, int))
 
@@ -140,9 +140,12 @@ def test_tasks_of_another_batch_are_refused(name):
     [
         (
             lambda: jp.moelora(4, SITES, experts=3, tasks=2),
-            r"rank=4, experts=3.*\[1, 2, 4\] experts can",
+            r"rank=4, experts=3.*Choose one of \[1, 2, 4\]",
         ),
-        (lambda: jp.moelora(4, SITES, experts=2, tasks=0), r"tasks=0, experts=2.*tasks nobody"),
+        (
+            lambda: jp.moelora(4, SITES, experts=2, tasks=0),
+            r"tasks=0, experts=2.*must both be at least 1",
+        ),
         (
             lambda: jp.poly(4, SITES, skills=0, tasks=2),
             r"tasks=2, skills=0.*must both be at least 1",
@@ -159,17 +162,17 @@ def test_tasks_of_another_batch_are_refused(name):
         (lambda: jp.poly(0, SITES, skills=2, tasks=2), r"`poly\(rank=0\)` needs 1 <= rank <= min"),
         (
             lambda: jp.moelora(4, SITES, experts=2, tasks=2, task_embedding_dim=0),
-            r"`moelora\(task_embedding_dim=0\)`: .*cannot tell tasks apart.*at least 1",
+            r"`moelora\(task_embedding_dim=0\)`: give at least 1; .*cannot tell tasks apart",
         ),
         (
             lambda: jp.mixtures.select_task(jp.lora(2, SITES), {}, 0),
-            "`moelora` or `poly` made; this one is of 'lora'",
+            "from `moelora` or `poly`, but got one from 'lora'",
         ),
         (
             lambda: jp.mixtures.select_task(jp.chain(MAKE["poly"]()), {}, 0),
-            "'chain'. Of a chain, give that m",
+            "'chain'. From a `chain`, give that m",
         ),
-        (lambda: jp.mixtures.select_task(len, {}, 0), "this one is of '<built-in function len>'"),
+        (lambda: jp.mixtures.select_task(len, {}, 0), "got one from '<built-in function len>'"),
         (
             lambda: jp.mixtures.select_task(MAKE["moelora"](), {"head/a": X}, 0),
             r"lacks \['head/b', 'head/gate', 'head/tasks', 'lay.* it has \['head/a'\]. Give",

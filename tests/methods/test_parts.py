@@ -176,7 +176,9 @@ CHOOSING = {"bitfit", "full", "last_layers", "linear_probe", "norm_tuning"}
 @pytest.mark.parametrize("name", ON_A_PART)
 def test_a_method_acts_on_the_part_alone_or_refuses_it(name):
     if name not in HONOURED:
-        with pytest.raises(ValueError, match=r"a part of the columns of '[wt]' is selected \(Part"):
+        with pytest.raises(
+            ValueError, match=r"a part of the columns of '[wt]' is selected \(OutputSlice"
+        ):
             ON_A_PART[name]()(KEY, TABLE if name in ("prompt", "p_tuning") else {**PARAMS, **TABLE})
         return
     merged = jp.merge(jp.combine(*trained(ON_A_PART[name]())))
@@ -204,14 +206,14 @@ def test_no_method_is_missing_here():
     [
         (
             lambda: MIDDLE | W.output_slice(2, 3),
-            "`|` of two selections with different columns of 'w': Part(index=1, of=3, groups=1) "
-            "and Part(index=2, of=3, groups=1)",
+            "`|` of two selections with different columns of 'w': OutputSlice(index=1, of=3, "
+            "groups=1) and OutputSlice(index=2, of=3, groups=1)",
         ),
         (lambda: SITES.linear & MIDDLE, "`&` of two selections with different columns of 'w': all"),
         (lambda: SITES.linear - MIDDLE, "`-` of two selections with different columns of 'w': all"),
         (
             lambda: MIDDLE.output_slice(1, 2),
-            "Of 'w', Part(index=1, of=3, groups=1) is selected already",
+            "Of 'w', OutputSlice(index=1, of=3, groups=1) is selected already",
         ),
         (
             lambda: jp.prefix_tuning(2, MIDDLE, W.output_slice(2, 3)),

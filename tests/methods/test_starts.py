@@ -283,8 +283,14 @@ def as_lora_of(method=None, adapter=None, start=None):
         (lambda: as_lora_of(jp.lora(R, LAYERS)), "`lora_ga` made; this one is of 'lora'. Of a cha"),
         (lambda: as_lora_of(jp.chain(jp.pissa(R, LAYERS))), "is of 'chain'.*give that method in"),
         (lambda: as_lora_of(len), "of '<built-in function len>'. Of a chain"),
-        (lambda: as_lora_of(adapter={}), r"adapter lacks \['head/a', 'head/b'\].*it has \[\]. Giv"),
-        (lambda: as_lora_of(start={"head/a": 1}), r"start lacks \['head/b'\].*has \['head/a'\]. G"),
+        (
+            lambda: as_lora_of(adapter={}),
+            r"adapter lacks \['head/a', 'head/b'\].*it has \[\]. Give all",
+        ),
+        (
+            lambda: as_lora_of(start={"head/a": 1}),
+            r"start lacks \['head/b'\].*has \['head/a'\]. Give all",
+        ),
     ],
 )
 def test_what_is_no_start_is_refused(make, message):
