@@ -102,11 +102,13 @@ def eva(
     chosen = sites.match(lambda site: ranks[site.path] > 0)
     # alpha / r of each matrix is to be the scale that the mean rank gives.
     mean_alpha = alpha if alpha is None or scaling == "alpha/r" else alpha * rank**0.5
-    alphas = {glob.escape(path): mean_alpha * ranks[path] / rank for path in chosen if mean_alpha}
+    alphas = None
+    if mean_alpha is not None:
+        alphas = {glob.escape(path): mean_alpha * ranks[path] / rank for path in chosen}
     low = lora(
         {glob.escape(path): ranks[path] for path in chosen},
         chosen,
-        alpha=mean_alpha and alphas,
+        alpha=alphas,
         dropout=dropout,
         dtype=dtype,
     )

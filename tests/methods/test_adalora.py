@@ -1,4 +1,4 @@
-"""AdaLoRA: ranks are given up under a budget, and then taken out of the arrays; LoRA-FA."""
+"""AdaLoRA: ranks are pruned to a budget and then dropped from the arrays; LoRA-FA."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def test_ranks_fall_along_the_cubic_schedule_to_the_budget_and_stay():
         np.testing.assert_array_equal(state.adapter[f"{path}/values"] != 0, mask)
 
 
-def test_what_is_least_important_is_given_up():
+def test_the_least_important_values_are_pruned():
     """A triplet whose gradient and value are large is kept, one without a gradient is not."""
     adapter = {"w/a": normal(0, 4, 3), "w/values": jnp.ones(3), "w/b": normal(1, 3, 5)}
     tx = optim.rank_allocator(optax.sgd(0.0), 1, steps=4, warmup=0, final=1, every=1)
@@ -68,7 +68,7 @@ def test_what_is_least_important_is_given_up():
     np.testing.assert_array_equal(after["w/a"], adapter["w/a"])
 
 
-def test_shrinking_takes_zeros_out_and_changes_no_output():
+def test_dropping_pruned_ranks_makes_arrays_smaller_and_keeps_the_outputs():
     method, frozen, state, _ = fitted()
     smaller, adapter = jp.adapters.drop_pruned_ranks(method, state.adapter)
     assert sum(x.size for x in adapter.values()) < sum(x.size for x in state.adapter.values())
@@ -182,7 +182,7 @@ BUDGET = {"steps": 9, "warmup": 2, "final": 2}
         ),
     ],
 )
-def test_what_cannot_be_is_refused(make, message):
+def test_invalid_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

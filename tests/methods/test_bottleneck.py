@@ -104,7 +104,7 @@ def test_the_adapter_input_is_the_chosen_one(adapter_input, fn):
     assert jnp.abs(out - postnorm(p, INPUT)).max() > 0.1
 
 
-def test_a_norm_that_is_trained_is_the_one_that_the_adapter_reads_through():
+def test_the_adapter_normalizes_its_input_with_the_trained_norm():
     p, sites = layers(), jp.sites(postnorm, layers(), INPUT)
     behind = jp.bottleneck_adapter(
         M, sites.match("down/kernel"), dtype=F8, **option("output_plus_residual, normed", sites)
@@ -214,7 +214,7 @@ WAYS = {
 
 @pytest.mark.parametrize("adapter_input", [SUM, "residual"])
 @pytest.mark.parametrize("way", WAYS)
-def test_the_stream_is_found_however_the_model_adds_it(way, adapter_input):
+def test_the_residual_stream_is_found_however_the_model_adds_it(way, adapter_input):
     """Also beside a single row, where a bias is as long as the stream."""
     p = {"u": normal(0, D, F), "w": normal(1, F, D), "b": normal(2, D)}
     for shape in (T, D), (1, D), (1, 1, D), (D,):
@@ -241,7 +241,7 @@ def flax_models(x):
 
 @pytest.mark.parametrize("adapter_input", [SUM, "residual"])
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
-def test_the_stream_is_found_in_flax_modules(kind, adapter_input):
+def test_the_residual_stream_is_found_in_flax_modules(kind, adapter_input):
     for x in normal(3, T, D), normal(3, 1, D):
         fn, params = flax_models(x)[kind]
         out, adapter = adapted(
@@ -254,7 +254,7 @@ def test_the_stream_is_found_in_flax_modules(kind, adapter_input):
 
 
 @pytest.mark.parametrize("adapter_input", [SUM, "residual"])
-def test_an_adapter_on_the_stream_stands_on_codes_and_on_lora_under_vmap_and_grad(adapter_input):
+def test_an_adapter_on_the_residual_works_over_int8_and_lora_under_vmap_and_grad(adapter_input):
     p = {"u": normal(0, D, F), "w": normal(1, F, D), "b": normal(2, D)}
     x, w = normal(3, T, D), jp.sites(plain, p, normal(3, T, D)).match("w")
     below = jp.chain(jp.quantize("int8", w), jp.lora(2, w, dtype=F8))
@@ -350,7 +350,9 @@ LOST = {
 
 @pytest.mark.parametrize("case", LOST)
 @pytest.mark.parametrize("adapter_input", [SUM, "residual"])
-def test_a_stream_that_is_not_found_is_an_error_that_says_what_happens_instead(case, adapter_input):
+def test_a_residual_that_is_not_found_is_an_error_that_says_what_the_model_does(
+    case, adapter_input
+):
     fn, message = LOST[case]
     p, x = {"w": normal(0, D, D)}, normal(1, T, D)
     method = jp.bottleneck_adapter(M, jp.sites(fn, p, x).match("w"), adapter_input=adapter_input)
@@ -366,7 +368,7 @@ def test_a_stream_that_is_not_found_is_an_error_that_says_what_happens_instead(c
     ],
     ids=["the weight comes first", "experts"],
 )
-def test_a_product_that_has_no_stream_beside_it_is_an_error(fn, shape):
+def test_a_product_without_a_residual_stream_is_an_error(fn, shape):
     p, x = {"w": normal(0, *shape)}, normal(1, T, D)
     method = jp.bottleneck_adapter(M, jp.sites(fn, p, x).match("w"), adapter_input="residual")
     with pytest.raises(
@@ -379,7 +381,7 @@ def test_a_product_that_has_no_stream_beside_it_is_an_error(fn, shape):
 
 
 @pytest.mark.parametrize("adapter_input", ADAPTER_INPUTS)
-def test_training_starts_at_the_model_with_2md_d_m_numbers(adapter_input):
+def test_training_starts_at_the_base_model_with_2md_d_m_parameters(adapter_input):
     p, sites = layers(), jp.sites(postnorm, layers(), INPUT)
     method = jp.bottleneck_adapter(
         M, sites.match("down/kernel"), dtype=F8, **option(adapter_input, sites)
@@ -395,7 +397,7 @@ def wide():
     return p, jp.sites(fn, p, normal(1, T, 8))
 
 
-def test_down_is_drawn_with_variance_one_over_d():
+def test_down_starts_with_variance_one_over_d():
     p, sites = wide()
     _, adapter = jp.split(jp.bottleneck_adapter(16, sites.match("w"))(KEY, p))
     down = np.asarray(adapter["w/down"])
@@ -428,7 +430,7 @@ def steps(p, x):
     return jax.lax.scan(lambda x, p: (x, (x @ p["a"], x @ p["b"])), x, p)[1]
 
 
-def test_dropout_draws_a_mask_of_its_own_for_every_layer_and_weight():
+def test_dropout_draws_a_different_mask_for_every_layer_and_weight():
     """With zeros for all else, an output is `up_bias` where it is kept."""
     rate, big = 0.25, (40, D)
     p, x = {"a": jnp.zeros((L, D, D)), "b": jnp.zeros((L, D, D))}, jnp.zeros(big)
@@ -512,7 +514,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refusals_say_what_was_given_and_what_would_do(case):
+def test_errors_say_what_was_given_and_what_to_give(case):
     make, message = REFUSED[case]
     sites = jp.sites(unrolled, two_layers(), INPUT)
     with pytest.raises(ValueError, match=message):

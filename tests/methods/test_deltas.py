@@ -89,7 +89,7 @@ def test_it_starts_at_the_base_model_and_is_its_formula_afterwards(name):
 
 
 @each
-def test_virtual_tokens_get_no_change(name):
+def test_virtual_tokens_get_no_delta(name):
     params, sites = base()
     virtual = jp.prompts.virtual_token_ids(sites["table"], 2)
     ids = IDS.at[0, :2].set(jnp.asarray(virtual))
@@ -169,7 +169,7 @@ def test_loha_reaches_the_square_of_its_rank():
         ((12, 10), (None, 5), [(3, 5), (4, 2)]),
     ],
 )
-def test_lokr_cuts_sides_near_their_roots_or_as_it_is_told(sides, factor, blocks):
+def test_lokr_factors_sides_near_their_roots_or_by_the_given_factor(sides, factor, blocks):
     params = {"w": jnp.ones(sides)}
     found = jp.sites(lambda p, x: x @ p["w"], params, jnp.ones((1, sides[0])))
     _, adapter = jp.split(jp.lokr(200, found.linear, decompose_factor=factor)(KEY, params))
@@ -248,14 +248,14 @@ def test_a_product_of_miss_costs_half_of_loras():
         (lambda s: jp.miss(2, s, dropout=1), r"`miss\(dropout=1\)`"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(call, message):
+def test_invalid_arguments_are_refused_by_name(call, message):
     params, sites = base()
     with pytest.raises(ValueError, match=message):
         call(sites.match("up"))(KEY, params)
 
 
 @pytest.mark.parametrize("name", ["vera", "loha", "lokr", "miss"])
-def test_a_part_of_the_columns_is_refused(name):
+def test_a_slice_of_the_outputs_is_refused(name):
     _, sites = base()
     with pytest.raises(
         ValueError, match=rf"`{name}`.*columns of 'up' .*\OutputSlice(index=1, of=2"

@@ -290,7 +290,7 @@ def test_refusals_name_the_thing(sites, make, message):
         make(sites)(KEY, toy.params())
 
 
-def test_a_weight_that_is_no_matrix_can_be_neither_merged_nor_formed(sites):
+def test_a_weight_without_a_dense_equivalent_can_be_neither_merged_nor_materialized(sites):
     tree = jp.combine(
         *jp.split(jp.bottleneck_adapter(2, sites.match("*/o/kernel"))(KEY, toy.params()))
     )

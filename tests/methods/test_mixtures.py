@@ -66,7 +66,7 @@ def test_one_tasks_mixture_is_plain_lora(name, tmp_path):
         np.testing.assert_allclose(model(merged, X), want, rtol=1e-9)
 
 
-def test_skills_are_drawn_where_the_call_has_a_key():
+def test_skills_are_sampled_in_calls_with_a_key():
     _, frozen, adapter = trained("poly")
     ids = jnp.zeros(N, int)
     calls = [run(frozen, adapter, task=ids, skill_sampling=jax.random.key(i)) for i in (0, 0, 1)]
@@ -76,7 +76,7 @@ def test_skills_are_drawn_where_the_call_has_a_key():
 
 
 @each
-def test_a_task_that_there_is_not_gives_nan(name):
+def test_a_task_id_out_of_range_gives_nan(name):
     _, frozen, adapter = trained(name)
     y = run(frozen, adapter, task=jnp.array([0, 3, 1, 2]))
     assert jnp.isnan(y[1]).all() and jnp.isfinite(y[jnp.array([0, 2, 3])]).all()
@@ -88,7 +88,7 @@ def test_a_task_that_there_is_not_gives_nan(name):
 
 
 @each
-def test_tasks_are_numbers_and_lists_as_well_as_arrays(name):
+def test_task_ids_may_be_numbers_lists_or_arrays(name):
     _, frozen, adapter = trained(name)
     jitted = jax.jit(jp.lift(model))
     for task in (1, [2, 0, 1, 2], (2, 0, 1, 2)):
@@ -102,7 +102,7 @@ def test_tasks_are_numbers_and_lists_as_well_as_arrays(name):
 
 @each
 @pytest.mark.parametrize("task, dtype", [(1.0, "float64"), ([0.0] * N, "float64"), (True, "bool")])
-def test_tasks_that_are_no_integers_are_refused(name, task, dtype):
+def test_task_ids_that_are_not_integers_are_refused(name, task, dtype):
     frozen, adapter = jp.split(MAKE[name]()(KEY, PARAMS))
     message = rf"`combine\(task=...\)` got {dtype} of shape \({'4,' * isinstance(task, list)}\)"
     for given in (task, jnp.array(task)):
@@ -111,7 +111,7 @@ def test_tasks_that_are_no_integers_are_refused(name, task, dtype):
 
 
 @each
-def test_one_tasks_mixture_keeps_what_other_methods_have_trained(name):
+def test_selecting_a_task_keeps_the_arrays_of_other_methods(name):
     head = jp.unfreeze(SITES.match("head"))
     sites = SITES.match("layers/*")
     method = {
@@ -128,7 +128,7 @@ def test_one_tasks_mixture_keeps_what_other_methods_have_trained(name):
 
 
 @each
-def test_tasks_of_another_batch_are_refused(name):
+def test_task_ids_of_another_batch_are_refused(name):
     _, frozen, adapter = trained(name)
     message = r"got task ids of shape \(2,\) \(batch,\), but its input has shape \(4, 3, 5\)"
     with pytest.raises(ValueError, match=message):
@@ -184,7 +184,7 @@ def test_tasks_of_another_batch_are_refused(name):
         (lambda: jp.mixtures.select_task(MAKE["poly"](), {}, 3), "task=3.*there are 3 tasks"),
     ],
 )
-def test_what_cannot_be_is_refused(make, message):
+def test_invalid_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

@@ -221,11 +221,11 @@ def test_no_method_is_missing_here():
         ),
     ],
 )
-def test_selections_do_not_forget_columns(make, message):
+def test_set_operations_keep_output_slices(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
 
 
-def test_a_part_is_united_with_other_weights_and_with_itself():
+def test_an_output_slice_is_united_with_other_weights_and_with_itself():
     assert (MIDDLE | OUT)["w"].part == (MIDDLE | MIDDLE)["w"].part == jp.OutputSlice(1, 3)
     assert list((MIDDLE | OUT) - MIDDLE) == ["o"]

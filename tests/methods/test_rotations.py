@@ -84,7 +84,7 @@ def reflections(u):
     return whole
 
 
-def test_oft_turns_the_inputs_by_cayleys_rotations():
+def test_oft_rotates_the_inputs_by_cayley_transforms():
     frozen, adapter = split("oft", {"up": 4, "down": 2}, linear())
     np.testing.assert_array_equal(outputs(frozen, adapter), model(params(), X))
     adapter = moved(adapter)
@@ -96,7 +96,7 @@ def test_oft_turns_the_inputs_by_cayleys_rotations():
     np.testing.assert_allclose(outputs(frozen, adapter), model(p, X), rtol=1e-10)
 
 
-def test_a_shared_block_turns_all_inputs_alike():
+def test_a_shared_block_rotates_all_blocks_of_inputs_alike():
     frozen, adapter = split("oft", 4, linear(), block_share=True)
     assert {k: v.shape for k, v in adapter.items()} == {"up/skew": (1, 6), "down/skew": (1, 6)}
     adapter = moved(adapter)
@@ -142,7 +142,7 @@ def test_hra_is_a_product_of_reflections():
     np.testing.assert_allclose(outputs(frozen, adapter), model(p, X), rtol=1e-10)
 
 
-def test_hra_does_not_depend_on_the_lengths_of_its_columns():
+def test_hra_does_not_depend_on_the_norms_of_its_columns():
     frozen, adapter = split("hra", 4, linear())
     adapter = moved(adapter)
     longer = {name: 7 * u for name, u in adapter.items()}
@@ -154,7 +154,7 @@ def test_hra_does_not_depend_on_the_lengths_of_its_columns():
     [(1, {"*": 2}), (2, {"up": 8, "down": 5}), (4, {"up": 16, "down": 5})],
     ids=str,
 )
-def test_road_turns_pairs_of_outputs_and_the_bias_with_them(variant, group):
+def test_road_rotates_pairs_of_outputs_and_the_bias_with_them(variant, group):
     frozen, adapter = split("road", linear(), variant=variant, group_size=group)
     np.testing.assert_array_equal(outputs(frozen, adapter), model(params(), X))
     adapter = moved(adapter)
@@ -219,7 +219,7 @@ def test_in_a_scan_of_layers_with_heads_under_lora_it_is_the_merged_model(name):
         np.testing.assert_allclose(slope, slopes[1][path], atol=1e-9, err_msg=path)
 
 
-def test_a_shard_of_the_inputs_holds_whole_butterflies_or_the_weight_is_made_dense():
+def test_a_shard_of_the_inputs_holds_whole_butterflies_or_the_weight_is_materialized():
     """A device has 8 inputs: a butterfly of 2 factors joins 4 of them, one of 4 all 16."""
     kind = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((2,), ("t",), axis_types=kind, devices=jax.devices()[:2])
@@ -242,7 +242,7 @@ def test_a_shard_of_the_inputs_holds_whole_butterflies_or_the_weight_is_made_den
         assert len(made) == events
 
 
-def test_a_convolution_that_oft_cannot_turn_is_made_dense():
+def test_a_convolution_that_oft_cannot_rotate_is_materialized():
     """With as many groups as the window has places, its channels are as many as `in`."""
 
     def conv(p, x):
@@ -322,7 +322,7 @@ def test_what_does_not_fit_is_refused_by_name(make, message):
         make(linear())
 
 
-def test_road_refuses_a_bias_that_cannot_turn_with_its_weight():
+def test_road_refuses_a_bias_that_cannot_rotate_with_its_weight():
     def shared(p, x):
         return jnp.tanh(x @ p["v"] + p["b"]) + jnp.tanh(x @ p["w"] + p["b"])
 

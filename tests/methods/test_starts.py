@@ -79,7 +79,7 @@ def test_moments_are_those_of_the_inputs_layer_by_layer():
     assert found["head"].rows == 72
 
 
-def test_moments_over_codes_are_those_of_their_values():
+def test_moments_of_a_quantized_model_are_those_of_the_dequantized_one():
     quantized = jp.quantize("int8", LAYERS)(KEY, PARAMS)
     dense = jax.tree.map(jnp.asarray, jp.merge(quantized))
     codes, values = (
@@ -170,7 +170,7 @@ def test_counts_of_another_shape_are_refused():
         )
 
 
-def test_a_gradient_of_codes_is_refused():
+def test_a_gradient_of_quantized_values_is_refused():
     quantized = jp.quantize("int8", LAYERS)(KEY, PARAMS)
     with pytest.raises(ValueError, match="'layers/down' is no plain array of this tree"):
         jp.calibration.mean_gradients(loss, quantized, LAYERS, BATCHES)
@@ -190,7 +190,7 @@ def test_training_starts_at_the_base(make, scale):
 
 
 @each
-def test_over_codes_the_start_is_taken_away_beside_them(make):
+def test_over_quantized_values_the_start_is_subtracted_as_a_second_low_rank_matrix(make):
     quantized = jp.quantize("int8", LAYERS)(KEY, PARAMS)
     frozen, adapter = jp.split(make(LAYERS)(KEY, quantized))
     want = jp.lift(model)(quantized, BATCHES[0])
@@ -203,7 +203,7 @@ def test_over_codes_the_start_is_taken_away_beside_them(make):
 
 
 @each
-def test_as_lora_it_is_the_same_change_over_the_base_as_it_was(make, tmp_path):
+def test_to_lora_gives_the_same_update_of_the_original_base(make, tmp_path):
     for options in ({}, {"alpha": 3.0}, {"alpha": 3.0, "scaling": "alpha/sqrt(r)"}):
         method = make(LAYERS, **options)
         frozen, start = jp.split(method(KEY, PARAMS))
@@ -223,7 +223,7 @@ def test_as_lora_it_is_the_same_change_over_the_base_as_it_was(make, tmp_path):
     [jp.pissa, jp.olora, lambda rank, sites, **more: jp.corda(rank, sites, moments(), **more)],
     ids=["pissa", "olora", "corda"],
 )
-def test_as_lora_has_no_more_columns_than_the_smaller_side(make, options):
+def test_to_lora_has_no_larger_rank_than_the_smaller_side(make, options):
     ranks = {"layers/up": 8, "layers/down": 5, "head": 3}  # of 8 x 12, 12 x 8 and 8 x 5
     method = make(ranks, SITES.linear, dtype=jnp.float64, **options)
     frozen, start = jp.split(method(KEY, PARAMS))
@@ -244,7 +244,7 @@ def test_as_lora_has_no_more_columns_than_the_smaller_side(make, options):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), got, want)
 
 
-def test_as_lora_reduces_a_small_change_to_the_rounding_of_the_change():
+def test_to_lora_reduces_a_small_update_up_to_the_rounding_of_the_update():
     """In 16 bits too, where that of the factors is as large as the change itself."""
     head = SITES.match("head")
     method = jp.pissa(4, head, dtype=jnp.bfloat16)
@@ -258,7 +258,7 @@ def test_as_lora_reduces_a_small_change_to_the_rounding_of_the_change():
     assert np.abs(got - want).max() < 2**-7 * np.abs(want).max() < 2**-7 * np.abs(before).max() / 4
 
 
-def test_as_lora_stands_in_a_chain_where_the_method_stood():
+def test_to_lora_replaces_the_method_in_a_chain():
     """Over codes, and with what another method trains, which stays in the adapter."""
     head = jp.unfreeze(SITES.match("head"))
     int8, own = jp.quantize("int8", LAYERS), METHODS["pissa"](LAYERS)
@@ -501,7 +501,7 @@ def of_nan(path):
         ),
     ],
 )
-def test_what_cannot_be_is_refused(make, message):
+def test_invalid_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -547,7 +547,7 @@ def test_moments_of_another_model_are_refused():
 
 
 @pytest.mark.parametrize("make", [jp.lora, jp.adalora, jp.dora], ids=lambda f: f.__name__)
-def test_a_full_rank_reaches_any_change(make):
+def test_a_full_rank_reaches_any_update(make):
     head = SITES.match("head")
     change = np.random.default_rng(3).normal(size=PARAMS["head"].shape)
     frozen, adapter = jp.split(make(5, head, dtype=jnp.float64)(KEY, PARAMS))

@@ -116,7 +116,7 @@ def by_hand(adapter, hidden, temperature, top_k):
     "lead, top_k",
     [((), None), ((N,), None), ((N, T), None), (None, None), ((N, T), 1), ((N, T), 2), (None, 2)],
 )
-def test_the_change_is_that_of_the_formula(lead, top_k):
+def test_the_update_is_that_of_the_formula(lead, top_k):
     options = dict(temperature=0.7, top_k=top_k)
     if lead is None:
         frozen, adapter = gated(True, gate_input="input", **options)
@@ -129,7 +129,7 @@ def test_the_change_is_that_of_the_formula(lead, top_k):
     np.testing.assert_allclose(got, by_hand(adapter, h, 0.7, top_k), rtol=1e-10)
 
 
-def test_a_bank_holds_the_factors_side_by_side_and_no_columns_for_who_is_absent():
+def test_a_stack_holds_the_factors_side_by_side_and_no_columns_of_absent_experts():
     assert BANK.ranks == {"layers/up": [2, 1, 1], "layers/down": [2, 3, 1], "head": [2, 3, 0]}
     assert {path: x.shape for path, x in BANK.arrays.items()} == {
         "layers/up/experts/a": (L, D, 4),
@@ -143,7 +143,7 @@ def test_a_bank_holds_the_factors_side_by_side_and_no_columns_for_who_is_absent(
     np.testing.assert_array_equal(BANK.arrays["head/experts/b"][:2], 1.5 * ADAPTERS[0]["head/b"])
 
 
-def test_training_starts_at_the_mean_of_the_experts_changes():
+def test_training_starts_at_the_mean_of_the_experts_updates():
     mean = jax.tree.map(lambda *w: sum(w) / len(w), *ALONE)
     want = model(mean, X)
     assert np.abs(want - model(PARAMS, X)).max() > 0.1
@@ -256,7 +256,7 @@ def test_under_vmap_an_example_has_its_own_states(lead):
     np.testing.assert_allclose(alone, run(frozen, adapter, hidden_states=h), rtol=1e-10)
 
 
-def test_experts_stand_on_a_quantized_base():
+def test_experts_work_over_a_quantized_base():
     int8 = jp.quantize("int8", SITES)
     decoded = jp.merge(int8(KEY, PARAMS))
     frozen, adapter = gated(True, int8, hidden_size=W)
@@ -282,7 +282,7 @@ def test_a_method_on_top_keeps_its_names_apart_and_a_second_gate_is_refused():
         jp.split(jp.chain(gates, gates)(KEY, PARAMS))
 
 
-def test_a_table_that_is_read_and_used_as_the_head_is_weighed_both_ways():
+def test_an_embedding_tied_to_the_head_is_weighted_in_both_uses():
     def tied(params, ids):
         return jnp.tanh(params["table"][ids]) @ params["table"].T
 
@@ -313,7 +313,7 @@ def test_a_table_that_is_read_and_used_as_the_head_is_weighed_both_ways():
 
 
 @pytest.mark.parametrize("lead", [(2,), (2, 3, 3)], ids=str)
-def test_a_convolution_in_groups_is_weighed_by_example_or_output_position(lead):
+def test_a_convolution_in_groups_is_weighted_by_example_or_output_position(lead):
     def convolve(params, x):
         return jax.lax.conv_general_dilated(
             x,
@@ -426,7 +426,7 @@ def test_the_method_survives_the_text():
     np.testing.assert_array_equal(got, run(frozen, adapter, hidden_states=h))
 
 
-def test_experts_with_fixed_shares_are_plain_lora():
+def test_experts_with_fixed_weights_are_plain_lora():
     method, plain = merge_weighted(BANK, [0.3, 0.0, 0.7])
     assert plain["head/a"].shape == (D, 2) and plain["layers/up/a"].shape == (L, D, 3)
     got = merged(method, plain)
@@ -467,7 +467,7 @@ def test_hidden_states_may_be_a_list(lead):
     np.testing.assert_allclose(got, want, rtol=1e-10)
 
 
-def test_another_bank_is_refused():
+def test_another_stack_is_refused():
     frozen, adapter = gated(hidden_size=W)
     other = stack_adapters([(METHODS[0], ADAPTERS[0])] * 3)
     message = r"'head/experts/a' has shape \(5, 6\).*\(5, 5\).*ranks \[2, 3, 0\].*same stack"
@@ -592,6 +592,6 @@ BOTH = {"head": [1, 1]}
         (lambda: merge_weighted(BANK, [1, 1, 0]), "5 columns at .*Give fewer of them a share"),
     ],
 )
-def test_what_cannot_be_is_refused(make, message):
+def test_invalid_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
