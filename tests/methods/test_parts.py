@@ -126,12 +126,12 @@ def moments():
     return jp.calibration.input_moments(fused, PARAMS, MIDDLE, [X])
 
 
-#: Each method on a part, and the tree that it stands on.
+#: Each method on an output slice.
 ON_A_PART = {
     "adalora": lambda: jp.adalora(1, MIDDLE),
-    "bank": lambda: jp.mixtures.stack_adapters([(jp.lora(1, MIDDLE), {})] * 2),
+    "stack_adapters": lambda: jp.mixtures.stack_adapters([(jp.lora(1, MIDDLE), {})] * 2),
     "boft": lambda: jp.boft(2, MIDDLE),
-    "bottleneck": lambda: jp.bottleneck_adapter(2, MIDDLE),
+    "bottleneck_adapter": lambda: jp.bottleneck_adapter(2, MIDDLE),
     "corda": lambda: jp.corda(1, MIDDLE, moments()),
     "dora": lambda: jp.dora(1, MIDDLE),
     "eva": lambda: jp.eva(1, MIDDLE, moments()),
@@ -153,33 +153,35 @@ ON_A_PART = {
     "olora": lambda: jp.olora(1, MIDDLE),
     "oft": lambda: jp.oft(2, MIDDLE),
     "p_tuning": lambda: jp.p_tuning(2, TABLE_PART),
-    "parallel": lambda: jp.parallel_adapter(2, MIDDLE, OUT),
+    "parallel_adapter": lambda: jp.parallel_adapter(2, MIDDLE, OUT),
     "pissa": lambda: jp.pissa(1, MIDDLE),
     "poly": lambda: jp.poly(1, MIDDLE, skills=1, tasks=1),
-    "prefix": lambda: jp.prefix_tuning(2, MIDDLE, OUT - OUT),
-    "prompt": lambda: jp.prompt_tuning(2, TABLE_PART),
+    "prefix_tuning": lambda: jp.prefix_tuning(2, MIDDLE, OUT - OUT),
+    "prompt_tuning": lambda: jp.prompt_tuning(2, TABLE_PART),
     "prune": lambda: jp.prune(MASKS, MIDDLE),
     "quantize": lambda: jp.quantize("int8", MIDDLE),
     "road": lambda: jp.road(MIDDLE),
-    "sparse": lambda: jp.sparse_delta(0.5, MIDDLE),
+    "sparse_delta": lambda: jp.sparse_delta(0.5, MIDDLE),
     "trainable_tokens": lambda: jp.trainable_tokens([1], TABLE_PART),
     "unfreeze": lambda: jp.unfreeze(MIDDLE),
     "unipelt": lambda: jp.unipelt(MIDDLE, W, OUT, OUT, rank=1, length=2, width=2),
     "vera": lambda: jp.vera(2, MIDDLE),
     "xlora": lambda: jp.xlora(MIDDLE, {"w": [1]}, hidden_size=2),
 }
-HONOURED = {"lora", "lora_fa", "eva", "ia3"}
-#: These take all parameters of the program, and choose among them themselves.
-CHOOSING = {"bitfit", "full", "last_layers", "linear_probe", "norm_tuning"}
+ACT_ON_SLICES = {"lora", "lora_fa", "eva", "ia3"}
+#: These take all parameters of the model, and choose among them themselves.
+CHOOSING = {"bitfit", "full_finetuning", "last_layers", "linear_probe", "norm_tuning"}
 
 
 @pytest.mark.parametrize("name", ON_A_PART)
-def test_a_method_acts_on_the_part_alone_or_refuses_it(name):
-    if name not in HONOURED:
+def test_a_method_acts_on_the_output_slice_alone_or_refuses_it(name):
+    if name not in ACT_ON_SLICES:
         with pytest.raises(
             ValueError, match=r"a part of the columns of '[wt]' is selected \(OutputSlice"
         ):
-            ON_A_PART[name]()(KEY, TABLE if name in ("prompt", "p_tuning") else {**PARAMS, **TABLE})
+            ON_A_PART[name]()(
+                KEY, TABLE if name in ("prompt_tuning", "p_tuning") else {**PARAMS, **TABLE}
+            )
         return
     merged = jp.merge(jp.combine(*trained(ON_A_PART[name]())))
     moved = np.abs(merged["w"] - PARAMS["w"]).max(0) > 0
@@ -195,7 +197,7 @@ def test_no_method_is_missing_here():
         and f.__annotations__.get("return") in (jp.Method, "Method")
     }
     assert made <= set(ON_A_PART) | CHOOSING
-    assert set(ON_A_PART) - {"ia3 of inputs"} <= made | {"bank"}
+    assert set(ON_A_PART) - {"ia3 of inputs"} <= made | {"stack_adapters"}
 
 
 # Selections ---------------------------------------------------------------------------------------

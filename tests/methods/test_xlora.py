@@ -565,7 +565,7 @@ BOTH = {"head": [1, 1]}
         ),
         (
             lambda: xlora(HEAD, {**BOTH, "up": [1, 1]}, hidden_size=W),
-            r"\['up'\] are in only one of them",
+            r"\['up'\] are in only one of the two",
         ),
         (
             lambda: xlora(HEAD, {"head": [3]}, hidden_size=W),
@@ -589,7 +589,7 @@ BOTH = {"head": [1, 1]}
             lambda: merge_weighted(BANK, [0, 0, 0]),
             r"weights=\[0.0, 0.0, 0.0\].*not all of them zero",
         ),
-        (lambda: merge_weighted(BANK, [1, 1, 0]), "5 columns at .*Give fewer of them a share"),
+        (lambda: merge_weighted(BANK, [1, 1, 0]), "sum to 5 at .*Set more of the weights to zero"),
     ],
 )
 def test_invalid_arguments_are_refused(make, message):
