@@ -261,18 +261,18 @@ def test_int8_is_within_half_a_step_of_the_weight_and_under_lora(sites):
         (lambda s: jp.quantize("int3", s.linear), r"int3.*'fp4', .*'nf4'"),
         (
             lambda s: jp.chain(jp.quantize("int8", s.linear), jp.quantize("int8", s.linear)),
-            "is Columns already",
+            "is PerChannel already",
         ),
         (lambda s: jp.chain(jp.full_finetuning(s), jp.quantize("int8", s.linear)), "is trained"),
         (
             lambda s: jp.chain(jp.quantize("int8", s.linear), jp.full_finetuning(s)),
-            "no array of real numbers",
+            "no floating-point array",
         ),
         (lambda s: jp.bottleneck_adapter(0, s.linear), r"bottleneck_dim=0"),
         (lambda s: jp.bottleneck_adapter(2, s.linear, activation="step"), r"activation='step'"),
         (
             lambda s: jp.parallel_adapter(2, s.linear, s.match("*/q/kernel")),
-            "pairs the first and the last",
+            "takes the first and the last kernel",
         ),
         (lambda s: jp.prompt_tuning(0, s.embedding), r"length=0"),
         (lambda s: jp.prefix_tuning(0, s.linear, s.linear), r"length=0"),
