@@ -270,7 +270,7 @@ def test_to_lora_replaces_the_method_in_a_chain():
     np.testing.assert_allclose(outputs(again, same), outputs(frozen, adapter), atol=1e-5)
 
 
-def as_lora_of(method=None, adapter=None, start=None):
+def to_lora_of(method=None, adapter=None, start=None):
     own = jp.pissa(R, SITES.match("head"))
     _, whole = jp.split(own(KEY, PARAMS))
     given = (whole if x is None else x for x in (adapter, start))
@@ -280,20 +280,23 @@ def as_lora_of(method=None, adapter=None, start=None):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: as_lora_of(jp.lora(R, LAYERS)), "`lora_ga` made; this one is of 'lora'. Of a cha"),
-        (lambda: as_lora_of(jp.chain(jp.pissa(R, LAYERS))), "is of 'chain'.*give that method in"),
-        (lambda: as_lora_of(len), "of '<built-in function len>'. Of a chain"),
         (
-            lambda: as_lora_of(adapter={}),
+            lambda: to_lora_of(jp.lora(R, LAYERS)),
+            "or `lora_ga`, but got one from 'lora'. From a `chain`",
+        ),
+        (lambda: to_lora_of(jp.chain(jp.pissa(R, LAYERS))), "from 'chain'.*give that method in"),
+        (lambda: to_lora_of(len), "from '<built-in function len>'. From a `chain`"),
+        (
+            lambda: to_lora_of(adapter={}),
             r"adapter lacks \['head/a', 'head/b'\].*it has \[\]. Give all",
         ),
         (
-            lambda: as_lora_of(start={"head/a": 1}),
+            lambda: to_lora_of(start={"head/a": 1}),
             r"start lacks \['head/b'\].*has \['head/a'\]. Give all",
         ),
     ],
 )
-def test_what_is_no_start_is_refused(make, message):
+def test_to_lora_refuses_other_methods_and_missing_arrays(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
