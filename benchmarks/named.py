@@ -55,7 +55,7 @@ ADALORA = adalora(RANK)
 UNIT = dataclasses.replace(
     ADALORA,
     name="adalora, unit vectors",
-    make=lambda p: jp.adalora(3 * RANK // 2, p.kernels, alpha=3 * RANK, std=0.05),
+    make=lambda p: jp.adalora(3 * RANK // 2, p.kernels, alpha=3 * RANK, init_std=0.05),
 )
 
 

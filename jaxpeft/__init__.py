@@ -54,9 +54,11 @@ from jaxpeft._methods.lora_fa import lora_fa
 from jaxpeft._methods.lora_ga import lora_ga
 from jaxpeft._methods.mam import mam
 from jaxpeft._methods.miss import miss
+from jaxpeft._methods.moelora import moelora
 from jaxpeft._methods.oft import oft
 from jaxpeft._methods.p_tuning import p_tuning
 from jaxpeft._methods.pissa import olora, pissa
+from jaxpeft._methods.poly import poly
 from jaxpeft._methods.prefix_tuning import prefix_tuning
 from jaxpeft._methods.prompt_tuning import prompt_tuning
 from jaxpeft._methods.prune import prune
@@ -70,7 +72,6 @@ from jaxpeft._methods.selection import (
     unfreeze,
 )
 from jaxpeft._methods.sparse_delta import sparse_delta
-from jaxpeft._methods.task_mixtures import moelora, poly
 from jaxpeft._methods.trainable_tokens import trainable_tokens
 from jaxpeft._methods.unipelt import unipelt
 from jaxpeft._methods.vera import vera

@@ -136,7 +136,7 @@ def from_json(description: Any, factories: Mapping[str, Callable], at: str = "me
 
 
 #: Options that count the iterations of a loop, which a damaged file could make endless.
-_LOOPS = ("factors", "layers", "n_iter", "neumann_terms", "steps", "terms", "turns")
+_LOOPS = ("layers", "n_butterfly_factors", "n_iter", "neumann_terms", "steps")
 
 
 def _check_sizes(options: Mapping[str, Any], at: str) -> None:

@@ -45,7 +45,7 @@ METHODS = {
     "fp8 + vera + bitfit": jp.chain(
         jp.quantize("fp8", S.linear), jp.vera(2, S.linear), jp.bitfit(S)
     ),
-    "moelora": jp.moelora(2, S.linear, experts=2, tasks=3, width=4),
+    "moelora": jp.moelora(2, S.linear, experts=2, tasks=3, task_embedding_dim=4),
     "bottleneck": jp.bottleneck_adapter(2, S.match("v")),
 }
 

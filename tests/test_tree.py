@@ -234,7 +234,11 @@ def test_every_way_to_train_an_array_knows_its_shape():
     methods = {
         "vera": (jp.vera(3, sites.linear), "w/d", (3,)),
         "ia3": (jp.ia3(sites.match("w")), "w/scale", (8,)),
-        "moelora": (jp.moelora(2, sites.linear, experts=2, tasks=3, width=4), "v/gate", (4, 2)),
+        "moelora": (
+            jp.moelora(2, sites.linear, experts=2, tasks=3, task_embedding_dim=4),
+            "v/gate",
+            (4, 2),
+        ),
         "bitfit": (jp.bitfit(sites), "b", (8,)),
         "dora": (jp.dora(2, sites.match("w")), "w/magnitude", (8,)),
         "sparse_delta": (jp.sparse_delta(0.5, sites.match("w")), "w/values", (24,)),
@@ -262,7 +266,8 @@ def test_shapes_are_compared_after_a_conversion_too():
     sites = jp.sites(model, params(), jnp.ones((2, 6))).match("w")
     method = jp.lora(2, sites)
     experts = jp.mixtures.stack_adapters([(method, jp.split(method(KEY, params()))[1])] * 2)
-    frozen, adapter = jp.split(jp.xlora(experts.sites, experts.ranks, reads="input")(KEY, params()))
+    gates = jp.xlora(experts.sites, experts.ranks, gate_input="input")
+    frozen, adapter = jp.split(gates(KEY, params()))
     wrong = {k: x[..., :1] for k, x in experts.arrays.items()}
     with refused("'w/experts/a' has shape (6, 1), where `xlora` trains an array of shape (6, 4)"):
         jp.combine(frozen, {**wrong, **adapter})

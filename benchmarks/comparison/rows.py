@@ -108,7 +108,9 @@ def _houlsby(p: Places) -> Any:
 
 
 def _pfeiffer(p: Places) -> Any:
-    return jp.bottleneck_adapter(p.width, p.outputs, reads="sum", norms=p.summed, eps=p.eps)
+    return jp.bottleneck_adapter(
+        p.width, p.outputs, adapter_input="output_plus_residual", norms=p.summed, eps=p.eps
+    )
 
 
 def _mam(p: Places) -> Any:
@@ -354,7 +356,7 @@ DESCENDANTS = [
     _descendant(
         "boft",
         "Liu et al. 2023",
-        lambda p: jp.boft(BLOCK, p.kernels, factors=2),
+        lambda p: jp.boft(BLOCK, p.kernels, n_butterfly_factors=2),
         "rotations",
         "its feed-forward width, 172, has no butterfly of two factors",
     ),

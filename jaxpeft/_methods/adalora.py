@@ -1,4 +1,4 @@
-"""AdaLoRA: low-rank deltas in the form of a singular value decomposition, with ranks to give up."""
+"""AdaLoRA: updates in the form of a singular value decomposition, whose ranks can be pruned."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,8 +18,12 @@ from jaxpeft.extend._dropout import dropped
 
 
 @weight
-class Triplets(Weight):
-    """The matrix `w + scale * (a * values) @ b`: value k is of column k of a and row k of b."""
+class SVDTriplets(Weight):
+    """The matrix `w + scale * (a * values) @ b`.
+
+    A triplet is an entry of `values`, a column of `a` and a row of `b`, as a singular value with
+    its two singular vectors.
+    """
 
     w: Any = base_weight()
     a: Any = axes("in", "rank")
@@ -33,18 +37,18 @@ class Triplets(Weight):
 
     def forward(self, x):
         """x @ w + scale * ((x @ a) * values) @ b."""
-        low = (dropped(x, self.key, self.dropout) @ self.a * self.values) @ self.b
-        return x @ self.w + self.scale * low
+        delta = (dropped(x, self.key, self.dropout) @ self.a * self.values) @ self.b
+        return x @ self.w + self.scale * delta
 
     def transposed(self, y):
         """y @ w.T + scale * ((y @ b.T) * values) @ a.T."""
-        low = (dropped(y, self.key, self.dropout) @ self.b.T * self.values) @ self.a.T
-        return y @ self.w.T + self.scale * low
+        delta = (dropped(y, self.key, self.dropout) @ self.b.T * self.values) @ self.a.T
+        return y @ self.w.T + self.scale * delta
 
     def lookup(self, ids):
         """w[ids] + scale * (a[ids] * values) @ b."""
-        change = self.scale * ((self.a[ids] * self.values) @ self.b)
-        return self.with_delta(self.w[ids], ids, change, self.a.site.rows)
+        delta = self.scale * ((self.a[ids] * self.values) @ self.b)
+        return self.with_delta(self.w[ids], ids, delta, self.a.site.rows)
 
     def materialize(self):
         return dense(self.w) + self.scale * (self.a * self.values) @ self.b
@@ -57,37 +61,53 @@ def adalora(
     *,
     alpha: float | Mapping[str, float] | None = None,
     dropout: float = 0.0,
-    std: float = 0.02,
+    init_std: float = 0.02,
     dtype: Any = jnp.float32,
 ) -> Method:
-    """Adaptive budget allocation: LoRA as singular values that can be given up one by one.
+    """Adaptive budget allocation: LoRA in a form whose ranks can be pruned one by one.
 
-    Each selected matrix `w` becomes `w + s * (a * values) @ b`, s = alpha / r, with `a` (in, r)
-    and `b` (r, out) from Normal(0, std^2) and `values` (r,) zero, so that training starts at the
-    base model. Train it under `optim.rank_allocator`, which sets the least important values of all
-    matrices to zero until a budget is met, with `penalty * orthogonality(adapter)` in the loss;
-    `shrunk` then takes them out of the arrays.
+    Each selected matrix `w` (in, out) becomes
+
+        w + s * (a * values) @ b,    s = alpha / r
+
+    with trainable `a` (in, r) and `b` (r, out), which start at Normal(0, init_std^2), and `values`
+    (r,), which start at zero, so that training starts at the base model. During training,
+    `optim.rank_allocator` sets the least important values of all matrices to zero until a budget
+    is met. Add `penalty * adapters.orthogonality_penalty(adapter)` to the loss. After training,
+    `adapters.drop_pruned_ranks` removes the zero values from the arrays.
 
     Args:
-      rank: What each matrix begins with, 1.5 times the target in the paper.
-      sites: The matrices to adapt.
-      alpha: `None` means s = 1.
-      dropout: As for `lora`.
-      std: See above.
-      dtype: Of what is trained.
+      rank: r, the initial rank of each matrix, or a mapping as for `lora`. In the paper it is 1.5
+        times the mean rank at the end.
+      sites: The matrices to adapt, with all of their outputs.
+      alpha, dropout: As for `lora`.
+      init_std: Standard deviation of `a` and `b` at the start, positive.
+      dtype: Dtype of the trainable arrays.
 
     Returns:
-      A method with r * (in + out + 1) trained numbers per matrix.
+      A `Method` with r * (in + out + 1) trainable parameters per matrix.
 
     Raises:
-      ValueError: As `lora`; or a part of the outputs is selected, or a std that is not positive.
+      ValueError: As for `lora`. Also if a slice of the outputs is selected, or if `init_std` is
+        not positive.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
+      >>> sites = jp.sites(fn, params, jnp.ones((1, 8)))
+      >>> frozen, adapter = jp.split(jp.adalora(3, sites.linear)(jax.random.key(0), params))
+      >>> {path: array.shape for path, array in adapter.items()}
+      {'w/a': (8, 3), 'w/values': (3,), 'w/b': (3, 4)}
 
     References:
       Zhang et al., AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning,
       2023, section 3. https://arxiv.org/abs/2303.10512
     """
-    if std <= 0:
-        raise ValueError(f"`adalora(std={std})`: factors of zero would stay there.")
+    if init_std <= 0:
+        raise ValueError(
+            f"`adalora(init_std={init_std})`: give a positive number; factors that start at zero "
+            "have no gradient."
+        )
     check_whole("adalora", sites)
     low = low_rank("adalora", rank, sites, alpha=alpha, dropout=dropout, dtype=dtype)
 
@@ -96,15 +116,17 @@ def adalora(
         old: LowRank = view.weight
         keys = jax.random.split(key)
         a, b = (
-            Trainable(std * jax.random.normal(k, x.value.shape, dtype))
+            Trainable(init_std * jax.random.normal(k, x.value.shape, dtype))
             for k, x in zip(keys, (old.a, old.b), strict=True)
         )
         values = Trainable(jnp.zeros((*a.shape[:-2], a.shape[-1]), dtype))
-        weight = Triplets(old.w, a, values, b, old.key, old.scale, old.dropout)
+        weight = SVDTriplets(old.w, a, values, b, old.key, old.scale, old.dropout)
         return dataclasses.replace(view, weight=weight)
 
     def apply(key: jax.Array, tree: Any) -> Any:
         return apply_to_sites(key, low(key, tree), sites, make, caller="adalora")
 
-    options = dict(rank=rank, sites=sites, alpha=alpha, dropout=dropout, std=std, dtype=dtype)
+    options = dict(
+        rank=rank, sites=sites, alpha=alpha, dropout=dropout, init_std=init_std, dtype=dtype
+    )
     return Method("adalora", options, apply)

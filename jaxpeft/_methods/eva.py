@@ -1,4 +1,4 @@
-"""EVA: low-rank factors along which the inputs vary most."""
+"""EVA: low-rank factors that start at the principal components of the inputs."""
 
 import dataclasses
 import glob
@@ -32,63 +32,83 @@ def eva(
     dropout: float = 0.0,
     dtype: Any = jnp.float32,
 ) -> Method:
-    """Explained variance adaptation: LoRA whose `a` spans the principal inputs of each matrix.
+    """Explained variance adaptation: LoRA along the principal components of the inputs.
 
-    The columns of `a` (in, r) are the leading eigenvectors of the sum of x x^T over the inputs x
-    of a few batches, `b` (r, out) is zero, so that training starts at the base model. Each
-    component goes to the matrix where it explains the largest share of the inputs' variance, at
-    most rho * rank to one, until the ranks of all matrices together are those of `lora`. A matrix
-    that gets none is left out.
+    Each selected matrix `w` (in, out) becomes
 
-    All L matrices of a stack have one rank, by their mean shares, and a component of it costs L.
-    One that costs more than is left of the ranks is passed over for those that cost less: where
-    stacks are of different lengths, as of layers and one head, there may remain fewer ranks than
-    one more component of the longest would cost.
+        w + s * a @ b
+
+    as for `lora`, where the columns of `a` (in, r) start at the leading eigenvectors of the sum of
+    x x^T over the inputs x of a few batches, and `b` (r, out) at zero, so that training starts at
+    the base model. The total of the ranks is that of `lora`, but they are redistributed: the
+    components, over all matrices, that explain the largest fractions of their inputs' variance
+    are chosen, at most rho * rank of one matrix. A matrix without a chosen component is not
+    adapted.
+
+    All L matrices of a stack have the same rank, from their mean fractions, so one component of
+    a stack costs L of the total. A component that costs more than is left of the total is skipped
+    in favor of cheaper ones. If stacks differ in length, such as layers and one head, the ranks
+    may therefore sum to slightly less than the total.
 
     Args:
-      rank: On average, over all matrices.
-      sites: The matrices to adapt.
-      moments: From `input_moments`, of at least these sites.
-      rho: 1 gives every matrix the same rank.
-      alpha, scaling, dropout, dtype: As for `lora`, with the scale that `rank` has.
+      rank: The mean rank of all matrices.
+      sites: The matrices to adapt. `Sites.output_slice` selects a slice of their outputs.
+      moments: Second moments of the inputs {path: Moments}, from `calibration.input_moments` with
+        at least these sites.
+      rho: Bound of one matrix's rank, as a multiple of `rank`. With 1, all ranks are equal.
+      alpha, scaling, dropout, dtype: As for `lora`; every matrix gets the scale that `rank` gives.
 
     Returns:
-      A method that calls itself `lora`, with the ranks that it has found: an adapter is stored
-      and loaded without the moments.
+      A `Method` with the name `lora` and the ranks that were found, r * (in + out) trainable
+      parameters per matrix. Its adapter is stored and loaded without the moments.
 
     Raises:
-      ValueError: As `lora`, a rank out of range at the call already; rho below 1, no moments of a
-        site, or those of another model.
+      ValueError: As for `lora`, but a rank out of range is refused at the call already. Also if
+        `rho` is below 1, or if the moments of a site are missing or are those of another model.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
+      >>> x = jax.random.normal(jax.random.key(1), (16, 8))
+      >>> sites = jp.sites(fn, params, x).linear
+      >>> method = jp.eva(2, sites, jp.calibration.input_moments(fn, params, sites, [x]))
+      >>> method.name, method.options["rank"]
+      ('lora', {'w': 2})
 
     References:
       Paischer et al., One Initialization to Rule them All: Fine-tuning via Explained Variance
       Adaptation, 2024, section 3. https://arxiv.org/abs/2410.07170
     """
     if rho < 1:
-        raise ValueError(f"`eva(rho={rho})`: at least 1 is needed, for a rank of {rank} each.")
-    low_rank("eva", rank, sites, alpha=alpha, scaling=scaling, dropout=dropout)  # checks
-    vectors, shares = {}, {}
+        raise ValueError(f"`eva(rho={rho})`: give at least 1; with 1, each matrix has rank {rank}.")
+    # This call checks the options; its method is not used.
+    low_rank("eva", rank, sites, alpha=alpha, scaling=scaling, dropout=dropout)
+    components, explained = {}, {}
     for path, site in sites.items():
         second = check_moments(moments, site, "eva").second
         n, m = site.size(IN), site.size(OUT)
         m = site.part.size(m) if site.part else m
-        most = min(int(rho * rank), n, m)
-        values, columns = jnp.linalg.eigh(second)
-        vectors[path] = columns[..., ::-1][..., :most]
-        values = jnp.maximum(values[..., ::-1], 0)  # those of zero may be rounded below it
-        total = jnp.sum(values, -1, keepdims=True)
+        max_rank = min(int(rho * rank), n, m)
+        variances, vectors = jnp.linalg.eigh(second)
+        components[path] = vectors[..., ::-1][..., :max_rank]
+        variances = jnp.maximum(variances[..., ::-1], 0)  # rounding may make zeros negative
+        total = jnp.sum(variances, -1, keepdims=True)
         # Inputs that are all zero have no variance to be explained.
-        share = values / jnp.where(total > 0, total, 1)
-        shares[path] = np.asarray(jnp.mean(share.reshape(-1, share.shape[-1]), 0))[:most]
+        fraction = variances / jnp.where(total > 0, total, 1)
+        mean = jnp.mean(fraction.reshape(-1, fraction.shape[-1]), 0)
+        explained[path] = np.asarray(mean)[:max_rank]
     costs = {path: math.prod(site.stack) for path, site in sites.items()}
-    ranks = _distributed(shares, costs, rank * sum(costs.values()))
+    ranks = _distribute_ranks(explained, costs, rank * sum(costs.values()))
     chosen = sites.match(lambda site: ranks[site.path] > 0)
-    scale = alpha if alpha is None or scaling == "alpha/r" else alpha * rank**0.5
+    # alpha / r of each matrix is to be the scale that the mean rank gives.
+    mean_alpha = alpha if alpha is None or scaling == "alpha/r" else alpha * rank**0.5
+    alphas = None
+    if mean_alpha is not None:
+        alphas = {glob.escape(path): mean_alpha * ranks[path] / rank for path in chosen}
     low = lora(
         {glob.escape(path): ranks[path] for path in chosen},
         chosen,
-        # The scale of all of them is that of the average rank.
-        alpha=scale and {glob.escape(path): scale * ranks[path] / rank for path in chosen},
+        alpha=alphas,
         dropout=dropout,
         dtype=dtype,
     )
@@ -96,7 +116,7 @@ def eva(
     def make(key: jax.Array, site: Site, view: View) -> View:
         del key
         old: LowRank = view.weight
-        a = vectors[site.path][..., : ranks[site.path]]
+        a = components[site.path][..., : ranks[site.path]]
         return dataclasses.replace(
             view, weight=dataclasses.replace(old, a=Trainable(jnp.array(a, dtype)))
         )
@@ -107,20 +127,23 @@ def eva(
     return dataclasses.replace(low, apply=apply)
 
 
-def _distributed(
-    shares: Mapping[str, np.ndarray], costs: Mapping[str, int], budget: int
+def _distribute_ranks(
+    explained: Mapping[str, np.ndarray], costs: Mapping[str, int], budget: int
 ) -> dict[str, int]:
-    """How many of its leading components each path keeps, the largest shares first.
+    """The rank of each path: how many of its leading components are chosen.
+
+    Components are chosen in descending order of the fraction of variance that they explain.
 
     Args:
-      shares: {path: of its components, in descending order}.
-      costs: {path: of one component}.
-      budget: That all costs together do not exceed.
+      explained: {path: fractions of its components, in descending order}.
+      costs: {path: cost of one component}.
+      budget: Upper bound of the sum of all costs.
     """
-    ordered = sorted((-share, path) for path, own in shares.items() for share in own)
-    ranks = dict.fromkeys(shares, 0)
+    ordered = sorted((-fraction, path) for path, own in explained.items() for fraction in own)
+    ranks = dict.fromkeys(explained, 0)
     for _, path in ordered:
-        # Costs of one path are equal: where one component is too dear, so are those after it.
+        # Components of one path cost the same. If one is too expensive, so are those after it,
+        # and the chosen ones are always the leading ones.
         if costs[path] <= budget:
             budget -= costs[path]
             ranks[path] += 1

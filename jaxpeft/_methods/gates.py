@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxpeft._marks import Placeholder, Trainable
 from jaxpeft._method import Method, register_method
-from jaxpeft._methods.ia3 import ScaledIn, ScaledOut
+from jaxpeft._methods.ia3 import ScaledInputs, ScaledOutputs
 from jaxpeft._methods.oft import as_sharded
 from jaxpeft._methods.prune import Entrywise
 from jaxpeft._sites import Site, Sites
@@ -56,7 +56,7 @@ class GatedEntries(Entrywise):
 
 
 @weight
-class GatedRows(ScaledIn):
+class GatedRows(ScaledInputs):
     """The matrix `scale[:, None] * w`, which may be an embedding table."""
 
     def lookup(self, ids):
@@ -99,7 +99,7 @@ class Gated(Weight):
     def acting(self, **derived):
         gates = derived["gates"]
         if self.scales == OUT:
-            return ScaledOut(self.w, gates)
+            return ScaledOutputs(self.w, gates)
         if self.scales == IN:
             return GatedRows(self.w, gates)
         return GatedEntries(self.w, gates, self.block)

@@ -1,4 +1,4 @@
-"""HiRA: a low-rank matrix that multiplies the frozen one entry by entry."""
+"""HiRA: the Hadamard (entrywise) product of the frozen matrix and a low-rank one as the update."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ from jaxpeft.extend._apply import apply_to_sites, check_entries, check_whole
 
 
 @weight
-class Hadamard(Weight):
-    """The matrix `w + scale * w * (a @ b)`, entry by entry: of full rank where `w` is.
+class HadamardWithBase(Weight):
+    """The matrix `w + scale * w * (a @ b)`, where `w * (a @ b)` is entrywise.
 
-    Unlike that of a sum, a product with it has no cheaper form, so the change is formed where it
-    is used, and again in the backward pass.
+    A product with an entrywise product has no factored form, so the delta is formed where it is
+    used, and again in the backward pass.
     """
 
     w: Any = base_weight()
@@ -33,29 +33,29 @@ class Hadamard(Weight):
 
     def forward(self, x):
         """x @ w + x @ (scale * w * (a @ b))."""
-        return x @ self.w + x @ self._change()
+        return x @ self.w + x @ self._delta()
 
     def transposed(self, y):
         """y @ w.T + y @ (scale * w * (a @ b)).T."""
-        return y @ self.w.T + y @ self._change().T
+        return y @ self.w.T + y @ self._delta().T
 
     def lookup(self, ids):
         """w[ids] * (1 + scale * a[ids] @ b)."""
         rows = self.w[ids]
-        change = rows * (self.scale * (self.a[ids] @ self.b)).astype(rows.dtype)
-        return self.with_delta(rows, ids, change, self.a.site.rows)
+        delta = rows * (self.scale * (self.a[ids] @ self.b)).astype(rows.dtype)
+        return self.with_delta(rows, ids, delta, self.a.site.rows)
 
     def materialize(self):
         w = dense(self.w)
         return w + w * (self.scale * self.a @ self.b)
 
-    def _change(self):
+    def _delta(self):
         operands, matrix = matrix_of(self.w)
 
-        def change(a: jax.Array, b: jax.Array, **of_base: Any) -> jax.Array:
-            return matrix(of_base) * (self.scale * a @ b)
+        def delta(a: jax.Array, b: jax.Array, **base: Any) -> jax.Array:
+            return matrix(base) * (self.scale * a @ b)
 
-        return Computed(change, {"a": self.a, "b": self.b, **operands})
+        return Computed(delta, {"a": self.a, "b": self.b, **operands})
 
 
 @register_method
@@ -69,21 +69,36 @@ def hira(
 ) -> Method:
     """Hadamard high-rank adaptation: the update is the base times a low-rank matrix.
 
-    Each selected matrix `w` becomes `w + s * w * (a @ b)`, entry by entry, with `a` (in, r) random
-    and `b` (r, out) zero, so that training starts at the base model. An update of rank up to
-    r * rank(w) from LoRA's number of parameters; entries of `w` that are zero stay zero.
+    Each selected matrix `w` (in, out) becomes
+
+        w + s * w * (a @ b),    s = alpha / r
+
+    where `w * (a @ b)` is entrywise, with trainable factors `a` (in, r), which starts at random,
+    and `b` (r, out), which starts at zero, so that training starts at the base model. The update
+    has rank up to r * rank(w) with as many parameters as LoRA's. Entries of `w` that are zero stay
+    zero. A product costs twice the base product, and needs one temporary array of the weight's
+    size.
 
     Args:
       rank, init, dtype: As for `lora`.
-      sites: The matrices to adapt.
-      alpha: `s` is alpha / r; `None`, as in the paper, means `s` = 1.
+      sites: The matrices to adapt, with all of their outputs.
+      alpha: Strength of the update, or a mapping as for `lora`. `None` means s = 1, as in the
+        paper.
 
     Returns:
-      A method with r * (in + out) trained numbers per matrix. A product costs twice the base's,
-      and an array of the weight's size at a time.
+      A `Method` with r * (in + out) trainable parameters per matrix.
 
     Raises:
-      ValueError: As `lora`; or a part of the outputs is selected.
+      ValueError: As for `lora`. Also if a slice of the outputs is selected, or if another method's
+        weight at a selected matrix is not mergeable.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
+      >>> sites = jp.sites(fn, params, jnp.ones((1, 8)))
+      >>> frozen, adapter = jp.split(jp.hira(2, sites.linear)(jax.random.key(0), params))
+      >>> {path: array.shape for path, array in adapter.items()}
+      {'w/a': (8, 2), 'w/b': (2, 4)}
 
     References:
       Huang et al., HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language
@@ -96,7 +111,7 @@ def hira(
         del key
         old: LowRank = view.weight
         check_entries("hira", site, dataclasses.replace(view, weight=old.w))
-        return dataclasses.replace(view, weight=Hadamard(old.w, old.a, old.b, old.scale))
+        return dataclasses.replace(view, weight=HadamardWithBase(old.w, old.a, old.b, old.scale))
 
     def apply(key: jax.Array, tree: Any) -> Any:
         return apply_to_sites(key, low(key, tree), sites, make, caller="hira")

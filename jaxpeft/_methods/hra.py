@@ -1,4 +1,4 @@
-"""HRA: a product of reflections of the inputs."""
+"""HRA: a product of Householder reflections of the inputs."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ from jaxpeft.extend._apply import apply_to_sites, check_whole
 
 
 @weight
-class Reflected(Weight):
+class HouseholderReflections(Weight):
     """The matrix `H_r @ ... @ H_1 @ w`, H_i = I - 2 n_i n_i.T with n_i = u_i / |u_i|.
 
-    In the compact form of such a product it is w + a @ b, with
+    In the compact form of a product of reflections this is w + a @ b, with
 
         a = n,    b = -(I / 2 + tril(n.T @ n, -1))^-1 @ (n.T @ w)
 
-    so that no (in, in) matrix is formed, and it acts wherever a low-rank matrix does.
+    so that no (in, in) matrix is formed, and the weight acts as a low-rank update.
     """
 
     w: Any = base_weight()
@@ -34,9 +34,9 @@ class Reflected(Weight):
     local_out = True
 
     def derived(self):
-        u = self._unit(self.u.matrix)
-        across = u.T.astype(jnp.promote_types(u.dtype, self.u.site.dtype)) @ self.w
-        return {"a": u, "b": self._reflecting(u, across)}
+        n = self._normalized(self.u.matrix)
+        nw = n.T.astype(jnp.promote_types(n.dtype, self.u.site.dtype)) @ self.w
+        return {"a": n, "b": self._second_factor(n, nw)}
 
     def acting(self, **derived):
         return LowRank(self.w, derived["a"], derived["b"], None, scale=1.0, dropout=0.0, part=None)
@@ -45,47 +45,58 @@ class Reflected(Weight):
         return as_sharded(self._reflected, dense(self.w), self.u)
 
     def _reflected(self, w, u):
-        u = self._unit(u)
-        return w + u @ self._reflecting(u, u.T @ w)
+        n = self._normalized(u)
+        return w + n @ self._second_factor(n, n.T @ w)
 
-    def _unit(self, u):
+    def _normalized(self, u):
+        """n (in, rank): the columns of u with norm 1."""
         wide = u.astype(jnp.promote_types(u.dtype, jnp.float32))
         return wide / jnp.linalg.norm(wide, axis=0)
 
-    def _reflecting(self, u, across):
-        """b, from n and n.T @ w."""
+    def _second_factor(self, n, nw):
+        """b (rank, out), from n and nw = n.T @ w."""
         with jax.default_matmul_precision("highest"):
-            system = jnp.tril(u.T @ u, -1) + jnp.eye(u.shape[1], dtype=u.dtype) / 2
-        dtype = jnp.promote_types(u.dtype, across.dtype)
+            system = jnp.tril(n.T @ n, -1) + jnp.eye(n.shape[1], dtype=n.dtype) / 2
+        dtype = jnp.promote_types(n.dtype, nw.dtype)
         return -jax.scipy.linalg.solve_triangular(
-            system.astype(dtype), across.astype(dtype), lower=True
+            system.astype(dtype), nw.astype(dtype), lower=True
         )
 
 
 @register_method
 def hra(rank: int | Mapping[str, int], sites: Sites, *, dtype: Any = jnp.float32) -> Method:
-    """Householder reflection adaptation: an orthogonal map of the inputs, r reflections long.
+    """Householder reflection adaptation: a product of r reflections of the inputs.
 
-    Each selected matrix `w` (in, out) becomes `H_r @ ... @ H_1 @ w`, H_i the reflection along
-    column i of a trained `u` (in, r). Columns start as random directions in equal pairs, whose
-    reflections cancel, so that training starts at the base model but for rounding. The result is
-    a change of rank r: a product costs what LoRA's does, and once for each call r more rows
-    go through the weight. The penalty on the overlap of the columns that the paper adds to
-    the loss, and its limit of orthogonal columns, which cannot start at the base model, are not
-    part of the method.
+    Each selected matrix `w` (in, out) becomes
+
+        H_r @ ... @ H_1 @ w,    H_i = I - 2 u_i u_i^T / |u_i|^2
+
+    with u_i the columns of a trainable `u` (in, r). The columns start at random directions in
+    equal pairs, whose reflections cancel, so that training starts at the base model up to
+    rounding. The update has rank r: a product costs as much as LoRA's, and each call computes the
+    product of r rows with `w` once. Left out are the penalty on the overlap of the columns that
+    the paper adds to the loss, and its variant with orthogonal columns, which cannot start at the
+    base model.
 
     Args:
-      rank: r, an even number up to `in`. A mapping from path patterns gives each target its own;
-        the first match wins.
-      sites: The matrices to adapt.
-      dtype: Of `u`. What follows from it is computed in float32 at least.
+      rank: r, an even number from 2 to `in`, or a mapping as for `lora`.
+      sites: The matrices to adapt, with all of their outputs.
+      dtype: Dtype of `u`. The reflections are computed in float32 or wider.
 
     Returns:
-      A method with r * in trained numbers per matrix.
+      A `Method` with r * in trainable parameters per matrix.
 
     Raises:
-      ValueError: A rank that is odd or out of range (names the matrix), or a part of the
+      ValueError: A rank is odd or out of range (the message names the matrix), or a slice of the
         outputs is selected.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
+      >>> sites = jp.sites(fn, params, jnp.ones((1, 8)))
+      >>> frozen, adapter = jp.split(jp.hra(2, sites.linear)(jax.random.key(0), params))
+      >>> {path: array.shape for path, array in adapter.items()}
+      {'w/u': (8, 2)}
 
     References:
       Yuan et al., Bridging the Gap between Low-rank and Orthogonal Adaptation via Householder
@@ -100,13 +111,13 @@ def hra(rank: int | Mapping[str, int], sites: Sites, *, dtype: Any = jnp.float32
         if not 2 <= r <= n or r % 2:
             raise ValueError(
                 f"`hra(rank={r})`: '{path}' of shape {site.shape} has {n} inputs and takes an even "
-                f"rank from 2 to {n - n % 2}: reflections start in pairs that cancel."
+                f"rank from 2 to {n - n % 2}, because reflections start in pairs that cancel."
             )
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         half = (*site.stack, site.size(IN), ranks[site.path] // 2)
         u = jnp.repeat(jax.random.normal(key, half, dtype), 2, axis=-1)
-        return dataclasses.replace(view, weight=Reflected(view.weight, Trainable(u)))
+        return dataclasses.replace(view, weight=HouseholderReflections(view.weight, Trainable(u)))
 
     options = dict(rank=rank, sites=sites, dtype=dtype)
     return Method(

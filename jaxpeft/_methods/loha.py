@@ -1,4 +1,4 @@
-"""LoHa: two low-rank matrices multiplied entry by entry."""
+"""LoHa: the Hadamard (entrywise) product of two low-rank matrices as the update."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ from jaxpeft.extend._dropout import check_rate, dropout_key
 
 
 @weight
-class HadamardProduct(Weight):
-    """The matrix `w + scale * (a1 @ b1) * (a2 @ b2)`, of which the change has rank r ** 2.
+class LowRankHadamard(Weight):
+    """The matrix `w + scale * (a1 @ b1) * (a2 @ b2)`, whose delta has rank r ** 2.
 
     With `a[i, (p, q)] = a1[i, p] * a2[i, q]` and `b[(p, q), j] = b1[p, j] * b2[q, j]`,
 
         (a1 @ b1) * (a2 @ b2) = a @ b
 
-    so that it acts as a low-rank matrix, and nothing of the weight's size is formed.
+    so that it acts as a low-rank matrix, and no array of the weight's size is formed.
     """
 
     w: Any = base_weight()
@@ -62,28 +62,41 @@ def loha(
     dropout: float = 0.0,
     dtype: Any = jnp.float32,
 ) -> Method:
-    """Low-rank Hadamard product: twice LoRA's numbers for the square of its rank.
+    """Low-rank Hadamard product adaptation.
 
-    Each selected matrix `w` (in, out) becomes `w + s * (a1 @ b1) * (a2 @ b2)`, entry by entry,
-    with `a1` and `a2` (in, r) Normal(0, 1), `b1` (r, out) Normal(0, 0.01) (a deviation of 0.1,
-    as LyCORIS draws them) and `b2` (r, out) zero, so that training starts at the base model;
-    `s` is alpha / r.
+    Each selected matrix `w` (in, out) becomes
 
-    A product costs what that of a `lora` of rank r ** 2 costs, in factors of that size: from
-    r ** 2 = in * out / (in + out) on, more than the weight itself.
+        w + s * (a1 @ b1) * (a2 @ b2),    s = alpha / r
+
+    where the middle product is entrywise, so that an update of rank up to r ** 2 has twice the
+    trainable parameters of a LoRA of rank r. `a1` and `a2` (in, r) start at Normal(0, 1), `b1`
+    (r, out) at a normal distribution with standard deviation 0.1 (as in LyCORIS) and `b2` (r, out)
+    at zero, so that training starts at the base model.
+
+    A product with the update costs as much as in a `lora` of rank r ** 2, in time and in memory of
+    its factors. This is more than the base product itself if r ** 2 > in * out / (in + out).
 
     Args:
-      rank: Columns of `a1` and of `a2`; a mapping as for `lora`. At most min(in, out).
-      sites: The matrices to adapt.
-      alpha: Strength of the update, or a mapping. `None` means `s` = 1.
+      rank: r, the number of columns of `a1` and of `a2`, at most min(in, out), or a mapping as for
+        `lora`.
+      sites: The matrices to adapt, with all of their outputs.
+      alpha: Strength of the update, or a mapping as for `lora`. `None` means s = 1.
       dropout, dtype: As for `lora`.
 
     Returns:
-      A method with 2 * r * (in + out) trained numbers per matrix.
+      A `Method` with 2 * r * (in + out) trainable parameters per matrix.
 
     Raises:
-      ValueError: A rank out of range (names the matrix), a dropout outside [0, 1), or a part of
-        the outputs is selected.
+      ValueError: A rank is out of range (the message names the matrix), the dropout is outside
+        [0, 1), or a slice of the outputs is selected.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
+      >>> sites = jp.sites(fn, params, jnp.ones((1, 8)))
+      >>> frozen, adapter = jp.split(jp.loha(2, sites.linear)(jax.random.key(0), params))
+      >>> {path: array.shape for path, array in adapter.items()}
+      {'w/a1': (8, 2), 'w/b1': (2, 4), 'w/a2': (8, 2), 'w/b2': (2, 4)}
 
     References:
       Hyeon-Woo et al., FedPara: Low-rank Hadamard Product for Communication-Efficient Federated
@@ -102,10 +115,10 @@ def loha(
         check_rank("loha", r, site)
         keys = jax.random.split(key, 3)
 
-        def normal(key: jax.Array, size: float, *shape: int) -> Trainable:
-            return Trainable(size * jax.random.normal(key, (*site.stack, *shape), dtype))
+        def normal(key: jax.Array, std: float, *shape: int) -> Trainable:
+            return Trainable(std * jax.random.normal(key, (*site.stack, *shape), dtype))
 
-        weight = HadamardProduct(
+        weight = LowRankHadamard(
             view.weight,
             normal(keys[0], 1.0, n, r),
             normal(keys[1], 0.1, r, m),

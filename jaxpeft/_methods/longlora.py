@@ -1,4 +1,4 @@
-"""LongLoRA: what is trained when a model learns to read longer texts."""
+"""LongLoRA: LoRA with trainable embeddings and norms, for longer contexts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,24 +22,41 @@ def longlora(
     dropout: float = 0.0,
     dtype: Any = jnp.float32,
 ) -> Method:
-    """LoRA on the projections, and the embedding and the norms as a whole.
+    """LoRA on the projections, with trainable embeddings and norms.
 
-    LoRA alone does not close the gap to full fine-tuning at long contexts; embeddings and norms,
-    few numbers beside the rest, do (section 3.3). The other half of the method is how it is
-    trained: `jaxpeft.models._shifted.shifted_sparse` as the model's `attention_fn`, and a
-    configuration with interpolated positions.
+    Each matrix `w` (in, out) of `sites` becomes
+
+        w + s * a @ b
+
+    as for `lora`, and the arrays of `embedding` and `norms` are trained themselves. LoRA alone
+    does not close the gap to full fine-tuning at long contexts; with embeddings and norms, which
+    have few parameters, it does (section 3.3). The other half of LongLoRA is how the model is
+    trained: with `jaxpeft.models.shifted_sparse` as its `attention_fn`, and with interpolated
+    positions in its configuration.
 
     Args:
       rank, alpha, dropout, dtype: As for `lora`.
-      sites: The projections of attention, in the paper.
-      embedding: The table, `sites.embedding`; a head that is tied to it is trained with it.
-      norms: `sites.norm`.
+      sites: The matrices to adapt; in the paper, the projections of attention.
+      embedding: The embedding, such as `sites.embedding`. A head that is tied to it is trained
+        with it.
+      norms: Scales and biases of the normalizations, such as `sites.norm`.
 
     Returns:
-      `chain` of the two, with r * (in + out) trained numbers per matrix and all of the others.
+      A `Method` with r * (in + out) trainable parameters per matrix, and all parameters of the
+      embedding and the norms.
 
     Raises:
-      ValueError: As `lora`; or nothing is selected for one of the three.
+      ValueError: As for `lora`. Also if one of the three selections is empty.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp
+      >>> fn = lambda p, ids: jax.nn.standardize(p["table"][ids]) * p["scale"] @ p["w"]
+      >>> params = {"table": jnp.ones((6, 4)), "scale": jnp.ones(4), "w": jnp.ones((4, 4))}
+      >>> sites = jp.sites(fn, params, jnp.zeros((1, 3), int))
+      >>> method = jp.longlora(2, sites.linear, sites.embedding, sites.match("scale"))
+      >>> frozen, adapter = jp.split(method(jax.random.key(0), params))
+      >>> {path: array.shape for path, array in adapter.items()}
+      {'scale': (4,), 'table': (6, 4), 'w/a': (4, 2), 'w/b': (2, 4)}
 
     References:
       Chen et al., LongLoRA: Efficient Fine-tuning of Long-Context Large Language Models, 2023,
@@ -48,8 +65,8 @@ def longlora(
     for name, chosen in (("embedding", embedding), ("norms", norms)):
         if not chosen:
             raise ValueError(
-                f"`longlora({name}=...)` selects no parameter. Without, it is `lora`; give "
-                f"`sites.{name.removesuffix('s')}`."
+                f"`longlora({name}=...)` selects no parameter. Give, for example, "
+                f"`sites.{name.removesuffix('s')}`, or use `lora` to train the projections only."
             )
     low = lora(rank, sites, alpha=alpha, dropout=dropout, dtype=dtype)
     options = dict(

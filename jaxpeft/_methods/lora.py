@@ -1,4 +1,4 @@
-"""LoRA: a low-rank matrix beside the frozen one."""
+"""LoRA: a trainable low-rank update beside each frozen matrix."""
 
 import dataclasses
 import math
@@ -21,7 +21,8 @@ from jaxpeft.extend._dropout import check_rate, dropout_key, dropped
 class LowRank(Weight):
     """The matrix `w + scale * a @ b`, kept factored.
 
-    With a `part`, `a @ b` has only the columns of that part of the output axis.
+    With `part`, a slice of the outputs, `a @ b` has the columns of that slice only, and the
+    other columns of `w` stay as they are.
     """
 
     w: Any = base_weight()
@@ -35,36 +36,36 @@ class LowRank(Weight):
     local_in = local_out = True
 
     def granularity(self, field, axis):
-        # A run of the matrix's outputs is no run of those of a part.
+        # Neighbouring outputs of the matrix need not be neighbours in the slice.
         return (0, 0) if field == "b" and axis == OUT and self.part is not None else (1, 1)
 
     def forward(self, x):
         """x @ (w + scale * a @ b) = x @ w + scale * (x @ a) @ b."""
         y = x @ self.w
-        low = dropped(x, self.key, self.dropout) @ self.a @ self.b
-        return y + self._columns(self.scale * low)
+        delta = dropped(x, self.key, self.dropout) @ self.a @ self.b
+        return y + self._to_all_outputs(self.scale * delta)
 
     def transposed(self, y):
         """y @ (w + scale * a @ b).T = y @ w.T + scale * (y @ b.T) @ a.T."""
-        chosen = self._chosen(dropped(y, self.key, self.dropout))
-        return y @ self.w.T + self.scale * (chosen @ self.b.T @ self.a.T)
+        adapted = self._adapted_outputs(dropped(y, self.key, self.dropout))
+        return y @ self.w.T + self.scale * (adapted @ self.b.T @ self.a.T)
 
     def lookup(self, ids):
         """(w + scale * a @ b)[ids] = w[ids] + scale * a[ids] @ b."""
-        change = self._columns(self.scale * (self.a[ids] @ self.b))
-        return self.with_delta(self.w[ids], ids, change, self.a.site.rows)
+        delta = self._to_all_outputs(self.scale * (self.a[ids] @ self.b))
+        return self.with_delta(self.w[ids], ids, delta, self.a.site.rows)
 
     def materialize(self):
-        return dense(self.w) + self._columns(self.scale * self.a @ self.b)
+        return dense(self.w) + self._to_all_outputs(self.scale * self.a @ self.b)
 
-    def _columns(self, y):
-        """The columns of the part, at their place among zeros."""
+    def _to_all_outputs(self, y):
+        """The adapted outputs (..., slice) among all (..., out), the others of which are zero."""
         if self.part is None:
             return y
         return self.part.spread(y, 0)
 
-    def _chosen(self, y):
-        """The columns of the part out of all."""
+    def _adapted_outputs(self, y):
+        """The outputs (..., slice) that are adapted, out of all (..., out)."""
         if self.part is None:
             return y
         part = self.part
@@ -85,36 +86,40 @@ def lora(
 ) -> Method:
     """Low-rank adaptation.
 
-    Each selected matrix `w` (in, out) becomes `w + s * a @ b` with `a` (in, r) random and
-    `b` (r, out) zero, so that training starts at the base model; `s` is alpha / r, or
-    alpha / sqrt(r) (rank-stabilized). An embedding starts with `a` zero and `b` Normal(0, 1)
-    instead. A stack of matrices (layers of a scan, experts) gets a stack of factors.
+    Each selected matrix `w` (in, out) becomes
+
+        w + s * a @ b,    s = alpha / r, or alpha / sqrt(r) (rank-stabilized)
+
+    with trainable factors `a` (in, r), which starts at random, and `b` (r, out), which starts at
+    zero, so that training starts at the base model. For an embedding, `a` starts at zero and `b`
+    at Normal(0, 1) instead. A stack of matrices (layers of a scan, experts) gets a stack of
+    factors.
 
     Args:
-      rank: Columns of `a`. At most min(in, out). A mapping from path patterns gives each
-        target its own; the first match wins.
-      sites: The matrices to adapt; with `Sites.columns`, a part of their outputs.
-      alpha: Strength of the update, or a mapping as for `rank`. `None` means `s` = 1.
-      scaling: Which of the two formulas `s` follows.
-      dropout: Probability with which an entry of the adapter's input is dropped. Active only
-        in calls that give a key, `combine(frozen, adapter, dropout=key)`: every layer then
-        draws its own mask.
-      init: "kaiming" draws `a` uniformly within 1 / sqrt(in), "gaussian" from
-        Normal(0, 1 / in).
-      dtype: Of both factors. Their product runs in the wider of this and the input's dtype;
-        the base product keeps the base's.
+      rank: r, the number of columns of `a`, at most min(in, out). A mapping from path patterns
+        to ranks gives each matrix its own; the first pattern that matches wins.
+      sites: The matrices to adapt. `Sites.output_slice` selects a slice of their outputs.
+      alpha: Strength of the update, or a mapping as for `rank`. `None` means s = 1.
+      scaling: The formula of s.
+      dropout: Probability with which each entry of the adapter's input is dropped. Dropout is
+        active only in calls that give a key, `combine(frozen, adapter, dropout=key)`; every
+        layer then draws its own mask.
+      init: Distribution of `a` at the start. "kaiming" is uniform between -1 / sqrt(in) and
+        1 / sqrt(in); "gaussian" is normal with mean 0 and variance 1 / in.
+      dtype: Dtype of both factors. Their product runs in the wider of this and the input's
+        dtype; the base product keeps its own dtype.
 
     Returns:
-      A method with r * (in + out) trained numbers per matrix.
+      A `Method` with r * (in + out) trainable parameters per matrix.
 
     Raises:
-      ValueError: A rank out of range (names the matrix), a dropout outside [0, 1), an
-        unknown init or scaling.
+      ValueError: A rank is out of range (the message names the matrix), the dropout is outside
+        [0, 1), or `init` or `scaling` is unknown.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxpeft as jp
-      >>> f, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
-      >>> sites = jp.sites(f, params, jnp.ones((1, 8)))
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
+      >>> sites = jp.sites(fn, params, jnp.ones((1, 8)))
       >>> frozen, adapter = jp.split(jp.lora(2, sites.linear)(jax.random.key(0), params))
       >>> {path: array.shape for path, array in adapter.items()}
       {'w/a': (8, 2), 'w/b': (2, 4)}
@@ -140,10 +145,10 @@ def low_rank(
     init: Literal["kaiming", "gaussian"] = "kaiming",
     dtype: Any = jnp.float32,
 ) -> Method:
-    """`lora` under the name of the method that is built on it, which its messages say.
+    """`lora` for methods that are built on it, with their name in its error messages.
 
     Args:
-      caller: As the user calls it.
+      caller: Name of the method that the user called.
       rank, sites, alpha, scaling, dropout, init, dtype: As for `lora`.
     """
     check_rate(caller, dropout)
@@ -154,19 +159,22 @@ def low_rank(
     ranks = by_pattern(rank, sites, "rank")
     alphas = by_pattern(alpha, sites, "alpha")
     for path, site in sites.items():
-        if site.is_matrix:  # what is none, `place` refuses
+        if site.is_matrix:  # `apply_to_sites` refuses parameters that are not matrices
             check_rank(caller, ranks[path], site)
 
     def make(key: jax.Array, site: Site, view: View) -> View:
-        r, alpha = ranks[site.path], alphas[site.path]
+        r, own_alpha = ranks[site.path], alphas[site.path]
         n, m = site.size(IN), site.size(OUT)
         m = site.part.size(m) if site.part else m
-        strength = r if alpha is None else alpha
+        if own_alpha is None:
+            scale = 1.0
+        else:
+            scale = own_alpha / (r if scaling == "alpha/r" else math.sqrt(r))
         low = LowRank(
             view.weight,
             *_factors(key, site, (n, m), r, init, dtype),
             key=dropout_key(site, view, dropout),
-            scale=strength / (r if scaling == "alpha/r" or alpha is None else math.sqrt(r)),
+            scale=scale,
             dropout=dropout,
             part=site.part,
         )
@@ -191,11 +199,12 @@ def low_rank(
 def _factors(
     key: jax.Array, site: Site, sides: tuple[int, int], r: int, init: str, dtype: Any
 ) -> tuple[Trainable, Trainable]:
+    """`a` (*stack, in, r) and `b` (*stack, r, out) at their start; `sides` is (in, out)."""
     n, m = sides
     shape_a, shape_b = (*site.stack, n, r), (*site.stack, r, m)
     if "embedding" in site.kinds:
-        # Every row of `a` is read alone: a random `a` of size 1 / sqrt(vocabulary) would
-        # leave `b` almost without a gradient.
+        # A lookup reads one row of `a`, not a sum over its rows. With entries of size
+        # 1 / sqrt(vocabulary), `b` would have almost no gradient.
         a = jnp.zeros(shape_a, dtype)
         return Trainable(a), Trainable(jax.random.normal(key, shape_b, dtype))
     if init == "kaiming":

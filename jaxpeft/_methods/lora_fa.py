@@ -1,4 +1,4 @@
-"""LoRA-FA: low-rank factors of which the first stays as it was drawn."""
+"""LoRA-FA: LoRA with the first factor frozen at its random start."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,20 +25,33 @@ def lora_fa(
     init: Literal["kaiming", "gaussian"] = "kaiming",
     dtype: Any = jnp.float32,
 ) -> Method:
-    """LoRA with frozen `a`: each matrix `w` becomes `w + s * a @ b`, and only `b` is trained.
+    """LoRA with frozen `a`.
 
-    Half of the trained numbers, and of a product's input only x @ a (..., r) is kept for the
-    backward pass. `a` follows from the method's key and is in no adapter file.
+    Each selected matrix `w` (in, out) becomes
+
+        w + s * a @ b
+
+    as for `lora`, but only `b` (r, out) is trained. The backward pass needs x @ a (..., r) and
+    not the input x (..., in) of a product, which saves activation memory. `a` (in, r) is computed
+    from the method's key and is not stored in an adapter folder.
 
     Args:
       rank, alpha, scaling, dropout, init, dtype: As for `lora`.
-      sites: The matrices to adapt; no embeddings, whose `a` starts at zero.
+      sites: The matrices to adapt. Embeddings are refused, because their `a` starts at zero.
 
     Returns:
-      A method with r * out trained numbers per matrix.
+      A `Method` with r * out trainable parameters per matrix.
 
     Raises:
-      ValueError: As `lora`; or an embedding is selected.
+      ValueError: As for `lora`. Also if an embedding is selected.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
+      >>> sites = jp.sites(fn, params, jnp.ones((1, 8)))
+      >>> frozen, adapter = jp.split(jp.lora_fa(2, sites.linear)(jax.random.key(0), params))
+      >>> {path: array.shape for path, array in adapter.items()}
+      {'w/b': (2, 4)}
 
     References:
       Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
@@ -48,8 +61,8 @@ def lora_fa(
     low = low_rank("lora_fa", rank, sites, **more)  # type: ignore[arg-type]
     if lookups := [path for path, site in sites.items() if "embedding" in site.kinds]:
         raise ValueError(
-            f"`lora_fa`: '{lookups[0]}' is an embedding, whose `a` starts at zero and, frozen, "
-            "would stay there. Leave it out of the sites, or use `lora`."
+            f"`lora_fa`: '{lookups[0]}' is an embedding, whose `a` starts at zero and would stay "
+            "there, because it is frozen. Leave it out of the sites, or use `lora`."
         )
 
     def make(key: jax.Array, site: Site, view: View) -> View:

@@ -1,4 +1,4 @@
-"""MiSS: rows of the change shared among groups of inputs."""
+"""MiSS: an update whose rows are shared among groups of inputs."""
 
 import dataclasses
 import functools
@@ -21,41 +21,43 @@ from jaxpeft.extend._dropout import check_rate, dropout_key, dropped
 
 @weight
 class SharedRows(Weight):
-    """The matrix `w + b[row]`: inputs with the same `row` share a row of the change.
+    """The matrix `w + b[row]`: inputs with the same `row` share a row of the delta.
 
-    `row[i]` is i modulo the rank, for each of the `size` inputs; a part of `in` has its part.
+    `row[i]` is i modulo the rank, for each of the `n_inputs` inputs. A shard of `in` has its own
+    slice of `row`.
     """
 
     w: Any = base_weight()
     row: Any = axes("in", shared=True)
     b: Any = axes("rank", "out")
     key: Any = axes(optional=True)
-    size: int = static(0)
+    n_inputs: int = static(0)
     rank: int = static(0)
     dropout: float = static(0.0)
 
     local_in = local_out = True
 
     def forward(self, x):
-        """x @ (w + b[row]) = x @ w + h @ b, h[k] the sum of all x[i] with row[i] = k."""
-        return x @ self.w + self._sums(dropped(x, self.key, self.dropout)) @ self.b
+        """x @ (w + b[row]) = x @ w + h @ b, h[k] = sum of x[i] with row[i] = k."""
+        return x @ self.w + self._group_sums(dropped(x, self.key, self.dropout)) @ self.b
 
     def transposed(self, y):
         """y @ (w + b[row]).T = y @ w.T + (y @ b.T)[row]."""
-        low = dropped(y, self.key, self.dropout) @ self.b.T
-        return y @ self.w.T + jnp.take(low, self.row.array, axis=-1)
+        yb = dropped(y, self.key, self.dropout) @ self.b.T
+        return y @ self.w.T + jnp.take(yb, self.row.array, axis=-1)
 
     def lookup(self, ids):
         """(w + b[row])[ids] = w[ids] + b[row[ids]]."""
-        change = self.b[jnp.take(self.row.array, ids, mode="clip")]
-        return self.with_delta(self.w[ids], ids, change, self.row.site.rows)
+        delta = self.b[jnp.take(self.row.array, ids, mode="clip")]
+        return self.with_delta(self.w[ids], ids, delta, self.row.site.rows)
 
     def materialize(self):
         return dense(self.w) + self.b[self.row]
 
-    def _sums(self, x):
+    def _group_sums(self, x):
+        """h (..., rank) of the inputs x (..., in)."""
         n = x.shape[-1]
-        if n != self.size:  # a part of `in`, wherever it was cut
+        if n != self.n_inputs:  # a shard of `in`, which may start at any row
             ones = _one_hot(self.row.array, self.rank, x.dtype)
             return x @ Operand(ones, (IN, "rank"), IN, "rank", self.row.site)
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % self.rank)])
@@ -63,7 +65,7 @@ class SharedRows(Weight):
 
 
 def _one_hot(row: jax.Array, rank: int, dtype: Any) -> jax.Array:
-    """(in, rank): a one in each row."""
+    """The rows (in,) as one-hot vectors (in, rank)."""
     return jax.nn.one_hot(row, rank, dtype=dtype)
 
 
@@ -75,32 +77,44 @@ def miss(
     dropout: float = 0.0,
     dtype: Any = jnp.float32,
 ) -> Method:
-    """Matrix shard sharing (once Bone): one trained matrix of `rank` rows, repeated along `in`.
+    """Matrix shard sharing (first named Bone): a trainable matrix of r rows, repeated along `in`.
 
-    Each selected matrix `w` (in, out) becomes `w + b[i mod r]` in row i, with `b` (r, out) zero,
-    so that training starts at the base model. A product sums groups of inputs first,
+    Row i of each selected matrix `w` (in, out) becomes
+
+        w[i] + b[i mod r]
+
+    with a trainable `b` (r, out), which starts at zero, so that training starts at the base
+    model. A product sums groups of inputs first,
 
         y = x @ w + h @ b,    h[k] = x[k] + x[r + k] + x[2 r + k] + ...
 
-    which costs half of LoRA's, without a random factor. Where r does not divide `in`, the last
-    group is shorter. `in` is in the order of the weight's axes (heads before their width); a
-    convolution's is its window and its input channels, summed by a kernel of zeros and ones that
-    is kept beside it.
+    which costs half as much as LoRA's and needs no random factor. If r does not divide `in`, the
+    last group is shorter. The inputs are in the order of the weight's axes, for example heads
+    before head dimensions. Those of a convolution are its window and its input channels; they are
+    summed by a frozen kernel of zeros and ones.
 
-    Left out are the paper's variants: "bat", which multiplies blocks of the base by the shared
-    one, and "mini", which repeats along `out` as well.
+    The paper's variants are left out: "bat", which multiplies blocks of the base by the shared
+    matrix, and "mini", which repeats it along `out` as well.
 
     Args:
-      rank: Rows of `b`, or a mapping as for `lora`. At most `in`.
-      sites: The matrices to adapt.
+      rank: r, the number of rows of `b`, at most `in`, or a mapping as for `lora`.
+      sites: The matrices to adapt, with all of their outputs.
       dropout, dtype: As for `lora`.
 
     Returns:
-      A method with r * out trained numbers per matrix.
+      A `Method` with r * out trainable parameters per matrix.
 
     Raises:
-      ValueError: A rank out of range (names the matrix), a dropout outside [0, 1), or a part of
-        the outputs is selected.
+      ValueError: A rank is out of range (the message names the matrix), the dropout is outside
+        [0, 1), or a slice of the outputs is selected.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
+      >>> sites = jp.sites(fn, params, jnp.ones((1, 8)))
+      >>> frozen, adapter = jp.split(jp.miss(2, sites.linear)(jax.random.key(0), params))
+      >>> {path: array.shape for path, array in adapter.items()}
+      {'w/b': (2, 4)}
 
     References:
       Kang and Yin, MiSS: Balancing LoRA Performance and Efficiency with Simple Shard Sharing, 2024
@@ -123,14 +137,14 @@ def miss(
                     "sites."
                 )
             b = Trainable(jnp.zeros((*site.stack, r, site.size(OUT)), dtype))
-            drop = dropout_key(site, view, dropout)
+            mask_key = dropout_key(site, view, dropout)
             weight: Weight
             if "conv" in site.kinds:
                 ones = _one_hot(rows(n, r), r, dtype)
                 ones = jnp.broadcast_to(ones, (*site.stack, n, r))
-                weight = LowRank(view.weight, ones, b, drop, 1.0, dropout, part=None)
+                weight = LowRank(view.weight, ones, b, mask_key, 1.0, dropout, part=None)
             else:
-                weight = SharedRows(view.weight, rows(n, r), b, drop, n, r, dropout)
+                weight = SharedRows(view.weight, rows(n, r), b, mask_key, n, r, dropout)
             return dataclasses.replace(view, weight=weight)
 
         return apply_to_sites(key, tree, sites, make, caller="miss")

@@ -1,4 +1,4 @@
-"""PiSSA and OLoRA: low-rank factors that start as a part of the matrix itself."""
+"""PiSSA and OLoRA: low-rank factors that start at a decomposition of the matrix itself."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,68 +19,89 @@ def pissa(
     alpha: float | Mapping[str, float] | None = None,
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r",
     dropout: float = 0.0,
-    turns: int | None = None,
+    n_iter: int | None = None,
     dtype: Any = jnp.float32,
 ) -> Method:
-    """Principal singular values and vectors adaptation: trains what is largest in a matrix.
+    """Principal singular values and vectors adaptation.
 
-    With w = U S V^T, the factors of `w - s * a0 @ b0 + s * a @ b` start at the r largest
-    singular values, a0 = U_r sqrt(S_r / s) and b0 = sqrt(S_r / s) V_r^T, so that training starts
-    at the base model but for rounding, and the frozen rest is what they leave. Over codes, the
-    rest is kept as codes and a frozen pair of factors; `loftq(start="principal")` quantizes it.
+    With the singular value decomposition w = U S V^T, each selected matrix `w` (in, out) becomes
+
+        w - s * a0 @ b0 + s * a @ b,    a0 = U_r sqrt(S_r / s),    b0 = sqrt(S_r / s) V_r^T
+
+    where the trainable `a` (in, r) and `b` (r, out) start at a0 and b0, the r largest singular
+    values with their vectors. Training starts at the base model up to rounding, and the frozen
+    residual w - s * a0 @ b0 holds the smaller singular values. If `w` is quantized already, it
+    stays as it is, and a0 and b0 are kept as a frozen second pair of factors;
+    `loftq(init="principal")` quantizes the residual instead.
 
     Args:
       rank, alpha, scaling, dropout, dtype: As for `lora`.
-      sites: The matrices to adapt.
-      turns: Of the randomized decomposition (Halko et al. 2009); 4 is often enough, and far
-        cheaper for large matrices. `None` decomposes exactly.
+      sites: The matrices to adapt, with all of their outputs.
+      n_iter: Number of power iterations of a randomized decomposition (Halko et al., 2009), which
+        is far cheaper for large matrices; 4 is often enough. `None` decomposes exactly.
 
     Returns:
-      A method with r * (in + out) trained numbers per matrix. Stored as it is, loading needs
-      the same base and decomposes it again; `to_lora` makes it independent of that.
+      A `Method` with r * (in + out) trainable parameters per matrix. To load a saved adapter, the
+      same base is needed, and it is decomposed again; `adapters.to_lora` converts the adapter to
+      plain LoRA, which does not need this.
 
     Raises:
-      ValueError: As `lora`; or a part of the outputs is selected, a weight that another method
-        trains already, or a negative number of turns.
+      ValueError: As for `lora`. Also if a slice of the outputs is selected, if another method
+        trains a selected matrix already, or if `n_iter` is negative.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.diag(jnp.arange(1.0, 5.0))}
+      >>> sites = jp.sites(fn, params, jnp.ones((1, 4)))
+      >>> frozen, adapter = jp.split(jp.pissa(1, sites.linear)(jax.random.key(0), params))
+      >>> abs(jnp.diag(adapter["w/a"] @ adapter["w/b"])).round(3).tolist()
+      [0.0, 0.0, 0.0, 4.0]
 
     References:
       Meng et al., PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
       Language Models, 2024, section 3. https://arxiv.org/abs/2404.02948
     """
-    if turns is not None and turns < 0:
-        raise ValueError(f"`pissa(turns={turns})`: 0 or more turns, or None for an exact start.")
+    if n_iter is not None and n_iter < 0:
+        raise ValueError(
+            f"`pissa(n_iter={n_iter})`: give 0 or more iterations, or None for an exact "
+            "decomposition."
+        )
 
     def start(key: jax.Array, site: Site, w: jax.Array, r: int, scale: float) -> tuple:
         del site
-        u, s, v = leading(key, w, r, turns)
+        u, s, v = top_singular_triplets(key, w, r, n_iter)
         root = jnp.sqrt(s / scale)
         return u * root[..., None, :], root[..., None] * v
 
     low = dict(rank=rank, alpha=alpha, scaling=scaling, dropout=dropout, dtype=dtype)
     apply = residual_start(start, sites, low, "pissa")
-    return Method("pissa", {"sites": sites, "turns": turns, **low}, apply)
+    return Method("pissa", {"sites": sites, "n_iter": n_iter, **low}, apply)
 
 
-def leading(
-    key: jax.Array, w: jax.Array, r: int, turns: int | None = None
+def top_singular_triplets(
+    key: jax.Array, w: jax.Array, r: int, n_iter: int | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The r largest singular values of (*stack, n, m) with their vectors: U, S, V^T.
+    """The r largest singular values of each matrix with their vectors.
 
     Args:
-      key: For the random sketch.
-      w: The matrices.
-      r: How many.
-      turns: Power iterations on a sketch of r + 8 columns; `None` for the exact ones.
+      key: PRNG key of the random sketch.
+      w: The matrices (*stack, n, m).
+      r: Number of singular values.
+      n_iter: Number of power iterations on a sketch of r + 8 columns; `None` for an exact
+        decomposition.
+
+    Returns:
+      U (*stack, n, r), S (*stack, r) and V^T (*stack, r, m).
     """
-    if turns is None:
+    if n_iter is None:
         u, s, v = jnp.linalg.svd(w, full_matrices=False)
         return u[..., :r], s[..., :r], v[..., :r, :]
     n, m = w.shape[-2:]
-    across = jnp.swapaxes(w, -1, -2)
+    w_transposed = jnp.swapaxes(w, -1, -2)
     sketch = w @ jax.random.normal(key, (*w.shape[:-2], m, min(r + 8, n, m)), w.dtype)
     q = jnp.linalg.qr(sketch)[0]
-    for _ in range(turns):
-        q = jnp.linalg.qr(w @ jnp.linalg.qr(across @ q)[0])[0]
+    for _ in range(n_iter):
+        q = jnp.linalg.qr(w @ jnp.linalg.qr(w_transposed @ q)[0])[0]
     u, s, v = jnp.linalg.svd(jnp.swapaxes(q, -1, -2) @ w, full_matrices=False)
     return (q @ u)[..., :r], s[..., :r], v[..., :r, :]
 
@@ -95,20 +116,33 @@ def olora(
     dropout: float = 0.0,
     dtype: Any = jnp.float32,
 ) -> Method:
-    """Orthonormal LoRA: factors start at the first r columns of a QR decomposition.
+    """Orthonormal LoRA: factors start at a QR decomposition of the matrix.
 
-    With w^T = Q R, the factors of `w - s * a0 @ b0 + s * a @ b` start at a0 = R_r^T (in, r) and
-    b0 = Q_r^T (r, out), whose rows are orthonormal. Otherwise as `pissa`.
+    With w^T = Q R, each selected matrix `w` (in, out) becomes
+
+        w - s * a0 @ b0 + s * a @ b,    a0 = R_r^T,    b0 = Q_r^T
+
+    where the trainable `a` (in, r) and `b` (r, out) start at a0 and b0: the transposes of the
+    first r rows of R and of the first r columns of Q, so that the rows of b0 are orthonormal.
+    The frozen residual, a quantized base, and saved adapters are as for `pissa`.
 
     Args:
       rank, alpha, scaling, dropout, dtype: As for `lora`.
-      sites: The matrices to adapt.
+      sites: The matrices to adapt, with all of their outputs.
 
     Returns:
-      A method with r * (in + out) trained numbers per matrix.
+      A `Method` with r * (in + out) trainable parameters per matrix.
 
     Raises:
-      ValueError: As `pissa`.
+      ValueError: As for `pissa`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.eye(4)}
+      >>> sites = jp.sites(fn, params, jnp.ones((1, 4)))
+      >>> frozen, adapter = jp.split(jp.olora(2, sites.linear)(jax.random.key(0), params))
+      >>> {path: array.shape for path, array in adapter.items()}
+      {'w/a': (4, 2), 'w/b': (2, 4)}
 
     References:
       Büyükakyüz, OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models, 2024,
@@ -117,10 +151,8 @@ def olora(
 
     def start(key: jax.Array, site: Site, w: jax.Array, r: int, scale: float) -> tuple:
         del key, site, scale
-        q, across = jnp.linalg.qr(jnp.swapaxes(w, -1, -2))
-        transposed = (jnp.swapaxes(x, -1, -2) for x in (across[..., :r, :], q[..., :r]))
-        a, b = transposed
-        return a, b
+        q, upper = jnp.linalg.qr(jnp.swapaxes(w, -1, -2))
+        return jnp.swapaxes(upper[..., :r, :], -1, -2), jnp.swapaxes(q[..., :r], -1, -2)
 
     low = dict(rank=rank, alpha=alpha, scaling=scaling, dropout=dropout, dtype=dtype)
     apply = residual_start(start, sites, low, "olora")

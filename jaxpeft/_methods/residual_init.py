@@ -1,4 +1,4 @@
-"""LoRA that starts somewhere: the base gives up what the factors begin with."""
+"""LoRA whose factors start away from zero: their product is subtracted from the base."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,25 +17,29 @@ from jaxpeft._view import View
 from jaxpeft._weight import Weight, dense
 from jaxpeft.extend._apply import apply_to_sites, check_floating, check_whole
 
-#: The methods whose base has given something up: what `to_lora` takes.
+#: The methods that replace the base by a residual. `to_lora` converts their adapters.
 RESIDUAL_METHODS = ("pissa", "olora", "corda", "lora_ga")
 
-#: From a key, a site, its matrices (*stack, in, out), the rank and the scale to two factors.
+#: From a key, a site, its matrices (*stack, in, out), the rank and the scale to the factors
+#: a0 (*stack, in, r) and b0 (*stack, r, out).
 Start = Callable[[jax.Array, Site, jax.Array, int, float], tuple[jax.Array, jax.Array]]
 
 
 def residual_start(start: Start, sites: Sites, options: Mapping[str, Any], caller: str) -> Callable:
-    """The method whose factors begin at `start`, and its base at `w - scale * a @ b`.
+    """LoRA whose factors start at a0 and b0, over the residual base `w - scale * a0 @ b0`.
 
-    Training starts at the base model but for rounding. Over a weight that is no plain array, such
-    as codes, the base stays as it is and the start is taken away beside it, as a second low-rank
-    matrix that is frozen.
+    Training starts at the base model up to rounding. If the base is not a plain array but, for
+    example, quantized, it stays as it is, and `-scale * a0 @ b0` is added to it as a second
+    low-rank matrix, which is frozen.
 
     Args:
-      start: See `Start`; matrices come in float32 or wider, one stack at a time.
+      start: See `Start`. It gets the matrices in float32 or wider, one stack at a time.
       sites: The matrices to adapt.
-      options: Of `lora`.
-      caller: For messages.
+      options: Options of `lora`.
+      caller: Name of the method that the user called, for error messages.
+
+    Returns:
+      A function from a key and a tree to a tree, for `Method.apply`.
     """
     check_whole(caller, sites)
     low = low_rank(caller, sites=sites, **options)  # type: ignore[arg-type]
@@ -45,55 +49,71 @@ def residual_start(start: Start, sites: Sites, options: Mapping[str, Any], calle
         check_floating(caller, site.path, view.dtype)
         if any(isinstance(x, Trainable) for x in jax.tree.leaves(old.w, is_leaf=is_trainable)):
             raise ValueError(
-                f"`{caller}`: '{site.path}' is trained by another method already, so that there is "
-                f"no base to start from. Put that method behind `{caller}` in the `chain`, or leave "
-                "the weight out."
+                f"`{caller}`: '{site.path}' is trained by another method already, so it has no "
+                f"fixed base to decompose. Put that method after `{caller}` in the `chain`, or "
+                "leave this weight out of the sites."
             )
-        w = gathered(matrices_of(dataclasses.replace(view, weight=old.w)))
+        w = replicated(matrices_of(dataclasses.replace(view, weight=old.w)))
         with jax.default_matmul_precision("highest"):
             a, b = start(key, site, w, old.a.value.shape[-1], old.scale)
         a, b = (x.astype(old.a.value.dtype) for x in (a, b))
-        rest = without_start(old.w, site, w, a, b, old.scale)
-        weight = dataclasses.replace(old, w=rest, a=Trainable(a), b=Trainable(b))
+        residual = residual_base(old.w, site, w, a, b, old.scale)
+        weight = dataclasses.replace(old, w=residual, a=Trainable(a), b=Trainable(b))
         return dataclasses.replace(view, weight=weight)
 
     return lambda key, tree: apply_to_sites(key, low(key, tree), sites, make, caller=caller)
 
 
 def is_trainable(x: Any) -> bool:
-    """Whether a node of a tree is a `Trainable` mark."""
+    """Whether a node of a tree is a `Trainable`."""
     return isinstance(x, Trainable)
 
 
 def matrices_of(view: View) -> jax.Array:
-    """The matrices (*stack, in, out) that a frozen weight stands for, in float32 or wider."""
+    """The dense matrices (*stack, in, out) of a frozen weight, in float32 or wider."""
     view = view.unfolded()
     w = dataclasses.replace(view, weight=view.canonical(), natural=False)
     matrices = w.over_stack(lambda x, _: dense(x), None)
     return matrices.astype(jnp.promote_types(computing(matrices.dtype), jnp.float32))
 
 
-def without_start(
+def residual_base(
     base: Any, site: Site, w: jax.Array, a: jax.Array, b: jax.Array, scale: float
 ) -> Any:
-    """What stands for `w - scale * a @ b`: an array as it lay, or a frozen weight on top."""
+    """The base `w - scale * a @ b`, in the layout and the sharding of the base that it replaces.
+
+    Args:
+      base: What the method was put on: an array, or a weight, which gets a frozen low-rank matrix
+        on top.
+      site: The use of the array by the model.
+      w: Dense matrices of the base (*stack, in, out).
+      a, b: Factors (*stack, in, r) and (*stack, r, out) at their start.
+      scale: s of the method.
+    """
     if isinstance(base, Weight):
-        a, b = (jnp.array(x, copy=True) for x in (a, b))  # the adapter's own may be donated
+        # Copies, because the adapter's own arrays may be donated.
+        a, b = (jnp.array(x, copy=True) for x in (a, b))
         return LowRank(base, a, b, key=None, scale=-scale, dropout=0.0, part=None)
     with jax.default_matmul_precision("highest"):
-        rest = w - scale * (a.astype(w.dtype) @ b.astype(w.dtype))
-    rest = site.array(rest).astype(base.dtype)
-    lies = compat.typed_sharding(jax.typeof(base))
-    return rest if lies is None else jax.sharding.reshard(rest, on_spec(base, lies.spec))
+        residual = w - scale * (a.astype(w.dtype) @ b.astype(w.dtype))
+    residual = site.array(residual).astype(base.dtype)
+    sharding = compat.typed_sharding(jax.typeof(base))
+    if sharding is None:
+        return residual
+    return jax.sharding.reshard(residual, on_mesh_of(base, sharding.spec))
 
 
-def gathered(w: jax.Array) -> jax.Array:
-    """Whole on every device, as decompositions need it; only Explicit axes have to be told."""
-    lies = compat.typed_sharding(jax.typeof(w))
-    return w if lies is None else jax.sharding.reshard(w, on_spec(w, PartitionSpec()))
+def replicated(w: jax.Array) -> jax.Array:
+    """The array replicated on every device, as decompositions need it.
+
+    Only meshes with Explicit axes need to be told; elsewhere the compiler gathers it.
+    """
+    if compat.typed_sharding(jax.typeof(w)) is None:
+        return w
+    return jax.sharding.reshard(w, on_mesh_of(w, PartitionSpec()))
 
 
-def on_spec(x: jax.Array, spec: PartitionSpec) -> NamedSharding:
-    """This layout on the mesh of an array that is there, or of one that is traced."""
-    lies: Any = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
-    return NamedSharding(lies.mesh, spec)
+def on_mesh_of(x: jax.Array, spec: PartitionSpec) -> NamedSharding:
+    """The sharding with this spec on the mesh of an array, which may be traced."""
+    sharding: Any = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
+    return NamedSharding(sharding.mesh, spec)

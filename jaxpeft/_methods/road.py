@@ -1,4 +1,4 @@
-"""RoAd: the outputs of a weight turned and stretched in pairs."""
+"""RoAd: rotation and scaling of a weight's outputs in pairs."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,31 +18,32 @@ from jaxpeft.extend._apply import apply_to_sites, check_whole
 
 
 @weight
-class RotatedOut(Weight):
-    """The matrix `w * cos + partner(w) * sin`: each output with its partner in its group.
+class PairRotatedOutputs(Weight):
+    """The matrix `w * cos + partner(w) * sin`, where partner(w) swaps the columns of each pair.
 
-    In a group of g, output i of the first half has output i of the second for its partner. Of an
-    odd group, the last of the first half, which is the longer one, has none.
+    In a group of g outputs, output i of the first half and output i of the second half are a pair.
+    In an odd group, the first half is longer, and its last output has no partner: its partner
+    counts as zero.
     """
 
     w: Any = base_weight()
     cos: Any = axes("out")
     sin: Any = axes("out")
-    group: int = static()
+    group_size: int = static()
 
     local_in = local_out = True
 
     def granularity(self, field, axis):
         """Groups stay whole."""
         del field
-        return (self.group, self.group) if axis == OUT else (1, 1)
+        return (self.group_size, self.group_size) if axis == OUT else (1, 1)
 
     def forward(self, x):
         """x @ (w * cos + partner(w) * sin) = y * cos + partner(y) * sin, y = x @ w."""
         site = self.cos.site
-        if isinstance(site, ConvCallSite) and self.cos.shape[-1] // site.groups % self.group:
-            raise Unsupported("partners in two groups of a convolution, which see other inputs")
-        return self._turned(x @ self.w)
+        if isinstance(site, ConvCallSite) and self.cos.shape[-1] // site.groups % self.group_size:
+            raise Unsupported("pairs of outputs across groups of a convolution")
+        return self._rotated(x @ self.w)
 
     def transposed(self, y):
         """y @ (w * cos + partner(w) * sin).T = (y * cos + partner(y * sin)) @ w.T."""
@@ -50,28 +51,29 @@ class RotatedOut(Weight):
 
     def lookup(self, ids):
         """(w * cos + partner(w) * sin)[ids] = w[ids] * cos + partner(w[ids]) * sin."""
-        return self._turned(self.w[ids])
+        return self._rotated(self.w[ids])
 
     def materialize(self):
-        return self._turned(dense(self.w))
+        return self._rotated(dense(self.w))
 
-    def _turned(self, y):
+    def _rotated(self, y):
         return y * self.cos + self._partner(y) * self.sin
 
     def _partner(self, y):
-        groups = y.reshape(*y.shape[:-1], -1, self.group)
-        if odd := self.group % 2:
+        """y (..., out) with the two outputs of each pair swapped."""
+        groups = y.reshape(*y.shape[:-1], -1, self.group_size)
+        if odd := self.group_size % 2:
             groups = jnp.pad(groups, [(0, 0)] * (groups.ndim - 1) + [(0, 1)])
         halves = groups.reshape(*groups.shape[:-1], 2, -1)[..., ::-1, :]
         swapped = halves.reshape(groups.shape)
-        return swapped[..., : self.group].reshape(y.shape) if odd else swapped.reshape(y.shape)
+        return (swapped[..., : self.group_size] if odd else swapped).reshape(y.shape)
 
 
 @weight
-class Turned(Weight):
-    """The matrix whose outputs are turned in pairs by trained angles, and scaled.
+class ScaledPairRotations(Weight):
+    """The matrix `w` with each pair of outputs rotated by trainable angles, and scaled.
 
-    `theta` and `alpha` (pairs, k) make of a pair (x, y) of outputs
+    The angles `theta` and the scales `alpha` (pairs, k) map a pair (x, y) of outputs to
 
         k = 1    a cos t x  - a sin t y       k = 2    a1 cos t1 x - a1 sin t1 y
                  a sin t x  + a cos t y                a2 sin t2 x + a2 cos t2 y
@@ -79,49 +81,49 @@ class Turned(Weight):
         k = 4    a1 cos t1 x - a3 sin t3 y
                  a4 sin t4 x + a2 cos t2 y
 
-    Pairs count through groups as in `RotatedOut`; an output without a partner counts as one
-    whose partner is zero.
+    Pairs are numbered group by group, as in `PairRotatedOutputs`. An output without a partner has
+    a pair of its own.
     """
 
     w: Any = base_weight()
-    theta: Any = axes("out", "each")
-    alpha: Any = axes("out", "each")
-    group: int = static()
+    theta: Any = axes("out", "variant")
+    alpha: Any = axes("out", "variant")
+    group_size: int = static()
 
     local_in = local_out = True
 
     def granularity(self, field, axis):
         """The pairs of a group stay together."""
         del field
-        return (self.group, (self.group + 1) // 2) if axis == OUT else (1, 1)
+        return (self.group_size, (self.group_size + 1) // 2) if axis == OUT else (1, 1)
 
     def derived(self):
-        return self._factors(self.theta.array, self.alpha.array)
+        return self._coefficients(self.theta.array, self.alpha.array)
 
     def acting(self, **derived):
-        return RotatedOut(self.w, **derived, group=self.group)
+        return PairRotatedOutputs(self.w, **derived, group_size=self.group_size)
 
     def materialize(self):
-        return self.acting(**self._factors(self.theta, self.alpha)).materialize()
+        return self.acting(**self._coefficients(self.theta, self.alpha)).materialize()
 
-    def _factors(self, theta, alpha):
-        """The two numbers (out,) that each output and its partner are multiplied by."""
+    def _coefficients(self, theta, alpha):
+        """`cos` and `sin` (out,): the factors of each output and of its partner."""
         wide = jnp.promote_types(theta.dtype, jnp.float32)
-        theta, alpha = (self._by_row(x.astype(wide)) for x in (theta, alpha))
+        theta, alpha = (self._by_coefficient(x.astype(wide)) for x in (theta, alpha))
         cos, sin = alpha * jnp.cos(theta), alpha * jnp.sin(theta)
-        rows = (cos[:, 0], sin[:, 1] * jnp.array([-1, 1], wide))
-        return {name: self._outputs(x) for name, x in zip(("cos", "sin"), rows, strict=True)}
+        signs = jnp.array([-1, 1], wide)
+        return {"cos": self._by_output(cos[:, 0]), "sin": self._by_output(sin[:, 1] * signs)}
 
-    def _by_row(self, x):
-        """(pairs, k) to (pairs, 2, 2): of cosine and sine, for the first and the second output."""
+    def _by_coefficient(self, x):
+        """(pairs, k) to (pairs, 2, 2): (cos or sin, first or second output) of each pair."""
         pairs, k = x.shape
         return jnp.broadcast_to(x.reshape(pairs, max(k // 2, 1), min(k, 2)), (pairs, 2, 2))
 
-    def _outputs(self, x):
+    def _by_output(self, x):
         """(pairs, 2) to (out,)."""
-        half = (self.group + 1) // 2
+        half = (self.group_size + 1) // 2
         groups = jnp.swapaxes(x.reshape(-1, half, 2), 1, 2).reshape(-1, 2 * half)
-        return groups[:, : self.group].reshape(-1)
+        return groups[:, : self.group_size].reshape(-1)
 
 
 @register_method
@@ -129,78 +131,95 @@ def road(
     sites: Sites,
     *,
     variant: int = 1,
-    group: int | Mapping[str, int] = 2,
+    group_size: int | Mapping[str, int] = 2,
     dtype: Any = jnp.float32,
 ) -> Method:
-    """2D rotary adaptation: outputs of a weight are turned and stretched in pairs.
+    """2D rotary adaptation: rotates and scales the outputs of a weight in pairs.
 
-    Each pair (x, y) of outputs of a selected weight becomes
+    Each pair (x, y) of outputs of a selected weight, with its bias, becomes
 
         x' = a cos(t) x - a sin(t) y,    y' = a sin(t) x + a cos(t) y
 
-    with angles t of zero and scales a of one, so that training starts at the base model. A bias
-    that follows the weight is turned with it, so both can be merged. It costs two products and a
-    sum for each output; there is no matrix.
+    with trainable angles t, which start at zero, and scales a, which start at one, so that
+    training starts at the base model. The bias is rotated together with the outputs, so that both
+    can be merged. The cost is two multiplications and one addition per output.
 
     Args:
-      sites: The matrices to adapt.
-      variant: Numbers t and a of a pair: 1, the same for all four entries; 2, one for each of the
-        two outputs; 4, one for each entry.
-      group: Outputs i and i + group / 2 of each group of so many make a pair: 2 for neighbours, as
-        in the paper. `peft` has 64. Of an odd group one output is alone, and only scaled. A
-        mapping from path patterns gives each target its own; the first match wins.
-      dtype: Of the trained numbers. Cosines are computed in float32 at least.
+      sites: The matrices to adapt, with all of their outputs.
+      variant: Number of angles and of scales of each pair. 1: one of each for all four
+        coefficients above. 2: one of each for x' and one for y'. 4: one of each for each
+        coefficient.
+      group_size: g. Outputs i and i + g / 2 of each group of g outputs are a pair. 2 pairs
+        neighbours, as in the paper; Hugging Face PEFT has 64. In an odd group one output has no
+        partner and is only scaled. A mapping from path patterns to sizes gives each matrix its
+        own; the first pattern that matches wins.
+      dtype: Dtype of the trainable arrays. Cosines are computed in float32 or wider.
 
     Returns:
-      A method with `variant` * out trained numbers per matrix: half of them angles, half scales.
-      An odd group counts as one more.
+      A `Method` with variant * out trainable parameters per matrix, half of them angles and half
+      scales. An output without a partner counts as two.
 
     Raises:
-      ValueError: A group that does not divide a weight's outputs (names it, and what does), an
-        unknown variant, a part of the outputs is selected, or a bias that cannot be turned with
-        its weight because it has other numbers, or another weight's too.
+      ValueError: A group size does not divide the outputs of a weight (the message names the
+        weight and sizes that do), `variant` is unknown, a slice of the outputs is selected, or a
+        bias has another size than the outputs of its weight or is added to the products of several
+        weights.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
+      >>> sites = jp.sites(fn, params, jnp.ones((1, 8)))
+      >>> frozen, adapter = jp.split(jp.road(sites.linear)(jax.random.key(0), params))
+      >>> {path: array.shape for path, array in adapter.items()}
+      {'w/theta': (2, 1), 'w/alpha': (2, 1)}
 
     References:
       Liao and Monz, 3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and
       Composability, 2024, section 3. https://arxiv.org/abs/2409.00119
     """
     if variant not in (1, 2, 4):
-        raise ValueError(f"`road(variant={variant})`: choose 1, 2 or 4 numbers for each pair.")
-    groups = by_pattern(group, sites, "group")
+        raise ValueError(f"`road(variant={variant})`: choose 1, 2 or 4.")
+    groups = by_pattern(group_size, sites, "group_size")
     check_whole("road", sites)
     for path, site in sites.items():
-        check_blocks("road", "group", groups[path], site, OUT)
-    biases = _biases(sites)
+        check_blocks("road", "group_size", groups[path], site, OUT)
+    weight_of_bias = _weight_of_bias(sites)
 
-    def turned(key: jax.Array, site: Site, view: View) -> View:
+    def rotated(key: jax.Array, site: Site, view: View) -> View:
         del key
         g = groups[site.path]
         shape = (*site.stack, site.size(OUT) // g * ((g + 1) // 2), variant)
-        # The bias shares them.
+        # Named, because the bias shares them.
         theta = Trainable(jnp.zeros(shape, dtype), name=f"{site.path}/theta")
         alpha = Trainable(jnp.ones(shape, dtype), name=f"{site.path}/alpha")
-        return dataclasses.replace(view, weight=Turned(view.weight, theta, alpha, g))
+        return dataclasses.replace(view, weight=ScaledPairRotations(view.weight, theta, alpha, g))
 
-    def turned_bias(key: jax.Array, site: Site, view: View) -> View:
+    def rotated_bias(key: jax.Array, site: Site, view: View) -> View:
         del key
-        path = biases[site.path]
+        path = weight_of_bias[site.path]
         theta, alpha = (Placeholder(f"{path}/{name}") for name in ("theta", "alpha"))
-        return dataclasses.replace(view, weight=Turned(view.weight, theta, alpha, groups[path]))
+        return dataclasses.replace(
+            view, weight=ScaledPairRotations(view.weight, theta, alpha, groups[path])
+        )
 
     def apply(key: jax.Array, tree: Any) -> Any:
-        tree = apply_to_sites(key, tree, sites, turned, caller="road")
-        if biases:
-            found = sites.every.match(lambda site: site.path in biases)
-            tree = apply_to_sites(key, tree, found, turned_bias, caller="road", vectors=True)
+        tree = apply_to_sites(key, tree, sites, rotated, caller="road")
+        if weight_of_bias:
+            biases = sites.every.match(lambda site: site.path in weight_of_bias)
+            tree = apply_to_sites(key, tree, biases, rotated_bias, caller="road", vectors=True)
         return tree
 
-    options = dict(sites=sites, variant=variant, group=group, dtype=dtype)
+    options = dict(sites=sites, variant=variant, group_size=group_size, dtype=dtype)
     return Method("road", options, apply)
 
 
-def _biases(sites: Sites) -> dict[str, str]:
-    """{path of a bias: that of the weight that it follows}."""
-    biases: dict[str, str] = {}
+def _weight_of_bias(sites: Sites) -> dict[str, str]:
+    """{path of a bias: path of the weight to whose product the model adds it}.
+
+    Raises:
+      ValueError: A bias cannot be rotated with the outputs of its weight.
+    """
+    found: dict[str, str] = {}
     for path, site in sites.items():
         if site.bias is None:
             continue
@@ -208,14 +227,14 @@ def _biases(sites: Sites) -> dict[str, str]:
         if bias.size(OUT) != site.size(OUT) or bias.stack != site.stack:
             raise ValueError(
                 f"`road`: the model adds '{bias.path}' of shape {bias.shape} to the product of "
-                f"'{path}' of shape {site.shape}, and it cannot be turned with it: it takes "
-                f"{site.size(OUT)} numbers in a stack {site.stack}, and has {bias.size(OUT)} in "
-                f"{bias.stack}. Leave '{path}' out of the sites."
+                f"'{path}' of shape {site.shape}, and one rotation cannot act on both: the bias "
+                f"has {bias.size(OUT)} entries in a stack {bias.stack}, and should have "
+                f"{site.size(OUT)} in {site.stack}. Leave '{path}' out of the sites."
             )
-        if other := biases.get(bias.path):
+        if other := found.get(bias.path):
             raise ValueError(
                 f"`road`: '{bias.path}' is the bias of '{other}' and of '{path}', and cannot be "
-                "turned with both. Leave one of them out of the sites."
+                "rotated with both. Leave one of them out of the sites."
             )
-        biases[bias.path] = path
-    return biases
+        found[bias.path] = path
+    return found

@@ -69,7 +69,7 @@ class GatedPrefix(Prefix):
 
 @weight
 class GatedBottleneck(Bottleneck):
-    """y + g(z) * delta(z), with z and delta those of the bottleneck adapter."""
+    """y + g(z) * delta(z)."""
 
     gate: Any = axes("out", optional=True)
     gate_bias: Any = axes("one", optional=True)
@@ -167,7 +167,7 @@ def unipelt(
     bottleneck = bottleneck_adapter(
         bottleneck_dim,
         outputs,
-        reads="sum",
+        adapter_input="output_plus_residual",
         norms=norms,
         eps=eps,
         activation=activation,

@@ -1,4 +1,4 @@
-"""VeRA: one pair of random matrices for all weights, and two trained vectors for each."""
+"""VeRA: one pair of frozen random matrices for all weights, and two trainable vectors each."""
 
 import dataclasses
 import functools
@@ -18,8 +18,8 @@ from jaxpeft.extend._dropout import check_rate, dropout_key, dropped
 
 
 @weight
-class ScaledRandom(Weight):
-    """The matrix `w + (left * d) @ (right * b)`: `left` and `right` random, `d` and `b` trained."""
+class ScaledRandomFactors(Weight):
+    """The matrix `w + (left * d) @ (right * b)`, with `left` and `right` frozen at random."""
 
     w: Any = base_weight()
     left: Any = axes("in", "rank", shared=True)
@@ -43,8 +43,8 @@ class ScaledRandom(Weight):
 
     def lookup(self, ids):
         """(w + (left * d) @ (right * b))[ids] = w[ids] + (left[ids] * d) @ right * b."""
-        change = self.left[ids] * self.d @ self.right * self.b
-        return self.with_delta(self.w[ids], ids, change, self.left.site.rows)
+        delta = self.left[ids] * self.d @ self.right * self.b
+        return self.with_delta(self.w[ids], ids, delta, self.left.site.rows)
 
     def materialize(self):
         return dense(self.w) + (self.left * self.d) @ (self.right * self.b)
@@ -55,38 +55,51 @@ def vera(
     rank: int,
     sites: Sites,
     *,
-    initial: float = 0.1,
+    d_initial: float = 0.1,
     dropout: float = 0.0,
     dtype: Any = jnp.float32,
 ) -> Method:
-    """Vector-based random matrix adaptation: LoRA with frozen random factors and trained scales.
+    """Vector-based random matrix adaptation: frozen random factors, trainable scaling vectors.
 
-    Each selected matrix `w` (in, out) becomes `w + (left * d) @ (right * b)`, with vectors `d`
-    (r,) at `initial` and `b` (out,) at zero, so that training starts at the base model. `left`
-    (in, r) and `right` (r, out) are frozen and the same for all weights: the first rows and
-    columns of one pair, as large as the largest sides among the sites and uniform within
-    sqrt(6 / in) and sqrt(6 / r) (Kaiming's for rectified units). They follow from the key given
-    to the method, so that an adapter stores the vectors alone and loading draws them anew.
+    Each selected matrix `w` (in, out) becomes
 
-    In memory, weights with a side of the same length hold the same array, a stack of layers one
-    for all, and sides of another length a copy of their own; what rebuilds the tree may copy
-    more (`jax.jit` around the method, a checkpoint of the frozen tree). `count` and `memory`
-    know shapes alone and count them at every weight.
+        w + (left * d) @ (right * b)
+
+    with trainable vectors `d` (r,), which starts at `d_initial`, and `b` (out,), which starts at
+    zero, so that training starts at the base model. `left` (in, r) and `right` (r, out) are frozen
+    and shared by all weights: they are the first rows and columns of one random pair, which is as
+    large as the largest sides among the sites, with entries uniform within sqrt(6 / in) and
+    sqrt(6 / r) (Kaiming's distribution for ReLU). They are computed from the method's key, so
+    that an adapter folder stores only the vectors.
+
+    Weights with a side of the same length share one array in memory, as do the layers of a stack;
+    each other length needs a copy of its own. Functions that rebuild the tree may copy more, such
+    as `jax.jit` around the method, or a checkpoint of the frozen tree. `count_params` and
+    `estimate_memory` see shapes only and count the random matrices at every weight.
 
     Args:
-      rank: Columns of `left`. May be more than the weights' own, as it costs one number each.
-      sites: The matrices to adapt. A table of many rows makes `left` small for all of them; give
-        it a `vera` of its own.
-      initial: What `d` starts at.
+      rank: r, the number of columns of `left`. It may be larger than the sides of a weight, since
+        each rank adds only one trainable parameter per weight.
+      sites: The matrices to adapt, with all of their outputs. An embedding of many rows makes the
+        entries of `left` small for all weights; use a second `vera` for it.
+      d_initial: Start of every entry of `d`, not zero.
       dropout: As for `lora`.
-      dtype: Of both vectors and both random matrices.
+      dtype: Dtype of both vectors and both random matrices.
 
     Returns:
-      A method with r + out trained numbers per matrix.
+      A `Method` with r + out trainable parameters per matrix.
 
     Raises:
-      ValueError: A rank below 1, `initial` of zero (nothing would have a gradient), a dropout
-        outside [0, 1), or a part of the outputs is selected.
+      ValueError: `rank` is below 1, `d_initial` is zero (no array would have a gradient), the
+        dropout is outside [0, 1), or a slice of the outputs is selected.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
+      >>> sites = jp.sites(fn, params, jnp.ones((1, 8)))
+      >>> frozen, adapter = jp.split(jp.vera(16, sites.linear)(jax.random.key(0), params))
+      >>> {path: array.shape for path, array in adapter.items()}
+      {'w/d': (16,), 'w/b': (4,)}
 
     References:
       Kopiczko et al., VeRA: Vector-based Random Matrix Adaptation, 2024, sections 3.1 to 3.3.
@@ -95,10 +108,10 @@ def vera(
     check_rate("vera", dropout)
     check_whole("vera", sites)
     if rank < 1:
-        raise ValueError(f"`vera(rank={rank})`: a rank of at least 1 is needed.")
-    if not initial:
+        raise ValueError(f"`vera(rank={rank})`: give a rank of at least 1.")
+    if not d_initial:
         raise ValueError(
-            f"`vera(initial={initial})`: with `d` and `b` both zero neither has a gradient. "
+            f"`vera(d_initial={d_initial})`: with `d` and `b` both zero, neither has a gradient. "
             "Give a number other than zero, such as 0.1."
         )
 
@@ -107,22 +120,22 @@ def vera(
         m = max((site.size(OUT) for site in sites.values()), default=0)
         keys = jax.random.split(key)
 
-        def drawn(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        def random_matrix(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
             bound = math.sqrt(6 / max(shape[0], 1))
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        left, right = drawn(keys[0], (n, rank)), drawn(keys[1], (rank, m))
-        # Each length is cut once: weights that share it hold one array.
+        left, right = random_matrix(keys[0], (n, rank)), random_matrix(keys[1], (rank, m))
+        # Each length is sliced once, so that weights with sides of that length share one array.
         rows = functools.cache(lambda side: left[:side])
         columns = functools.cache(lambda side: right[:, :side])
 
         def make(key: jax.Array, site: Site, view: View) -> View:
             del key
-            weight = ScaledRandom(
+            weight = ScaledRandomFactors(
                 view.weight,
                 rows(site.size(IN)),
                 columns(site.size(OUT)),
-                Trainable(jnp.full((*site.stack, rank), initial, dtype)),
+                Trainable(jnp.full((*site.stack, rank), d_initial, dtype)),
                 Trainable(jnp.zeros((*site.stack, site.size(OUT)), dtype)),
                 dropout_key(site, view, dropout),
                 dropout,
@@ -131,5 +144,5 @@ def vera(
 
         return apply_to_sites(key, tree, sites, make, caller="vera")
 
-    options = dict(rank=rank, sites=sites, initial=initial, dropout=dropout, dtype=dtype)
+    options = dict(rank=rank, sites=sites, d_initial=d_initial, dropout=dropout, dtype=dtype)
     return Method("vera", options, apply)

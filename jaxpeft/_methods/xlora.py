@@ -1,4 +1,4 @@
-"""X-LoRA: LoRA adapters that are trained already, side by side, and gates that weigh them."""
+"""X-LoRA: frozen LoRA adapters as experts, and trainable gates that compute routing weights."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,70 +10,71 @@ import numpy as np
 
 from jaxpeft._marks import Expected, Placeholder, Trainable
 from jaxpeft._method import Method, register_method
-from jaxpeft._methods.task_mixtures import PerCall
+from jaxpeft._methods.task_routing import PerCall
 from jaxpeft._sites import Site, Sites
 from jaxpeft._view import View
 from jaxpeft._weight import IN, OUT, Weight, axes, base_weight, static, weight
 from jaxpeft.extend._apply import apply_to_sites, check_whole
 
-READS = ("hidden", "input")
+GATE_INPUTS = ("hidden_states", "input")
 
 
 @weight
-class RoutedByHidden(Weight):
-    """x @ w + ((x @ a) * share) @ b: expert i has the next ranks[i] columns of `a`.
+class RoutedByHiddenStates(Weight):
+    """x @ w + ((x @ a) * p) @ b, with routing weights p = softmax((h @ gate + bias) / temperature).
 
-    share = softmax((h @ gate + bias) / temperature), of hidden states h that the call gives.
+    h are hidden states that the call gives. `a` holds the experts' first factors side by side, in
+    blocks of `ranks[i]` columns; all columns of expert i are multiplied by p[i].
     """
 
     w: Any = base_weight()
     a: Any = axes("in", "rank")
     b: Any = axes("rank", "out")
-    gate: Any = axes("width", "expert")
+    gate: Any = axes("hidden", "expert")
     bias: Any = axes("expert")
-    hidden: Any = axes(shared=True)  # (*lead, width)
+    hidden_states: Any = axes(shared=True)  # (*lead, hidden_size)
     ranks: tuple[int, ...] = static()
     temperature: float = static(1.0)
-    top: int | None = static(None)
+    top_k: int | None = static(None)
     path: str = static("")
 
     is_mergeable = False
     local_in = local_out = True
 
     def forward(self, x):
-        """x @ w + ((x @ a) * share) @ b."""
-        return x @ self.w + self._weighed(x @ self.a) @ self.b
+        """x @ w + ((x @ a) * p) @ b."""
+        return x @ self.w + self._weighted(x @ self.a) @ self.b
 
     def transposed(self, y):
-        """y @ w.T + ((y @ b.T) * share) @ a.T."""
-        return y @ self.w.T + self._weighed(y @ self.b.T) @ self.a.T
+        """y @ w.T + ((y @ b.T) * p) @ a.T."""
+        return y @ self.w.T + self._weighted(y @ self.b.T) @ self.a.T
 
     def lookup(self, ids):
-        """w[ids] + (a[ids] * share) @ b."""
-        return self.with_delta(
-            self.w[ids], ids, self._weighed(self.a[ids]) @ self.b, self.a.site.rows
-        )
+        """w[ids] + (a[ids] * p) @ b."""
+        delta = self._weighted(self.a[ids]) @ self.b
+        return self.with_delta(self.w[ids], ids, delta, self.a.site.rows)
 
-    def _weighed(self, low):
-        # As a plain array: where the program sorts its tokens by experts of its own, no row of h
-        # belongs to a token, and there is no such array.
-        gate, h = self.gate.matrix, self.hidden.array
+    def _weighted(self, low):
+        # `matrix` refuses a model that sorts its tokens by experts of its own: there the rows of h
+        # would not be those of the tokens.
+        gate, h = self.gate.matrix, self.hidden_states.array
         lead = h.shape[:-1]
         if h.shape[-1:] != gate.shape[:1] or low.shape[:-1][: len(lead)] != lead:
             raise ValueError(
-                f"The gate at '{self.path}' reads a width of {gate.shape[0]} and is given hidden "
-                f"states {h.shape} (*lead, width), but its input leads with {low.shape[:-1]}: "
-                "`lead` should be nothing, (batch,), or (batch, tokens), as this product has them. "
-                "If the model merges or moves them, lift it over one example and use `jax.vmap`."
+                f"The gate at '{self.path}' takes hidden states of size {gate.shape[0]} and got "
+                f"them with shape {h.shape} (*lead, hidden_size), but the input of this product "
+                f"has the leading axes {low.shape[:-1]}. `lead` should be (), (batch,), or "
+                "(batch, tokens), as this product has them. If the model merges or moves these "
+                "axes, lift it over one example and use `jax.vmap`."
             )
-        shares = gate_weights(h @ gate + self.bias.matrix, self.temperature, self.top)
-        shares = shares.reshape(*lead, *(1,) * (low.ndim - len(lead)), -1)
-        return _weighed(low, shares, self)
+        weights = gate_weights(h @ gate + self.bias.matrix, self.temperature, self.top_k)
+        weights = weights.reshape(*lead, *(1,) * (low.ndim - len(lead)), -1)
+        return _weighted(low, weights, self.ranks)
 
 
 @weight
 class RoutedByInput(Weight):
-    """x @ w + ((x @ a) * share) @ b, with share = softmax((x @ gate + bias) / temperature)."""
+    """x @ w + ((x @ a) * p) @ b, p = softmax((x @ gate + bias) / temperature)."""
 
     w: Any = base_weight()
     a: Any = axes("in", "rank")
@@ -82,46 +83,49 @@ class RoutedByInput(Weight):
     bias: Any = axes("expert")
     ranks: tuple[int, ...] = static()
     temperature: float = static(1.0)
-    top: int | None = static(None)
+    top_k: int | None = static(None)
     path: str = static("")
 
     is_mergeable = False
-    local_out = True  # not on a part of `in`: shares of partial sums are not parts of shares
+    # Not `local_in`: on a shard of `in`, the softmax would be over partial sums.
+    local_out = True
 
     def forward(self, x):
         logits = x @ self.gate + self.bias
         logits = logits.reshape(*logits.shape[:-1], -1, len(self.ranks))
-        shares = gate_weights(logits, self.temperature, self.top)
-        return x @ self.w + _weighed(x @ self.a, shares, self) @ self.b
+        weights = gate_weights(logits, self.temperature, self.top_k)
+        return x @ self.w + _weighted(x @ self.a, weights, self.ranks) @ self.b
 
 
-def _weighed(low: jax.Array, shares: jax.Array, w: Any) -> jax.Array:
-    """low (..., columns), each times the share (..., groups or 1, experts) of its expert.
+def _weighted(low: jax.Array, weights: jax.Array, ranks: Sequence[int]) -> jax.Array:
+    """Each column of low (..., columns) times the routing weight of its expert.
 
-    A convolution in groups has the columns once for each of them.
+    Args:
+      low: x @ a (..., columns). A convolution in groups has the columns once for each group.
+      weights: Routing weights (..., groups or 1, experts).
+      ranks: Number of columns of each expert.
     """
-    owner = np.repeat(np.arange(len(w.ranks)), w.ranks)
-    grouped = low.reshape(*low.shape[:-1], -1, len(owner))
-    return (grouped * shares[..., owner]).reshape(low.shape)
+    expert = np.repeat(np.arange(len(ranks)), ranks)  # of each column
+    grouped = low.reshape(*low.shape[:-1], -1, len(expert))
+    return (grouped * weights[..., expert]).reshape(low.shape)
 
 
-def gate_weights(logits: jax.Array, temperature: float = 1.0, top: int | None = None) -> jax.Array:
-    """softmax(logits / temperature) over the last axis, at least in float32.
+def gate_weights(
+    logits: jax.Array, temperature: float = 1.0, top_k: int | None = None
+) -> jax.Array:
+    """Routing weights softmax(logits / temperature), in float32 or wider.
 
     Args:
       logits: (..., experts).
-      temperature: The lower, the more of the whole goes to the largest.
-      top: Only so many of the largest get a share; those as large as the last of them get one
-        too, so that equal logits have equal shares. `None` for all.
+      temperature: With a lower temperature, more weight is on the largest logit.
+      top_k: Only the `top_k` largest logits get a weight. Those equal to the last of them get one
+        as well, so that equal logits have equal weights. `None` means all.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
-    if top is not None:
-        last = jax.lax.top_k(logits, top)[0][..., -1:]
-        logits = jnp.where(logits < last, -jnp.inf, logits)
+    if top_k is not None:
+        smallest = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
     return jax.nn.softmax(logits, axis=-1)
-
-
-# The method --------------------------------------------------------------------------------------
 
 
 @register_method
@@ -129,57 +133,64 @@ def xlora(
     sites: Sites,
     ranks: Mapping[str, Sequence[int]],
     *,
-    width: int | None = None,
-    reads: Literal["hidden", "input"] = "hidden",
+    hidden_size: int | None = None,
+    gate_input: Literal["hidden_states", "input"] = "hidden_states",
     temperature: float = 1.0,
-    top: int | None = None,
+    top_k: int | None = None,
     dtype: Any = jnp.float32,
 ) -> Method:
-    """X-LoRA: frozen LoRA adapters, weighed at every weight and layer by trained gates.
+    """X-LoRA: frozen LoRA adapters as experts, weighted by trainable gates at every matrix.
 
-    Each matrix w of a bank gives y = x @ w + sum_i share_i * s_i * x @ a_i @ b_i, with
+    Each matrix `w` (in, out) that an expert adapts gives
 
-        share = softmax((h @ gate + bias) / temperature).
+        y = x @ w + sum_i p[i] * s_i * x @ a_i @ b_i
+        p = softmax((h @ gate + bias) / temperature)
 
-    h are hidden states that the call gives: (width,) for one decision, (batch, width) for one of
-    each example, (batch, tokens, width) for one of each token; the axes before the width are the
-    first of the input of every weight. In the paper they are the last hidden states of a pass
-    without adapters. Or the gate reads x itself, in the same pass.
+    with frozen experts `a_i` (in, r_i) and `b_i` (r_i, out), and a trainable `gate` (hidden_size,
+    experts) and `bias` (experts,) at each matrix. h are hidden states that the call gives,
+    `combine(..., hidden_states=h)`: (hidden_size,) for one decision per call, (batch, hidden_size)
+    for one per example, (batch, tokens, hidden_size) for one per token. Their axes before the last
+    are the first axes of the input of every matrix. In the paper, h are the last hidden states of
+    a forward pass without adapters. With `gate_input="input"`, the gate takes x instead of h, and
+    no second pass is needed.
 
-    Gates start at zero, so that all experts have equal shares: training starts at the base plus
-    the mean of the experts' changes. An expert that does not adapt a weight keeps its share there,
-    for no change. The experts are no part of the adapter: give them by the call.
+    The gates start at zero, so that all experts have equal routing weights, and training starts at
+    the base model plus the mean of the experts' updates. At a matrix that an expert does not
+    adapt, its routing weight multiplies an update of zero. The experts are not part of the
+    adapter: give the arrays of `mixtures.stack_adapters` in each call.
 
     Args:
-      sites, ranks: Those of the `bank`.
-      width: Of h. `None` where the gates read "input".
-      reads: "hidden" for h; "input" for x, at weights that are used as a product with it.
-      temperature: The lower, the more of the whole goes to one expert.
-      top: Only the largest so many shares of each token count, and are scaled up to a sum of one;
-        those equal to the last of them count too. `None` for all.
-      dtype: Of the gates.
+      sites, ranks: The `sites` and `ranks` of the stack from `mixtures.stack_adapters`.
+      hidden_size: Size of the hidden states h, at least 1. `None` if the gates take "input".
+      gate_input: "hidden_states" for h, or "input" for x. With "input", the matrices should be
+        used in a product with their input, not as a tied head or in a lookup.
+      temperature: Temperature of the softmax, positive.
+      top_k: Only the `top_k` largest routing weights of each token are kept, and normalized to a
+        sum of one. Those equal to the last of them are kept as well. `None` keeps all.
+      dtype: Dtype of the gates.
 
     Returns:
-      A method with (width + 1) * experts trained numbers per matrix, or (in + 1) * experts.
+      A `Method` with (hidden_size + 1) * experts trainable parameters per matrix, or
+      (in + 1) * experts with `gate_input="input"`.
 
     Raises:
-      ValueError: Ranks that do not belong to the sites or of fewer than two experts, a width below
-        one or one that is not needed, an unknown `reads`, a temperature that is not positive, a
-        `top` out of range, or a part of the outputs is selected.
+      ValueError: The ranks do not belong to the sites, or are of fewer than two experts;
+        `hidden_size` is below 1, or given with `gate_input="input"`; `gate_input` is unknown; the
+        temperature is not positive; `top_k` is out of range; or a slice of the outputs is selected.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxpeft as jp
-      >>> from jaxpeft import xlora
-      >>> from jaxpeft.mixtures import stack_adapters
-      >>> f, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
-      >>> key, method = jax.random.key(0), jp.lora(2, jp.sites(f, params, jnp.ones((1, 8))))
-      >>> experts = stack_adapters([(method, jp.split(method(key, params))[1]) for _ in range(3)])
-      >>> gates = xlora(experts.sites, experts.ranks, width=5)
-      >>> frozen, adapter = jp.split(gates(key, params))
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
+      >>> key, lora = jax.random.key(0), jp.lora(2, jp.sites(fn, params, jnp.ones((1, 8))))
+      >>> trained = [(lora, jp.split(lora(key, params))[1]) for _ in range(3)]
+      >>> experts = jp.mixtures.stack_adapters(trained)
+      >>> method = jp.xlora(experts.sites, experts.ranks, hidden_size=5)
+      >>> frozen, adapter = jp.split(method(key, params))
       >>> {path: array.shape for path, array in adapter.items()}
       {'w/experts/gate': (5, 3), 'w/experts/bias': (3,)}
-      >>> tree = jp.combine(frozen, {**experts.arrays, **adapter}, hidden=jnp.ones((1, 5)))
-      >>> jp.lift(f)(tree, jnp.ones((1, 8))).shape
+      >>> arrays = {**experts.arrays, **adapter}
+      >>> tree = jp.combine(frozen, arrays, hidden_states=jnp.ones((1, 5)))
+      >>> jp.lift(fn)(tree, jnp.ones((1, 8))).shape
       (1, 4)
 
     References:
@@ -189,55 +200,59 @@ def xlora(
     """
     check_whole("xlora", sites)
     experts = _check_ranks(sites, ranks)
-    if reads not in READS:
-        raise ValueError(f"`xlora(reads='{reads}')`: choose 'hidden' or 'input'.")
-    if reads == "hidden" and (width is None or width < 1):
+    if gate_input not in GATE_INPUTS:
+        raise ValueError(f"`xlora(gate_input='{gate_input}')`: choose one of {GATE_INPUTS}.")
+    if gate_input == "hidden_states" and (hidden_size is None or hidden_size < 1):
         raise ValueError(
-            f"`xlora(width={width}, reads='hidden')`: give the width of the hidden states, at "
-            "least 1."
+            f"`xlora(hidden_size={hidden_size}, gate_input='hidden_states')`: give the size of the "
+            "hidden states, at least 1."
         )
-    if reads == "input" and width is not None:
+    if gate_input == "input" and hidden_size is not None:
         raise ValueError(
-            f"`xlora(width={width}, reads='input')`: a gate is as wide as its weight's input. "
-            "Leave `width` out."
+            f"`xlora(hidden_size={hidden_size}, gate_input='input')`: a gate has the size of its "
+            "matrix's input. Leave `hidden_size` out."
         )
     if not temperature > 0:
-        raise ValueError(f"`xlora(temperature={temperature})`: a positive number is needed.")
-    if top is not None and not 1 <= top <= experts:
-        raise ValueError(f"`xlora(top={top})`: there are {experts} experts; choose 1 to {experts}.")
+        raise ValueError(f"`xlora(temperature={temperature})`: give a positive number.")
+    if top_k is not None and not 1 <= top_k <= experts:
+        raise ValueError(
+            f"`xlora(top_k={top_k})`: there are {experts} experts; choose 1 to {experts}."
+        )
 
     def make(key: jax.Array, site: Site, view: View) -> View:
         del key
-        n = site.size(IN) if width is None else width
-        columns, sides = sum(ranks[site.path]), (site.size(IN), site.size(OUT))
-        a, b = (*site.stack, sides[0], columns), (*site.stack, columns, sides[1])
-        # With names of their own: those of a LoRA on top of this weight would be the same.
-        at = f"{site.path}/experts"
-        way = f"Its experts have ranks {ranks[site.path]} there: give the arrays of the same bank."
+        n = site.size(IN) if hidden_size is None else hidden_size
+        columns = sum(ranks[site.path])
+        a = (*site.stack, site.size(IN), columns)
+        b = (*site.stack, columns, site.size(OUT))
+        # Under `experts/`, because a LoRA on top of this weight has arrays `a` and `b`, too.
+        prefix = f"{site.path}/experts"
+        way = f"Its experts have ranks {ranks[site.path]} there: give the arrays of the same stack."
         fields: dict[str, Any] = dict(
-            a=Placeholder(f"{at}/a", expects=Expected(a, "floating", method="xlora", way=way)),
-            b=Placeholder(f"{at}/b", expects=Expected(b, "floating", method="xlora", way=way)),
-            gate=Trainable(jnp.zeros((*site.stack, n, experts), dtype), name=f"{at}/gate"),
-            bias=Trainable(jnp.zeros((*site.stack, experts), dtype), name=f"{at}/bias"),
+            a=Placeholder(f"{prefix}/a", expects=Expected(a, "floating", method="xlora", way=way)),
+            b=Placeholder(f"{prefix}/b", expects=Expected(b, "floating", method="xlora", way=way)),
+            gate=Trainable(jnp.zeros((*site.stack, n, experts), dtype), name=f"{prefix}/gate"),
+            bias=Trainable(jnp.zeros((*site.stack, experts), dtype), name=f"{prefix}/bias"),
             ranks=tuple(ranks[site.path]),
             temperature=temperature,
-            top=top,
+            top_k=top_k,
             path=site.path,
         )
-        gated: Weight
-        if reads == "input":
-            gated = RoutedByInput(view.weight, **fields)
+        routed: Weight
+        if gate_input == "input":
+            routed = RoutedByInput(view.weight, **fields)
         else:
-            gated = RoutedByHidden(view.weight, **fields, hidden=PerCall("hidden"))
-        return dataclasses.replace(view, weight=gated)
+            h = PerCall("hidden_states")
+            routed = RoutedByHiddenStates(view.weight, **fields, hidden_states=h)
+        return dataclasses.replace(view, weight=routed)
 
     options = dict(
         sites=sites,
         ranks={path: list(ranks[path]) for path in sites},
-        width=width,
-        reads=reads,
+        hidden_size=hidden_size,
+        gate_input=gate_input,
         temperature=temperature,
-        top=top,
+        top_k=top_k,
         dtype=dtype,
     )
     return Method(
@@ -246,23 +261,23 @@ def xlora(
 
 
 def _check_ranks(sites: Sites, ranks: Mapping[str, Sequence[int]]) -> int:
-    """How many experts there are.
+    """The number of experts.
 
     Raises:
-      ValueError: Ranks are missing, unknown, negative or all zero, or of a different number or
-        fewer than two.
+      ValueError: The ranks are of other sites, negative, or all zero at a site, or there are fewer
+        than two experts or different numbers of them.
     """
     if missing := sorted(set(sites) ^ set(ranks)):
         raise ValueError(
-            f"`xlora`: the sites are {list(sites)}, and the ranks those of {list(ranks)}; "
-            f"{missing} stand in one of them only. Give the sites and ranks of one bank."
+            f"`xlora`: the sites are {list(sites)}, and the ranks are of {list(ranks)}; {missing} "
+            "are in only one of the two. Give the `sites` and `ranks` of one stack of adapters."
         )
     for path, own in ranks.items():
         experts = len(next(iter(ranks.values())))
         if len(own) != experts or experts < 2 or min(own) < 0 or max(own) < 1:
             raise ValueError(
-                f"`xlora`: the ranks of '{path}' are {list(own)}. There should be one for each of "
-                f"two or more experts, as many at every weight (here {experts}), none of them "
-                "negative and one of them positive. `bank` makes them."
+                f"`xlora`: the ranks of '{path}' are {list(own)}. There should be one rank for "
+                f"each of two or more experts, as many at every matrix (here {experts}), none "
+                "of them negative and one positive, as `mixtures.stack_adapters` returns them."
             )
     return len(next(iter(ranks.values()), ()))

@@ -1,4 +1,4 @@
-"""What can be done with a trained adapter: convert it, simplify it, and read its ranks."""
+"""Functions of a trained adapter: conversion to plain LoRA, pruned ranks, reparameterizations."""
 
 from jaxpeft.adapters._adalora import drop_pruned_ranks, effective_ranks, orthogonality_penalty
 from jaxpeft.adapters._reparameterization import drop_reparameterization

@@ -1,4 +1,4 @@
-"""What is made anew of a trained adapter starts here: its method's options, and its own arrays."""
+"""Checks that conversions of adapters share: the method's options, and the method's arrays."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,12 +10,12 @@ from jaxpeft._method import Method
 
 
 def options_of(method: Any, names: Sequence[str], caller: str) -> Mapping[str, Any]:
-    """The options of a method that one of these factories made.
+    """The options of a method that one of the named factories returned.
 
     Args:
-      method: What the user gave.
-      names: Of the factories.
-      caller: For messages.
+      method: The argument of the user.
+      names: Names of the factories, such as "pissa".
+      caller: Name of the function that the user called, for error messages.
 
     Raises:
       ValueError: It is another method, a chain, or a plain function.
@@ -23,10 +23,10 @@ def options_of(method: Any, names: Sequence[str], caller: str) -> Mapping[str, A
     name = method.name if isinstance(method, Method) else repr(method)
     if name not in names:
         *rest, last = (f"`{name}`" for name in names)
-        made = f"{', '.join(rest)} or {last}" if rest else last
+        wanted = f"{', '.join(rest)} or {last}" if rest else last
         raise ValueError(
-            f"`{caller}` takes the method that {made} made; this one is of '{name}'. Of a chain, give "
-            "that method in it, with the whole adapter."
+            f"`{caller}` takes a method from {wanted}, but got one from '{name}'. From a `chain`, "
+            "give that method in it, with the whole adapter."
         )
     return method.options
 
@@ -34,22 +34,23 @@ def options_of(method: Any, names: Sequence[str], caller: str) -> Mapping[str, A
 def own_and_other_arrays(
     adapter: Mapping[str, Any], names: Iterable[str], caller: str, what: str = "adapter"
 ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """The arrays of an adapter with these names, and all others as they are.
+    """The arrays of an adapter that belong to a method, and all other arrays.
 
     Args:
-      adapter: What the user gave.
-      names: Paths of the arrays that the method made.
-      caller, what: For messages.
+      adapter: The argument of the user.
+      names: Paths of the method's arrays.
+      caller, what: Name of the function that the user called, and of the argument, for error
+        messages.
 
     Raises:
-      ValueError: Some are missing; lists them.
+      ValueError: Some of the method's arrays are missing; the message lists them.
     """
     names = list(names)
     if missing := sorted(set(names) - set(adapter)):
         raise ValueError(
-            f"`{caller}`: the {what} lacks {missing}, which the method made; it has "
-            f"{sorted(adapter)}. Give the {what} of this method, whole: what `split` called the "
-            "adapter, trained or at its start."
+            f"`{caller}`: the {what} lacks {missing}, which are arrays of the method; it has "
+            f"{sorted(adapter)}. Give all arrays of the adapter that `split` returned for this "
+            "method, trained or at their start."
         )
     own = {name: jnp.asarray(adapter[name]) for name in names}
     return own, {name: x for name, x in adapter.items() if name not in own}

@@ -1,4 +1,4 @@
-"""Folding: networks that only help training leave plain arrays behind."""
+"""Removes reparameterizations: networks that are needed for training only."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,21 +13,32 @@ from jaxpeft._weight import Weight, base_field
 
 
 def drop_reparameterization(frozen: Any, adapter: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Replaces what an encoder computes of trained arrays by what it has come to.
+    """Replaces each prompt or prefix encoder by the rows that it computes.
 
-    A prompt or a prefix with an encoder becomes one without, with the same outputs to the last
-    bit but rounding; the rest stays as it is. Training can go on from there, or from the adapter
-    that is given, which stays as it was.
+    `p_tuning`, and `prefix_tuning` with an encoder, compute the rows of their prompts from other
+    trainable arrays. This function computes the rows once: the result is a prompt or a prefix
+    without an encoder, with the same outputs up to rounding. All other weights stay as they are.
+    Training can go on from the result. The arguments are not changed.
 
     Args:
-      frozen: From `split`.
-      adapter: `{path: array}`, of the same paths.
+      frozen: The frozen tree from `split`.
+      adapter: The trained adapter {path: array} of this tree.
 
     Returns:
-      A frozen tree and an adapter, those of the plain method: rows in the place of encoders.
+      `(frozen, adapter)` of the methods without encoders.
 
     Raises:
-      ValueError: Nothing in the tree can be folded.
+      ValueError: The tree has no encoder.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft as jp
+      >>> fn, params = lambda p, ids: p["table"][ids], {"table": jnp.ones((6, 4))}
+      >>> sites = jp.sites(fn, params, jnp.zeros((1, 3), int))
+      >>> method = jp.p_tuning(2, sites.embedding)
+      >>> frozen, adapter = jp.split(method(jax.random.key(0), params))
+      >>> frozen, adapter = jp.adapters.drop_reparameterization(frozen, adapter)
+      >>> {path: array.shape for path, array in adapter.items()}
+      {'table/rows': (2, 4)}
     """
     flat, treedef = flatten(frozen, is_leaf=is_view)
     rows: dict[str, Any] = {}
@@ -40,14 +51,14 @@ def drop_reparameterization(frozen: Any, adapter: Mapping[str, Any]) -> tuple[An
             w = dataclasses.replace(w, **{name: inner})  # type: ignore[type-var]
         if not w.is_reparameterized:
             return w
-        made = dataclasses.replace(view, weight=_filled(w, adapter)).derived()
-        names = {field: f"{path}/{field}" for field in made}
-        rows.update({names[field]: array for field, array in made.items()})
-        expects = {
-            field: Expected.like(array, "drop_reparameterization") for field, array in made.items()
-        }
-        holes = {field: Placeholder(name, expects=expects[field]) for field, name in names.items()}
-        return w.acting(**holes)
+        derived = dataclasses.replace(view, weight=_filled(w, adapter)).derived()
+        placeholders = {}
+        for field, array in derived.items():
+            name = f"{path}/{field}"
+            rows[name] = array
+            expects = Expected.like(array, "drop_reparameterization")
+            placeholders[field] = Placeholder(name, expects=expects)
+        return w.acting(**placeholders)
 
     for path, leaf in flat.items():
         if is_view(leaf):
@@ -55,24 +66,25 @@ def drop_reparameterization(frozen: Any, adapter: Mapping[str, Any]) -> tuple[An
             flat[path] = dataclasses.replace(leaf, weight=weight)
     if not rows:
         raise ValueError(
-            "Nothing in this tree has an encoder that could be folded away. Prompts and prefixes "
-            "have one where they were given it: `p_tuning(...)`, `prefix_tuning(hidden=...)`."
+            "`drop_reparameterization`: no prompt or prefix in this tree has an encoder. Methods "
+            "with one are `p_tuning(...)` and `prefix_tuning(hidden=...)`."
         )
-    folded = unflatten(treedef, list(flat.values()))
-    kept = {x.name for x in jax.tree.leaves(folded, is_leaf=_is_hole) if _is_hole(x)}
-    return folded, {**{k: v for k, v in adapter.items() if k in kept}, **rows}
+    plain_tree = unflatten(treedef, list(flat.values()))
+    leaves = jax.tree.leaves(plain_tree, is_leaf=_is_placeholder)
+    kept = {x.name for x in leaves if _is_placeholder(x)}
+    return plain_tree, {**{k: v for k, v in adapter.items() if k in kept}, **rows}
 
 
-def _is_hole(x: Any) -> bool:
+def _is_placeholder(x: Any) -> bool:
     return isinstance(x, Placeholder)
 
 
 def _filled(w: Weight, adapter: Mapping[str, Any]) -> Any:
-    """The weight with its trained arrays, and nothing where a call or the model gives something."""
+    """The weight with the arrays of the adapter, and `None` for arrays of a call or the model."""
 
     def value(x: Any) -> Any:
-        if not _is_hole(x):
+        if not _is_placeholder(x):
             return x
         return x.fill(adapter[x.name]) if x.name in adapter else None
 
-    return jax.tree.map(value, w, is_leaf=_is_hole)
+    return jax.tree.map(value, w, is_leaf=_is_placeholder)

@@ -1,4 +1,4 @@
-"""Adapters of methods that shift the base, as plain LoRA over the original base."""
+"""Conversion of adapters over a residual base to plain LoRA over the original base."""
 
 import glob
 from collections.abc import Mapping
@@ -13,38 +13,40 @@ from jaxpeft._methods.residual_init import RESIDUAL_METHODS
 from jaxpeft._sites import by_pattern
 from jaxpeft.adapters._options import options_of, own_and_other_arrays
 
-# Plain LoRA of it --------------------------------------------------------------------------------
-
 
 def to_lora(
     method: Method, adapter: Mapping[str, Any], start: Mapping[str, Any]
 ) -> tuple[Method, dict[str, jax.Array]]:
-    """The same change as plain LoRA of twice the rank, over the base as it was.
+    """Converts an adapter of `pissa`, `olora`, `corda` or `lora_ga` to plain LoRA.
 
-    a @ b - a0 @ b0 = [a, a0] @ [b; -b0], where a0 and b0 are what training started with. For
-    adapters that are to be shared, or stored where the start cannot be made again.
+    The update s * (a @ b - a0 @ b0) of the original base, where a0 and b0 are the factors at the
+    start of training, is a LoRA of twice the rank:
 
-    A matrix has no rank above min(in, out). Where twice the rank is more, the product is kept, to
-    rounding, in factors of that rank: with [a, a0] = Q R they are Q and R @ [b; -b0], where the
-    matrix has more inputs than outputs likewise by a decomposition of [b; -b0]^T.
+        a @ b - a0 @ b0 = [a, a0] @ [b; -b0]
+
+    Use it to share an adapter, or to save one whose start cannot be computed again from a file.
+
+    If 2 r is more than min(in, out), the factors get the rank min(in, out) by a QR decomposition:
+    with [a, a0] = Q R they are Q and R @ [b; -b0], or, if the matrix has more inputs than outputs,
+    likewise from [b; -b0]^T. Their product stays the same up to rounding.
 
     Args:
-      method: From `pissa`, `olora`, `corda` or `lora_ga`; of a chain, that method of it.
-      adapter: Trained, maybe with arrays of other methods.
-      start: As `split` gave it.
+      method: The method. From a `chain`, give the one in it that is to be converted.
+      adapter: The trained adapter. It may have arrays of other methods as well.
+      start: The adapter at the start of training, as `split` returned it.
 
     Returns:
-      The method, for `save_adapter` with the original params, and its adapter. Arrays of other
-      methods are in it as they were: `chain` those methods with this one as before.
+      `(method, adapter)`: a `lora` for the original params, and its adapter, for `save_adapter` or
+      to load on the original base. Arrays of other methods stay in the adapter; `chain` their
+      methods with the new one as before.
 
     Raises:
-      ValueError: The method does not start from a base of its own, or the adapter or the start
-        lacks arrays.
+      ValueError: The method is another one, or the adapter or the start lacks its arrays.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxpeft as jp
-      >>> f, params = lambda p, x: x @ p["w"], {"w": jnp.eye(4)}
-      >>> method = jp.pissa(1, jp.sites(f, params, jnp.ones((1, 4))).linear)
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.eye(4)}
+      >>> method = jp.pissa(1, jp.sites(fn, params, jnp.ones((1, 4))).linear)
       >>> frozen, start = jp.split(method(jax.random.key(0), params))
       >>> plain, adapter = jp.adapters.to_lora(method, start, start)
       >>> plain.name, adapter["w/a"].shape
@@ -54,36 +56,36 @@ def to_lora(
     sites, scaling = options["sites"], options["scaling"]
     names = [f"{path}/{name}" for path in sites for name in "ab"]
     own, others = own_and_other_arrays(adapter, names, "to_lora")
-    first, _ = own_and_other_arrays(start, names, "to_lora", "start")
+    own_start, _ = own_and_other_arrays(start, names, "to_lora", "start")
     alphas = by_pattern(options["alpha"], sites, "alpha")
-    joined: dict[str, jax.Array] = {}
-    ranks, strengths = {}, {}
+    converted: dict[str, jax.Array] = {}
+    ranks, scaled_alphas = {}, {}
     for path in sites:
         a, b = (f"{path}/{name}" for name in "ab")
-        joined[a], joined[b] = _of_full_rank(
-            jnp.concatenate([own[a], first[a]], axis=-1),
-            jnp.concatenate([own[b], -first[b]], axis=-2),
+        converted[a], converted[b] = _bounded_rank(
+            jnp.concatenate([own[a], own_start[a]], axis=-1),
+            jnp.concatenate([own[b], -own_start[b]], axis=-2),
         )
-        rank, alpha = joined[a].shape[-1], alphas[path]
-        more = rank / own[a].shape[-1]
-        # The scale stays what it was.
-        kept = alpha and alpha * (more if scaling == "alpha/r" else more**0.5)
-        ranks[glob.escape(path)], strengths[glob.escape(path)] = rank, kept
-    plain = lora(ranks, sites, alpha=strengths, scaling=scaling, dtype=options["dtype"])
-    return plain, {**others, **joined}
+        rank, alpha = converted[a].shape[-1], alphas[path]
+        growth = rank / own[a].shape[-1]
+        # With this alpha, the scale stays the same.
+        scaled = alpha and alpha * (growth if scaling == "alpha/r" else growth**0.5)
+        ranks[glob.escape(path)], scaled_alphas[glob.escape(path)] = rank, scaled
+    plain = lora(ranks, sites, alpha=scaled_alphas, scaling=scaling, dtype=options["dtype"])
+    return plain, {**others, **converted}
 
 
-def _of_full_rank(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Factors of a @ b, (*stack, n, r) and (*stack, r, m), with min(n, m) columns if r is more."""
+def _bounded_rank(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Factors of a (*stack, n, r) @ b (*stack, r, m) with a rank of at most min(n, m)."""
     n, r, m = *a.shape[-2:], b.shape[-1]
     if r <= min(n, m):
         return a, b
     wide = jnp.promote_types(a.dtype, jnp.float32)
     with jax.default_matmul_precision("highest"):
         if n <= m:
-            q, rest = jnp.linalg.qr(a.astype(wide))
-            left, right = q, rest @ b.astype(wide)
+            q, upper = jnp.linalg.qr(a.astype(wide))
+            left, right = q, upper @ b.astype(wide)
         else:
-            q, rest = jnp.linalg.qr(jnp.swapaxes(b.astype(wide), -1, -2))
-            left, right = a.astype(wide) @ jnp.swapaxes(rest, -1, -2), jnp.swapaxes(q, -1, -2)
+            q, upper = jnp.linalg.qr(jnp.swapaxes(b.astype(wide), -1, -2))
+            left, right = a.astype(wide) @ jnp.swapaxes(upper, -1, -2), jnp.swapaxes(q, -1, -2)
     return left.astype(a.dtype), right.astype(b.dtype)

@@ -1,4 +1,4 @@
-"""Mixtures of LoRA adapters: side by side, weighted, or one task of them."""
+"""Mixtures of LoRA adapters: stacks of experts, weighted merges, and single tasks as plain LoRA."""
 
 from jaxpeft.mixtures._stack import AdapterStack, merge_weighted, stack_adapters
 from jaxpeft.mixtures._tasks import select_task

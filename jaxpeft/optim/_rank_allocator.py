@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpeft.adapters._adalora import triplets
+from jaxpeft.adapters._adalora import adalora_paths
 from jaxpeft.optim._masking import check_params
 
 
@@ -112,7 +112,7 @@ def rank_allocator(
 
     def init(params: Any) -> RankAllocatorState:
         kept = {}
-        for path in triplets(params):
+        for path in adalora_paths(params):
             kept[path] = jnp.ones(params[f"{path}/values"].shape, bool)
         total = sum(x.size for x in kept.values())
         if total < budget:

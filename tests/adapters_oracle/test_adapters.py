@@ -294,20 +294,24 @@ def test_houlsby_behind_attention_and_feed_forward(pair):
     pair.check(pair.ours(method, adapter), want)
 
 
-def test_pfeiffer_reads_the_sum(pair):
+def test_pfeiffer_takes_the_sum_as_input(pair):
     want, tensors = pair.theirs(adapters.SeqBnConfig())
     method = jp.bottleneck_adapter(
-        WIDTH // 16, pair.sites.match(DOWN), reads="sum", dtype=F8, **pair.norms
+        WIDTH // 16,
+        pair.sites.match(DOWN),
+        adapter_input="output_plus_residual",
+        dtype=F8,
+        **pair.norms,
     )
     adapter = tensors.bottleneck(pair.kind.after_mlp, DOWN, DOWN)
     assert not tensors.left
     pair.check(pair.ours(method, adapter), want)
 
 
-def test_a_scaled_parallel_adapter_reads_the_stream(pair):
+def test_a_scaled_parallel_adapter_takes_the_residual_as_input(pair):
     want, tensors = pair.theirs(adapters.ParBnConfig())
     method = jp.bottleneck_adapter(
-        WIDTH // 2, pair.sites.match(DOWN), reads="residual", scale=4.0, dtype=F8
+        WIDTH // 2, pair.sites.match(DOWN), adapter_input="residual", scale=4.0, dtype=F8
     )
     adapter = tensors.bottleneck(pair.kind.after_mlp, DOWN, DOWN)
     assert not tensors.left
@@ -340,7 +344,7 @@ def test_mix_and_match(pair, flat):
         first = DOWN
         method = jp.chain(
             jp.prefix_tuning(length, keys, values, hidden=hidden, rope=pair.rope, dtype=F8),
-            jp.bottleneck_adapter(WIDTH // 2, down, reads="residual", scale=4.0, dtype=F8),
+            jp.bottleneck_adapter(WIDTH // 2, down, adapter_input="residual", scale=4.0, dtype=F8),
         )
     adapter = tensors.flat_prefix(length) if flat else tensors.encoded_prefix()
     adapter |= tensors.bottleneck(pair.kind.after_mlp, first, DOWN)

@@ -180,11 +180,11 @@ def poly(adapter, given):
 
 
 def xlora(adapter, given):
-    """Two frozen experts, of ranks 2 and 1, weighed by what a gate reads in hidden states."""
+    """Two frozen experts, of ranks 2 and 1, weighted by a gate on hidden states."""
 
     def product(path, h, w, b=0.0, layer=None, around=None):
         gate, bias = fields(adapter, f"{path}/experts", layer, "gate", "bias")
-        weights = jnp.exp(given["hidden"] @ gate + bias)
+        weights = jnp.exp(given["hidden_states"] @ gate + bias)
         weights = weights / weights.sum()
         a, low = (given[f"{path}/experts/{name}"] for name in "ab")
         first, second = h @ a[:, :2] @ low[:2], h @ a[:, 2:] @ low[2:]

@@ -83,7 +83,7 @@ def _lora_fa(sites, dtype):
 
 
 def _adalora(sites, dtype):
-    return jp.adalora(2, sites.matrices, alpha=3.0, std=0.5, dtype=dtype)
+    return jp.adalora(2, sites.matrices, alpha=3.0, init_std=0.5, dtype=dtype)
 
 
 def _pissa(sites, dtype):
@@ -124,7 +124,7 @@ def _lokr(sites, dtype):
         path: (F if site.size("in") == F else None, 3 if site.size("out") == 3 * N * H else None)
         for path, site in chosen.items()
     }
-    return jp.lokr(2, chosen, factor=blocks, alpha=3.0, dtype=dtype)
+    return jp.lokr(2, chosen, decompose_factor=blocks, alpha=3.0, dtype=dtype)
 
 
 def _miss(sites, dtype):
@@ -147,7 +147,7 @@ def _oft(sites, dtype):
 def _boft(sites, dtype):
     """One factor: no side of the rows is even. test_rotations.py has more."""
     blocks = {path: _largest_prime(site, "in") for path, site in sites.linear.items()}
-    return jp.boft(blocks, sites.linear, factors=1, dtype=dtype)
+    return jp.boft(blocks, sites.linear, n_butterfly_factors=1, dtype=dtype)
 
 
 def _hra(sites, dtype):
@@ -156,7 +156,7 @@ def _hra(sites, dtype):
 
 def _road(sites, dtype):
     groups = {path: _largest_prime(site, "out") for path, site in sites.matrices.items()}
-    return jp.road(sites.matrices, variant=2, group=groups, dtype=dtype)
+    return jp.road(sites.matrices, variant=2, group_size=groups, dtype=dtype)
 
 
 def _bottleneck(sites, dtype):
@@ -168,7 +168,9 @@ def _on_the_sum(sites, dtype):
     down = sites.linear.match(re.compile(r"\bdown\b"))
     names = ("mlp_scale", "mlp_bias")
     norms = sites.match(*names) if "mlp_scale" in sites else None
-    return jp.bottleneck_adapter(3, down, reads="sum", norms=norms, dtype=dtype)
+    return jp.bottleneck_adapter(
+        3, down, adapter_input="output_plus_residual", norms=norms, dtype=dtype
+    )
 
 
 def _parallel(sites, dtype):
@@ -221,7 +223,9 @@ def _ia3_on_a_part(sites, dtype):
 
 
 def _moelora(sites, dtype):
-    return jp.moelora(4, sites.linear, experts=2, tasks=3, width=5, alpha=6.0, dtype=dtype)
+    return jp.moelora(
+        4, sites.linear, experts=2, tasks=3, task_embedding_dim=5, alpha=6.0, dtype=dtype
+    )
 
 
 def _poly(sites, dtype):
@@ -242,7 +246,7 @@ def _inverse_temperature(args):
 
 def _xlora(sites, dtype):
     ranks = {path: [2, 1] for path in sites.linear}
-    return jp.xlora(sites.linear, ranks, width=5, dtype=dtype)
+    return jp.xlora(sites.linear, ranks, hidden_size=5, dtype=dtype)
 
 
 def _experts(args):
@@ -252,7 +256,7 @@ def _experts(args):
         for path, sides in (("up", (D, F)), ("down", (F, D)))
         for i, (name, shape) in enumerate({"a": (sides[0], 3), "b": (3, sides[1])}.items())
     }
-    return {**arrays, "hidden": random(5, seed=30, scale=1.0)}
+    return {**arrays, "hidden_states": random(5, seed=30, scale=1.0)}
 
 
 def _one_task(args):

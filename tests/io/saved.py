@@ -314,7 +314,7 @@ def _lora_ga(b):
 
 
 def _for_task(b):
-    method = jp.moelora(4, b.sites.linear, experts=2, tasks=3, width=5, dtype=FULL)
+    method = jp.moelora(4, b.sites.linear, experts=2, tasks=3, task_embedding_dim=5, dtype=FULL)
     _, start = jp.split(method(KEY, b.params))
     plain, own = jp.mixtures.select_task(method, perturbed(start), 1)
     return plain, jp.split(plain(KEY, b.params))[0], own
@@ -373,7 +373,7 @@ CASES: dict[str, Case] = {
     ),
     "dora": on("mlp", lambda s: jp.dora(2, s.linear, alpha=3.0, dtype=FULL)),
     "lora_fa": on("mlp", lambda s: jp.lora_fa(2, s.linear, alpha=3.0, dtype=FULL)),
-    "adalora": on("mlp", lambda s: jp.adalora(2, s.linear, alpha=3.0, std=0.5, dtype=FULL)),
+    "adalora": on("mlp", lambda s: jp.adalora(2, s.linear, alpha=3.0, init_std=0.5, dtype=FULL)),
     "pissa": on("mlp", lambda s: jp.pissa(2, s.linear, alpha=3.0, dtype=FULL)),
     "pissa_as_lora": Case("mlp", as_lora(lambda b: jp.pissa(2, b.sites.linear, dtype=FULL))),
     "olora": on("mlp", lambda s: jp.olora(2, s.linear, dtype=FULL)),
@@ -388,12 +388,16 @@ CASES: dict[str, Case] = {
     "loha": on("mlp", lambda s: jp.loha(2, s.linear, alpha=3.0, dtype=FULL)),
     "lokr": on(
         "mlp",
-        lambda s: jp.lokr(1, s.linear, factor={"up": (2, 3), "*": 2}, alpha=3.0, dtype=FULL),
+        lambda s: jp.lokr(
+            1, s.linear, decompose_factor={"up": (2, 3), "*": 2}, alpha=3.0, dtype=FULL
+        ),
     ),
     "miss": on("mlp", lambda s: jp.miss(2, s.linear, dtype=FULL)),
     "oft": on("mlp", lambda s: jp.oft(2, s.linear, dtype=FULL)),
-    "oft_shared": on("mlp", lambda s: jp.oft(2, s.linear, share=True, terms=4, dtype=FULL)),
-    "boft": on("mlp", lambda s: jp.boft(2, s.match("up"), factors=2, dtype=FULL)),
+    "oft_shared": on(
+        "mlp", lambda s: jp.oft(2, s.linear, block_share=True, neumann_terms=4, dtype=FULL)
+    ),
+    "boft": on("mlp", lambda s: jp.boft(2, s.match("up"), n_butterfly_factors=2, dtype=FULL)),
     "hra": on("mlp", lambda s: jp.hra(2, s.linear, dtype=FULL)),
     "road": on("mlp", lambda s: jp.road(s.linear, variant=2, dtype=FULL)),
     "ia3": on("mlp", lambda s: jp.ia3(s.match("up"), s.match("down"), dtype=FULL)),
@@ -424,7 +428,11 @@ CASES: dict[str, Case] = {
     "bottleneck_on_the_sum": on(
         "layers",
         lambda s: jp.bottleneck_adapter(
-            3, s.match("down"), reads="sum", norms=s.match("mlp_scale", "mlp_bias"), dtype=FULL
+            3,
+            s.match("down"),
+            adapter_input="output_plus_residual",
+            norms=s.match("mlp_scale", "mlp_bias"),
+            dtype=FULL,
         ),
     ),
     "parallel": on(
@@ -453,7 +461,9 @@ CASES: dict[str, Case] = {
     ),
     "moelora": on(
         "mlp",
-        lambda s: jp.moelora(4, s.linear, experts=2, tasks=3, width=5, alpha=6.0, dtype=FULL),
+        lambda s: jp.moelora(
+            4, s.linear, experts=2, tasks=3, task_embedding_dim=5, alpha=6.0, dtype=FULL
+        ),
         given=dict(task=np.array(2)),
     ),
     "moelora_for_task": Case("mlp", _for_task),
@@ -464,8 +474,10 @@ CASES: dict[str, Case] = {
     ),
     "xlora": on(
         "mlp",
-        lambda s: jp.xlora(s.linear, {path: [2, 1] for path in s.linear}, width=5, dtype=FULL),
-        given={**EXPERTS, "hidden": numbers("hidden", 5)},
+        lambda s: jp.xlora(
+            s.linear, {path: [2, 1] for path in s.linear}, hidden_size=5, dtype=FULL
+        ),
+        given={**EXPERTS, "hidden_states": numbers("hidden", 5)},
     ),
     "sparse": on("mlp", lambda s: jp.sparse_delta(0.3, s.linear, dtype=FULL)),
     "sparse_masks": on("mlp", lambda s: jp.sparse_delta(_masks(s.linear), s.linear, dtype=FULL)),

@@ -1,4 +1,4 @@
-"""AdaLoRA: ranks are given up under a budget, and then taken out of the arrays; LoRA-FA."""
+"""AdaLoRA: ranks are pruned to a budget and then dropped from the arrays; LoRA-FA."""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def test_ranks_fall_along_the_cubic_schedule_to_the_budget_and_stay():
         np.testing.assert_array_equal(state.adapter[f"{path}/values"] != 0, mask)
 
 
-def test_what_is_least_important_is_given_up():
+def test_the_least_important_values_are_pruned():
     """A triplet whose gradient and value are large is kept, one without a gradient is not."""
     adapter = {"w/a": normal(0, 4, 3), "w/values": jnp.ones(3), "w/b": normal(1, 3, 5)}
     tx = optim.rank_allocator(
@@ -75,7 +75,7 @@ def test_what_is_least_important_is_given_up():
     np.testing.assert_array_equal(after["w/a"], adapter["w/a"])
 
 
-def test_shrinking_takes_zeros_out_and_changes_no_output():
+def test_dropping_pruned_ranks_makes_arrays_smaller_and_keeps_the_outputs():
     method, frozen, state, _ = fitted()
     smaller, adapter = jp.adapters.drop_pruned_ranks(method, state.adapter)
     assert sum(x.size for x in adapter.values()) < sum(x.size for x in state.adapter.values())
@@ -141,32 +141,32 @@ BUDGET = {"total_steps": 9, "warmup_steps": 2, "final_steps": 2}
     "make, message",
     [
         (lambda: jp.adalora(7, SITES)(KEY, PARAMS), r"rank=7\)` needs 1 <= rank"),
-        (lambda: jp.adalora(R, SITES, std=0.0), r"std=0.0\)`: factors of zero"),
+        (lambda: jp.adalora(R, SITES, init_std=0.0), r"init_std=0.0\)`: give a positive number"),
         (
             lambda: jp.adalora(R, SITES.output_slice(0, 2)),
             "`adalora`: a part of the columns of 'head'",
         ),
         (
             lambda: jp.adapters.orthogonality_penalty(PLAIN),
-            r"nothing of `adalora` is among \['w/a', 'w/b'\]",
+            r"no arrays of `adalora`; it has \['w/a', 'w/b'\]",
         ),
         (
             lambda: jp.adapters.drop_pruned_ranks(jp.lora(R, SITES), PLAIN),
-            "`adalora` made; this one is of 'lora'",
+            "from `adalora`, but got one from 'lora'",
         ),
         (
             lambda: jp.adapters.drop_pruned_ranks(jp.chain(jp.adalora(R, SITES)), PLAIN),
-            "this one is of 'chain'. Of a chain, give that method in it",
+            "got one from 'chain'. From a `chain`, give that method in it",
         ),
         (
             lambda: jp.adapters.drop_pruned_ranks(len, PLAIN),
-            "this one is of '<built-in function len>'",
+            "got one from '<built-in function len>'",
         ),
         (
             lambda: jp.adapters.drop_pruned_ranks(
                 jp.adalora(R, SITES.match("head")), PLAIN | {"head/a": X}
             ),
-            r"lacks \['head/b', 'head/values'\].* it has \['head/a', 'w/a', 'w/b'\]. Give the adap",
+            r"lacks \['head/b', 'head/values'\].* it has \['head/a', 'w/a', 'w/b'\]. Give all",
         ),
         (
             lambda: jp.adapters.drop_pruned_ranks(
@@ -196,7 +196,7 @@ BUDGET = {"total_steps": 9, "warmup_steps": 2, "final_steps": 2}
         ),
     ],
 )
-def test_what_cannot_be_is_refused(make, message):
+def test_invalid_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

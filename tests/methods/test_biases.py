@@ -56,7 +56,7 @@ def test_experts_share_a_bias_or_have_one_each(shape):
         np.testing.assert_allclose(out[i], wanted, rtol=1e-10)
 
 
-def test_a_bias_that_heads_share_is_refused():
+def test_a_bias_shared_by_heads_is_refused():
     p, x = {"w": toy.normal(0, 5, 2, 3), "b": toy.normal(1, 3)}, toy.normal(2, 4, 5)
     message = r"adds 'b' of shape \(3,\) to the product of 'w'.*3 numbers for 6 outputs"
     with pytest.raises(ValueError, match=message):
@@ -68,17 +68,17 @@ SCALED_WITH_NOTHING = {
     "a half of the outputs": (
         lambda p, x: jnp.split(x @ p["w"], 2, -1)[0] + jnp.split(x @ p["w"], 2, -1)[1] + p["b"],
         {"w": (5, 6), "b": (3,)},
-        r"'b' of shape \(3,\) .* 'w' of shape \(5, 6\).*3 numbers for 6 outputs",
+        r"'b' of shape \(3,\) .* 'w' of shape \(5, 6\).*3 entries for 6 outputs",
     ),
     "heads share it": (
         lambda p, x: jnp.einsum("td,dnh->tnh", x, p["w"]) + p["b"],
         {"w": (5, 2, 3), "b": (3,)},
-        r"'b' of shape \(3,\) .* 'w' of shape \(5, 2, 3\).*3 numbers for 6 outputs",
+        r"'b' of shape \(3,\) .* 'w' of shape \(5, 2, 3\).*3 entries for 6 outputs",
     ),
     "scanned layers share it": (
         lambda p, x: jax.lax.scan(lambda x, w: (x @ w + p["b"], None), x, p["w"])[0],
         {"w": (2, 5, 5), "b": (5,)},
-        r"'b' of shape \(5,\) .* 'w' of shape \(2, 5, 5\).*in stacks \(\) and \(2,\)",
+        r"'b' of shape \(5,\) .* 'w' of shape \(2, 5, 5\).*their stacks are \(\) and \(2,\)",
     ),
     "two weights share it": (
         lambda p, x: jnp.tanh(x @ p["u"] + p["b"]) @ p["w"] + p["b"],
@@ -89,7 +89,7 @@ SCALED_WITH_NOTHING = {
 
 
 @pytest.mark.parametrize("name", SCALED_WITH_NOTHING)
-def test_ia3_refuses_a_bias_that_has_not_the_vector_of_its_weight(name):
+def test_ia3_refuses_a_bias_that_one_vector_cannot_scale_with_its_weight(name):
     fn, shapes, message = SCALED_WITH_NOTHING[name]
     p = {name: toy.normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
     sites = jp.sites(fn, p, toy.normal(9, 4, 5))

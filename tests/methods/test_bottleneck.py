@@ -17,6 +17,7 @@ F8 = jnp.float64
 KEY = jax.random.key(0)
 D, F, L, M, T = 8, 12, 3, 5, 4
 EPS = 0.1
+SUM = "output_plus_residual"
 
 
 def adapted(fn, params, x, target, rows=None, **options):
@@ -72,41 +73,41 @@ def layers():
 
 
 INPUT = normal(9, 2, T, D) * 3
-READ = {
+ADAPTER_INPUTS = {
     "output": lambda h, x, p: h,
     "residual": lambda h, x, p: x,
-    "sum": lambda h, x, p: x + h,
-    "sum, normed": lambda h, x, p: norm(x + h, p),
+    SUM: lambda h, x, p: x + h,
+    "output_plus_residual, normed": lambda h, x, p: norm(x + h, p),
 }
 
 
-def option(reads, sites):
-    norms = sites.match("norm/*") if "normed" in reads else None
-    return {"reads": reads.split(",")[0], "norms": norms, "eps": EPS}
+def option(adapter_input, sites):
+    norms = sites.match("norm/*") if "normed" in adapter_input else None
+    return {"adapter_input": adapter_input.split(",")[0], "norms": norms, "eps": EPS}
 
 
 @pytest.mark.parametrize("fn", [postnorm, rematerialized])
-@pytest.mark.parametrize("reads", READ)
-def test_an_adapter_reads_what_it_is_told_to(reads, fn):
+@pytest.mark.parametrize("adapter_input", ADAPTER_INPUTS)
+def test_the_adapter_input_is_the_chosen_one(adapter_input, fn):
     p, sites = layers(), jp.sites(fn, layers(), INPUT)
     out, adapter = adapted(
-        fn, p, INPUT, "down/kernel", scale=2.5, activation="gelu", **option(reads, sites)
+        fn, p, INPUT, "down/kernel", scale=2.5, activation="gelu", **option(adapter_input, sites)
     )
     x = INPUT
     for i in range(L):
         here = jax.tree.map(lambda a, i=i: a[i], p)
         h = ffn(x, here)
-        z = READ[reads](h, x, here["norm"])
+        z = ADAPTER_INPUTS[adapter_input](h, x, here["norm"])
         h = h + 2.5 * network(z, adapter, "down/kernel", i, jax.nn.gelu)
         x = norm(x + h, here["norm"])
     close(out, x)
     assert jnp.abs(out - postnorm(p, INPUT)).max() > 0.1
 
 
-def test_a_norm_that_is_trained_is_the_one_that_the_adapter_reads_through():
+def test_the_adapter_normalizes_its_input_with_the_trained_norm():
     p, sites = layers(), jp.sites(postnorm, layers(), INPUT)
     behind = jp.bottleneck_adapter(
-        M, sites.match("down/kernel"), dtype=F8, **option("sum, normed", sites)
+        M, sites.match("down/kernel"), dtype=F8, **option("output_plus_residual, normed", sites)
     )
     frozen, adapter = jp.split(jp.chain(behind, jp.norm_tuning(sites))(KEY, p))
     adapter = perturbed(adapter)
@@ -134,7 +135,9 @@ def two_layers():
 def test_norms_belong_to_the_kernels_in_their_order():
     p, sites = two_layers(), jp.sites(unrolled, two_layers(), INPUT)
     norms = sites.match("*/norm/*")
-    out, adapter = adapted(unrolled, p, INPUT, "*/down/kernel", reads="sum", norms=norms, eps=EPS)
+    out, adapter = adapted(
+        unrolled, p, INPUT, "*/down/kernel", adapter_input=SUM, norms=norms, eps=EPS
+    )
     x = INPUT
     for name in ("first", "second"):
         h, here = ffn(x, p[name]), p[name]["norm"]
@@ -209,18 +212,18 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("reads", ["sum", "residual"])
+@pytest.mark.parametrize("adapter_input", [SUM, "residual"])
 @pytest.mark.parametrize("way", WAYS)
-def test_the_stream_is_found_however_the_model_adds_it(way, reads):
+def test_the_residual_stream_is_found_however_the_model_adds_it(way, adapter_input):
     """Also beside a single row, where a bias is as long as the stream."""
     p = {"u": normal(0, D, F), "w": normal(1, F, D), "b": normal(2, D)}
     for shape in (T, D), (1, D), (1, 1, D), (D,):
         x = normal(3, *shape)
         # Sites are those of several rows, as where a model is trained on these and then decodes.
         rows = normal(4, *(3 for _ in shape[:-1]), D)
-        out, adapter = adapted(WAYS[way], p, x, "w", rows, reads=reads)
+        out, adapter = adapted(WAYS[way], p, x, "w", rows, adapter_input=adapter_input)
         h = hidden(p, x) @ p["w"] + p["b"]
-        z = x + h if reads == "sum" else x
+        z = x + h if adapter_input == SUM else x
         # One of the ways leads through float32.
         rtol = 1e-5 if way == "reshapes and names" else 1e-10
         np.testing.assert_allclose(out, x + h + network(z, adapter, "w"), rtol=rtol)
@@ -236,24 +239,26 @@ def flax_models(x):
     }
 
 
-@pytest.mark.parametrize("reads", ["sum", "residual"])
+@pytest.mark.parametrize("adapter_input", [SUM, "residual"])
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
-def test_the_stream_is_found_in_flax_modules(kind, reads):
+def test_the_residual_stream_is_found_in_flax_modules(kind, adapter_input):
     for x in normal(3, T, D), normal(3, 1, D):
         fn, params = flax_models(x)[kind]
-        out, adapter = adapted(fn, params, x, "w/kernel", normal(4, T, D), reads=reads)
+        out, adapter = adapted(
+            fn, params, x, "w/kernel", normal(4, T, D), adapter_input=adapter_input
+        )
         p = {"u": params["u"]["kernel"], "w": params["w"]["kernel"], "b": params["w"]["bias"]}
         h = fn(params, x) - x
         close(h, hidden(p, x) @ p["w"] + p["b"])
-        close(out, x + h + network(x + h if reads == "sum" else x, adapter, "w/kernel"))
+        close(out, x + h + network(x + h if adapter_input == SUM else x, adapter, "w/kernel"))
 
 
-@pytest.mark.parametrize("reads", ["sum", "residual"])
-def test_an_adapter_on_the_stream_stands_on_codes_and_on_lora_under_vmap_and_grad(reads):
+@pytest.mark.parametrize("adapter_input", [SUM, "residual"])
+def test_an_adapter_on_the_residual_works_over_int8_and_lora_under_vmap_and_grad(adapter_input):
     p = {"u": normal(0, D, F), "w": normal(1, F, D), "b": normal(2, D)}
     x, w = normal(3, T, D), jp.sites(plain, p, normal(3, T, D)).match("w")
     below = jp.chain(jp.quantize("int8", w), jp.lora(2, w, dtype=F8))
-    method = jp.chain(below, jp.bottleneck_adapter(M, w, reads=reads, dtype=F8))
+    method = jp.chain(below, jp.bottleneck_adapter(M, w, adapter_input=adapter_input, dtype=F8))
     frozen, adapter = jp.split(method(KEY, p))
     adapter = perturbed(adapter)
     factors = {f"w/{name}": adapter[f"w/w/{name}"] for name in "ab"}
@@ -264,7 +269,7 @@ def test_an_adapter_on_the_stream_stands_on_codes_and_on_lora_under_vmap_and_gra
 
     def by_hand(adapter, x):
         h = plain(dense, x) - x
-        return x + h + network(x + h if reads == "sum" else x, adapter, "w")
+        return x + h + network(x + h if adapter_input == SUM else x, adapter, "w")
 
     close(lifted(adapter, x), by_hand(adapter, x))
     close(jax.vmap(lifted, (None, 0))(adapter, x), by_hand(adapter, x))
@@ -274,13 +279,13 @@ def test_an_adapter_on_the_stream_stands_on_codes_and_on_lora_under_vmap_and_gra
 
 
 @pytest.mark.parametrize("rows", [T, 1])
-@pytest.mark.parametrize("reads", ["output", "sum", "residual"])
-def test_a_model_in_bfloat16_keeps_its_dtype(reads, rows):
+@pytest.mark.parametrize("adapter_input", ["output", SUM, "residual"])
+def test_a_model_in_bfloat16_keeps_its_dtype(adapter_input, rows):
     p = {"u": normal(0, D, F), "w": normal(1, F, D), "b": normal(2, D)}
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), p)
     x = normal(3, rows, D).astype(jnp.bfloat16)
     sites = jp.sites(plain, half, normal(4, T, D).astype(jnp.bfloat16))
-    method = jp.bottleneck_adapter(M, sites.match("w"), reads=reads)
+    method = jp.bottleneck_adapter(M, sites.match("w"), adapter_input=adapter_input)
     frozen, adapter = jp.split(method(KEY, half))
     assert {a.dtype for a in adapter.values()} == {jnp.dtype(jnp.float32)}
     adapter = perturbed(adapter)
@@ -289,7 +294,7 @@ def test_a_model_in_bfloat16_keeps_its_dtype(reads, rows):
     wide = jax.tree.map(lambda a: a.astype(F8), half)
     x = x.astype(F8)
     h = hidden(wide, x) @ wide["w"] + wide["b"]
-    z = {"output": h, "sum": x + h, "residual": x}[reads]
+    z = {"output": h, SUM: x + h, "residual": x}[adapter_input]
     want = x + h + network(z, adapter, "w")
     # A few roundings to eight bits, of h, z and the sum.
     assert jnp.abs(out.astype(F8) - want).max() < 0.01 * jnp.abs(want).max()
@@ -344,11 +349,13 @@ LOST = {
 
 
 @pytest.mark.parametrize("case", LOST)
-@pytest.mark.parametrize("reads", ["sum", "residual"])
-def test_a_stream_that_is_not_found_is_an_error_that_says_what_happens_instead(case, reads):
+@pytest.mark.parametrize("adapter_input", [SUM, "residual"])
+def test_a_residual_that_is_not_found_is_an_error_that_says_what_the_model_does(
+    case, adapter_input
+):
     fn, message = LOST[case]
     p, x = {"w": normal(0, D, D)}, normal(1, T, D)
-    method = jp.bottleneck_adapter(M, jp.sites(fn, p, x).match("w"), reads=reads)
+    method = jp.bottleneck_adapter(M, jp.sites(fn, p, x).match("w"), adapter_input=adapter_input)
     with pytest.raises(ValueError, match=rf"adapter at 'w' reads the residual stream.*{message}"):
         jp.lift(fn)(start(method, p), x)
 
@@ -361,9 +368,9 @@ def test_a_stream_that_is_not_found_is_an_error_that_says_what_happens_instead(c
     ],
     ids=["the weight comes first", "experts"],
 )
-def test_a_product_that_has_no_stream_beside_it_is_an_error(fn, shape):
+def test_a_product_without_a_residual_stream_is_an_error(fn, shape):
     p, x = {"w": normal(0, *shape)}, normal(1, T, D)
-    method = jp.bottleneck_adapter(M, jp.sites(fn, p, x).match("w"), reads="residual")
+    method = jp.bottleneck_adapter(M, jp.sites(fn, p, x).match("w"), adapter_input="residual")
     with pytest.raises(
         jp.NotMergeableError, match=r"Bottleneck at 'w' .* `dot_general` .*test_bott"
     ):
@@ -373,10 +380,12 @@ def test_a_product_that_has_no_stream_beside_it_is_an_error(fn, shape):
 # ---- Where it starts, how many numbers it trains
 
 
-@pytest.mark.parametrize("reads", READ)
-def test_training_starts_at_the_model_with_2md_d_m_numbers(reads):
+@pytest.mark.parametrize("adapter_input", ADAPTER_INPUTS)
+def test_training_starts_at_the_base_model_with_2md_d_m_parameters(adapter_input):
     p, sites = layers(), jp.sites(postnorm, layers(), INPUT)
-    method = jp.bottleneck_adapter(M, sites.match("down/kernel"), dtype=F8, **option(reads, sites))
+    method = jp.bottleneck_adapter(
+        M, sites.match("down/kernel"), dtype=F8, **option(adapter_input, sites)
+    )
     frozen, adapter = jp.split(method(KEY, p))
     assert sum(a.size for a in adapter.values()) == L * (2 * M * D + D + M)
     close(jp.lift(postnorm)(jp.combine(frozen, adapter), INPUT), postnorm(p, INPUT))
@@ -388,7 +397,7 @@ def wide():
     return p, jp.sites(fn, p, normal(1, T, 8))
 
 
-def test_down_is_drawn_with_variance_one_over_d():
+def test_down_starts_with_variance_one_over_d():
     p, sites = wide()
     _, adapter = jp.split(jp.bottleneck_adapter(16, sites.match("w"))(KEY, p))
     down = np.asarray(adapter["w/down"])
@@ -421,7 +430,7 @@ def steps(p, x):
     return jax.lax.scan(lambda x, p: (x, (x @ p["a"], x @ p["b"])), x, p)[1]
 
 
-def test_dropout_draws_a_mask_of_its_own_for_every_layer_and_weight():
+def test_dropout_draws_a_different_mask_for_every_layer_and_weight():
     """With zeros for all else, an output is `up_bias` where it is kept."""
     rate, big = 0.25, (40, D)
     p, x = {"a": jnp.zeros((L, D, D)), "b": jnp.zeros((L, D, D))}, jnp.zeros(big)
@@ -451,52 +460,61 @@ def kernels(sites):
 
 
 REFUSED = {
-    "width": (lambda s: jp.bottleneck_adapter(0, kernels(s)), r"bottleneck\(width=0\)"),
+    "no hidden unit": (
+        lambda s: jp.bottleneck_adapter(0, kernels(s)),
+        r"bottleneck_adapter\(bottleneck_dim=0\)",
+    ),
     "activation": (
         lambda s: jp.bottleneck_adapter(M, kernels(s), activation="elu"),
-        r"bottleneck\(activation='elu'\)`: choose of \['gelu', 'relu', 'silu', 'tanh'\]",
+        r"bottleneck_adapter\(activation='elu'\)`: choose one of \['gelu', 'relu', 's",
     ),
     "dropout": (
         lambda s: jp.bottleneck_adapter(M, kernels(s), dropout=1.0),
-        r"bottleneck\(dropout=1.0\)",
+        r"bottleneck_adapter\(dropout=1.0\)",
     ),
-    "reads": (
-        lambda s: jp.bottleneck_adapter(M, kernels(s), reads="input"),
-        r"bottleneck\(reads='input', init='zero'\)`: .*'output', 'sum', 'residual'",
+    "adapter input": (
+        lambda s: jp.bottleneck_adapter(M, kernels(s), adapter_input="input"),
+        r"\(adapter_input='input'\)`: .*'output', 'output_plus_residual', 'residual'",
     ),
     "init": (
         lambda s: jp.bottleneck_adapter(M, kernels(s), init="ones"),
-        r"bottleneck\(reads='output', init='ones'\)`: .*'zero' or 'normal'",
+        r"bottleneck_adapter\(init='ones'\)`: .*'zero' or 'normal'",
     ),
     "norms of too few": (
-        lambda s: jp.bottleneck_adapter(M, kernels(s), reads="sum", norms=s.match("first/norm/*")),
+        lambda s: jp.bottleneck_adapter(
+            M, kernels(s), adapter_input=SUM, norms=s.match("first/norm/*")
+        ),
         r"one scale and one bias for each of \['first/down/kernel', 'second/down/kernel'\], but "
-        r"got \['first/norm/scale'\] and \['first/norm/bias'\]",
+        r"got the scales \['first/norm/scale'\] and the biases \['first/norm/bias'\]",
     ),
     "norms without biases": (
-        lambda s: jp.bottleneck_adapter(M, kernels(s), reads="sum", norms=s.match("*/norm/scale")),
-        r"but got \['first/norm/scale', 'second/norm/scale'\] and \[\]",
+        lambda s: jp.bottleneck_adapter(
+            M, kernels(s), adapter_input=SUM, norms=s.match("*/norm/scale")
+        ),
+        r"but got the scales \['first/norm/scale', 'second/norm/scale'\] and the biases \[\]",
     ),
-    "norms for what reads none": (
-        lambda s: jp.bottleneck_adapter(M, kernels(s), reads="residual", norms=s.match("*/norm/*")),
-        r"bottleneck\(reads='residual', norms=...\)`: an adapter that reads the 'sum'",
+    "norms without the sum": (
+        lambda s: jp.bottleneck_adapter(
+            M, kernels(s), adapter_input="residual", norms=s.match("*/norm/*")
+        ),
+        r"\(adapter_input='residual', norms=...\)`: norms are for 'output_plus_residual' only",
     ),
     "norms of another size": (
         lambda s: jp.bottleneck_adapter(
-            M, s.match("first/up/kernel"), reads="sum", norms=s.match("first/norm/*")
+            M, s.match("first/up/kernel"), adapter_input=SUM, norms=s.match("first/norm/*")
         ),
         r"'first/norm/scale' of shape \(8,\) does not have one entry for each of the 12 outputs "
         r"of 'first/up/kernel', in its stack \(\)",
     ),
     "nothing": (
         lambda s: jp.bottleneck_adapter(M, kernels(s) - kernels(s)),
-        "`bottleneck` selects no parameter",
+        "`bottleneck_adapter` selects no parameter",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refusals_say_what_was_given_and_what_would_do(case):
+def test_errors_say_what_was_given_and_what_to_give(case):
     make, message = REFUSED[case]
     sites = jp.sites(unrolled, two_layers(), INPUT)
     with pytest.raises(ValueError, match=message):

@@ -34,7 +34,9 @@ METHODS = {
     "loha": lambda sites: jp.loha(2, sites, alpha=3.0, dtype=F8),
     "loha of a rank beyond the sides": lambda sites: jp.loha(4, sites, dtype=F8),
     "lokr": lambda sites: jp.lokr(1, sites, alpha=1.5, dtype=F8),
-    "lokr, both of low rank": lambda sites: jp.lokr(1, sites, factor=(2, 4), both=True, dtype=F8),
+    "lokr, both of low rank": lambda sites: jp.lokr(
+        1, sites, decompose_factor=(2, 4), decompose_both=True, dtype=F8
+    ),
     "lokr, both whole": lambda sites: jp.lokr(4, sites, alpha=2.0, dtype=F8),
     "miss": lambda sites: jp.miss(4, sites, dtype=F8),
     "miss of a rank that divides no side": lambda sites: jp.miss(7, sites, dtype=F8),
@@ -87,7 +89,7 @@ def test_it_starts_at_the_base_model_and_is_its_formula_afterwards(name):
 
 
 @each
-def test_virtual_tokens_get_no_change(name):
+def test_virtual_tokens_get_no_delta(name):
     params, sites = base()
     virtual = jp.prompts.virtual_token_ids(sites["table"], 2)
     ids = IDS.at[0, :2].set(jnp.asarray(virtual))
@@ -167,10 +169,10 @@ def test_loha_reaches_the_square_of_its_rank():
         ((12, 10), (None, 5), [(3, 5), (4, 2)]),
     ],
 )
-def test_lokr_cuts_sides_near_their_roots_or_as_it_is_told(sides, factor, blocks):
+def test_lokr_factors_sides_near_their_roots_or_by_the_given_factor(sides, factor, blocks):
     params = {"w": jnp.ones(sides)}
     found = jp.sites(lambda p, x: x @ p["w"], params, jnp.ones((1, sides[0])))
-    _, adapter = jp.split(jp.lokr(200, found.linear, factor=factor)(KEY, params))
+    _, adapter = jp.split(jp.lokr(200, found.linear, decompose_factor=factor)(KEY, params))
     assert [adapter["w/w1"].shape, adapter["w/w2"].shape] == blocks
 
 
@@ -214,22 +216,31 @@ def test_a_product_of_miss_costs_half_of_loras():
     "call, message",
     [
         (lambda s: jp.vera(0, s), r"`vera\(rank=0\)`"),
-        (lambda s: jp.vera(4, s, initial=0.0), r"`vera\(initial=0\.0\)`.*neither has a gradient"),
+        (
+            lambda s: jp.vera(4, s, d_initial=0.0),
+            r"`vera\(d_initial=0\.0\)`.*neither has a gradient",
+        ),
         (lambda s: jp.vera(4, s, dropout=1.0), r"`vera\(dropout=1\.0\)`"),
         (lambda s: jp.loha(13, s), r"`loha\(rank=13\)`.*'up' of shape \(12, 20\) is 12 x 20"),
         (lambda s: jp.loha({"up": 0}, s), r"`loha\(rank=0\)`.*'up'"),
         (lambda s: jp.loha(2, s, dropout=-0.1), r"`loha\(dropout=-0\.1\)`"),
         (lambda s: jp.lokr({"up": 0}, s), r"`lokr\(rank=0\)` for 'up'"),
         (
-            lambda s: jp.lokr(2, s, factor=3),
-            r"`lokr\(factor=3\)`: 3 does not divide the out side of 'up' of shape \(12, 20\), "
-            r"which is 20\. These do: \[1, 2, 4, 5, 10, 20\]",
+            lambda s: jp.lokr(2, s, decompose_factor=3),
+            r"`lokr\(decompose_factor=3\)`: 3 does not divide the out side of 'up' of shape "
+            r"\(12, 20\), which is 20\. These do: \[1, 2, 4, 5, 10, 20\]",
         ),
-        (lambda s: jp.lokr(2, s, factor=(5, 2)), r"5 does not divide the in side of 'up'.*is 12"),
-        (lambda s: jp.lokr(2, s, factor={"up": 0}), r"0 does not divide the in side of 'up'"),
         (
-            lambda s: jp.lokr(2, s, factor=(2, 2, 3)),
-            r"`lokr\(factor=\(2, 2, 3\)\)` for .up.: a pair",
+            lambda s: jp.lokr(2, s, decompose_factor=(5, 2)),
+            r"5 does not divide the in side of 'up'.*is 12",
+        ),
+        (
+            lambda s: jp.lokr(2, s, decompose_factor={"up": 0}),
+            r"0 does not divide the in side of 'up'",
+        ),
+        (
+            lambda s: jp.lokr(2, s, decompose_factor=(2, 2, 3)),
+            r"`lokr\(decompose_factor=\(2, 2, 3\)\)` for .up.: give one number, or a pair",
         ),
         (lambda s: jp.lokr(2, s, dropout=2), r"`lokr\(dropout=2\)`"),
         (lambda s: jp.miss(13, s), r"`miss\(rank=13\)`.*'up' of shape \(12, 20\) has 12 inputs"),
@@ -237,14 +248,14 @@ def test_a_product_of_miss_costs_half_of_loras():
         (lambda s: jp.miss(2, s, dropout=1), r"`miss\(dropout=1\)`"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(call, message):
+def test_invalid_arguments_are_refused_by_name(call, message):
     params, sites = base()
     with pytest.raises(ValueError, match=message):
         call(sites.match("up"))(KEY, params)
 
 
 @pytest.mark.parametrize("name", ["vera", "loha", "lokr", "miss"])
-def test_a_part_of_the_columns_is_refused(name):
+def test_a_slice_of_the_outputs_is_refused(name):
     _, sites = base()
     part = r"OutputSlice\(index=1, of=2"
     with pytest.raises(ValueError, match=rf"`{name}`.*columns of 'up' .*\({part}"):
@@ -259,5 +270,7 @@ def test_a_convolution_is_refused_by_lokr():
         return jax.lax.conv_general_dilated(x, p["w"], (1,), "SAME", dimension_numbers=numbers)
 
     sites = jp.sites(f, params, jnp.ones((2, 5, 4)))
-    with pytest.raises(ValueError, match=r"'w' of shape \(3, 4, 6\) is a convolution's kernel"):
+    with pytest.raises(
+        ValueError, match=r"'w' of shape \(3, 4, 6\) is the kernel of a convolution"
+    ):
         jp.lokr(2, sites.conv)

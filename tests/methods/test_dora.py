@@ -89,7 +89,7 @@ def test_a_column_of_zeros_stays_one():
         np.testing.assert_array_equal(merged[path] != 0, mask)
 
 
-def test_a_part_of_the_columns_is_refused():
+def test_a_slice_of_the_outputs_is_refused():
     sites = jp.sites(model, params(), X)
     part = r"OutputSlice\(index=1, of=2"
     with pytest.raises(ValueError, match=rf"columns of 'up' is selected \({part}"):

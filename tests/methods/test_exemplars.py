@@ -128,7 +128,7 @@ def test_a_parallel_adapter_meets_itself_across_a_remat_but_not_across_a_loop():
     np.testing.assert_allclose(jp.lift(across_remat)(tree, x), by_hand, rtol=1e-12)
     with pytest.raises(TypeError, match="adapter 'down' reads its input inside a loop"):
         jp.lift(across_loop)(tree, x)
-    with pytest.raises(ValueError, match="adapter 'down' is to add at its sub-layer's output"):
+    with pytest.raises(ValueError, match="has reached the output of the parallel adapter 'down'"):
         jp.lift(lambda p, x: x @ p["down"])({"down": tree["down"]}, toy.normal(3, 5, 12))
 
 
@@ -267,18 +267,18 @@ def test_int8_is_within_half_a_step_of_the_weight_and_under_lora(sites):
         (lambda s: jp.quantize("int3", s.linear), r"int3.*'fp4', .*'nf4'"),
         (
             lambda s: jp.chain(jp.quantize("int8", s.linear), jp.quantize("int8", s.linear)),
-            "is Columns already",
+            "is PerChannel already",
         ),
         (lambda s: jp.chain(jp.full_finetuning(s), jp.quantize("int8", s.linear)), "is trained"),
         (
             lambda s: jp.chain(jp.quantize("int8", s.linear), jp.full_finetuning(s)),
-            "no array of real numbers",
+            "no floating-point array",
         ),
-        (lambda s: jp.bottleneck_adapter(0, s.linear), r"width=0"),
+        (lambda s: jp.bottleneck_adapter(0, s.linear), r"bottleneck_dim=0"),
         (lambda s: jp.bottleneck_adapter(2, s.linear, activation="step"), r"activation='step'"),
         (
             lambda s: jp.parallel_adapter(2, s.linear, s.match("*/q/kernel")),
-            "pairs the first and the last",
+            "takes the first and the last kernel",
         ),
         (lambda s: jp.prompt_tuning(0, s.embedding), r"length=0"),
         (lambda s: jp.prefix_tuning(0, s.linear, s.linear), r"length=0"),
@@ -296,7 +296,7 @@ def test_refusals_name_the_thing(sites, make, message):
         make(sites)(KEY, toy.params())
 
 
-def test_a_weight_that_is_no_matrix_can_be_neither_merged_nor_formed(sites):
+def test_a_weight_without_a_dense_equivalent_can_be_neither_merged_nor_materialized(sites):
     tree = jp.combine(
         *jp.split(jp.bottleneck_adapter(2, sites.match("*/o/kernel"))(KEY, toy.params()))
     )

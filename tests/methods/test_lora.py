@@ -159,7 +159,7 @@ def test_refusals_name_the_thing(call, message):
         call(sites_of().linear)
 
 
-def test_a_bias_is_no_matrix():
+def test_a_bias_is_refused():
     sites = jp.sites(toy.model, toy.params(), toy.ids())
     with pytest.raises(ValueError, match=r"'layers/q/bias' of shape \(3, 16\).*as bias"):
         jp.lora(1, sites.match("layers/q/bias"))(jax.random.key(0), toy.params())

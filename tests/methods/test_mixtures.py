@@ -1,4 +1,4 @@
-"""Mixtures: an example's own task weighs the experts, and one task's mixture is plain LoRA."""
+"""Mixtures: routing weights by the task of an example, and one task as plain LoRA."""
 
 import jax
 import jax.numpy as jnp
@@ -66,17 +66,17 @@ def test_one_tasks_mixture_is_plain_lora(name, tmp_path):
         np.testing.assert_allclose(model(merged, X), want, rtol=1e-9)
 
 
-def test_skills_are_drawn_where_the_call_has_a_key():
+def test_skills_are_sampled_in_calls_with_a_key():
     _, frozen, adapter = trained("poly")
     ids = jnp.zeros(N, int)
-    calls = [run(frozen, adapter, task=ids, skills=jax.random.key(i)) for i in (0, 0, 1)]
+    calls = [run(frozen, adapter, task=ids, skill_sampling=jax.random.key(i)) for i in (0, 0, 1)]
     np.testing.assert_array_equal(calls[0], calls[1])
     assert np.abs(calls[0] - calls[2]).max() > 1e-3
     assert np.abs(calls[0] - run(frozen, adapter, task=ids)).max() > 1e-3
 
 
 @each
-def test_a_task_that_there_is_not_gives_nan(name):
+def test_a_task_id_out_of_range_gives_nan(name):
     _, frozen, adapter = trained(name)
     y = run(frozen, adapter, task=jnp.array([0, 3, 1, 2]))
     assert jnp.isnan(y[1]).all() and jnp.isfinite(y[jnp.array([0, 2, 3])]).all()
@@ -88,7 +88,7 @@ def test_a_task_that_there_is_not_gives_nan(name):
 
 
 @each
-def test_tasks_are_numbers_and_lists_as_well_as_arrays(name):
+def test_task_ids_may_be_numbers_lists_or_arrays(name):
     _, frozen, adapter = trained(name)
     jitted = jax.jit(jp.lift(model))
     for task in (1, [2, 0, 1, 2], (2, 0, 1, 2)):
@@ -102,7 +102,7 @@ def test_tasks_are_numbers_and_lists_as_well_as_arrays(name):
 
 @each
 @pytest.mark.parametrize("task, dtype", [(1.0, "float64"), ([0.0] * N, "float64"), (True, "bool")])
-def test_tasks_that_are_no_integers_are_refused(name, task, dtype):
+def test_task_ids_that_are_not_integers_are_refused(name, task, dtype):
     frozen, adapter = jp.split(MAKE[name]()(KEY, PARAMS))
     message = rf"`combine\(task=...\)` got {dtype} of shape \({'4,' * isinstance(task, list)}\)"
     for given in (task, jnp.array(task)):
@@ -111,7 +111,7 @@ def test_tasks_that_are_no_integers_are_refused(name, task, dtype):
 
 
 @each
-def test_one_tasks_mixture_keeps_what_other_methods_have_trained(name):
+def test_selecting_a_task_keeps_the_arrays_of_other_methods(name):
     head = jp.unfreeze(SITES.match("head"))
     sites = SITES.match("layers/*")
     method = {
@@ -128,9 +128,9 @@ def test_one_tasks_mixture_keeps_what_other_methods_have_trained(name):
 
 
 @each
-def test_tasks_of_another_batch_are_refused(name):
+def test_task_ids_of_another_batch_are_refused(name):
     _, frozen, adapter = trained(name)
-    message = r"told of tasks \(2,\) \(batch,\), but its input has shape \(4, 3, 5\)"
+    message = r"got task ids of shape \(2,\) \(batch,\), but its input has shape \(4, 3, 5\)"
     with pytest.raises(ValueError, match=message):
         run(frozen, adapter, task=jnp.zeros(2, int))
 
@@ -140,10 +140,16 @@ def test_tasks_of_another_batch_are_refused(name):
     [
         (
             lambda: jp.moelora(4, SITES, experts=3, tasks=2),
-            r"rank=4, experts=3.*\[1, 2, 4\] experts can",
+            r"rank=4, experts=3.*Choose one of \[1, 2, 4\]",
         ),
-        (lambda: jp.moelora(4, SITES, experts=2, tasks=0), r"tasks=0, experts=2.*tasks nobody"),
-        (lambda: jp.poly(4, SITES, skills=0, tasks=2), r"tasks=2, skills=0.*nothing to weigh"),
+        (
+            lambda: jp.moelora(4, SITES, experts=2, tasks=0),
+            r"tasks=0, experts=2.*must both be at least 1",
+        ),
+        (
+            lambda: jp.poly(4, SITES, skills=0, tasks=2),
+            r"tasks=2, skills=0.*must both be at least 1",
+        ),
         (
             lambda: jp.poly(4, SITES.output_slice(0, 1), skills=1, tasks=1),
             "`poly`: a part of the col",
@@ -155,18 +161,18 @@ def test_tasks_of_another_batch_are_refused(name):
         (lambda: jp.moelora(6, SITES, experts=2, tasks=2), r"`moelora\(rank=6\)` needs 1 <= rank"),
         (lambda: jp.poly(0, SITES, skills=2, tasks=2), r"`poly\(rank=0\)` needs 1 <= rank <= min"),
         (
-            lambda: jp.moelora(4, SITES, experts=2, tasks=2, width=0),
-            r"`moelora\(width=0\)`: .*cannot tell tasks apart.*at least 1",
+            lambda: jp.moelora(4, SITES, experts=2, tasks=2, task_embedding_dim=0),
+            r"`moelora\(task_embedding_dim=0\)`: give at least 1; .*cannot tell tasks apart",
         ),
         (
             lambda: jp.mixtures.select_task(jp.lora(2, SITES), {}, 0),
-            "`moelora` or `poly` made; this one is of 'lora'",
+            "from `moelora` or `poly`, but got one from 'lora'",
         ),
         (
             lambda: jp.mixtures.select_task(jp.chain(MAKE["poly"]()), {}, 0),
-            "'chain'. Of a chain, give that m",
+            "'chain'. From a `chain`, give that m",
         ),
-        (lambda: jp.mixtures.select_task(len, {}, 0), "this one is of '<built-in function len>'"),
+        (lambda: jp.mixtures.select_task(len, {}, 0), "got one from '<built-in function len>'"),
         (
             lambda: jp.mixtures.select_task(MAKE["moelora"](), {"head/a": X}, 0),
             r"lacks \['head/b', 'head/gate', 'head/tasks', 'lay.* it has \['head/a'\]. Give",
@@ -178,7 +184,7 @@ def test_tasks_of_another_batch_are_refused(name):
         (lambda: jp.mixtures.select_task(MAKE["poly"](), {}, 3), "task=3.*there are 3 tasks"),
     ],
 )
-def test_what_cannot_be_is_refused(make, message):
+def test_invalid_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

@@ -126,7 +126,7 @@ def moments():
     return jp.calibration.input_moments(fused, PARAMS, MIDDLE, [X])
 
 
-#: Each method on a part, and the tree that it stands on.
+#: Each method on an output slice.
 ON_A_PART = {
     "adalora": lambda: jp.adalora(1, MIDDLE),
     "stack_adapters": lambda: jp.mixtures.stack_adapters([(jp.lora(1, MIDDLE), {})] * 2),
@@ -166,18 +166,19 @@ ON_A_PART = {
     "unfreeze": lambda: jp.unfreeze(MIDDLE),
     "unipelt": lambda: jp.unipelt(MIDDLE, W, OUT, OUT, rank=1, length=2, bottleneck_dim=2),
     "vera": lambda: jp.vera(2, MIDDLE),
-    "xlora": lambda: jp.xlora(MIDDLE, {"w": [1]}, width=2),
+    "xlora": lambda: jp.xlora(MIDDLE, {"w": [1]}, hidden_size=2),
 }
-HONOURED = {"lora", "lora_fa", "eva", "ia3"}
-#: These take all parameters of the program, and choose among them themselves.
+ACT_ON_SLICES = {"lora", "lora_fa", "eva", "ia3"}
+#: These take all parameters of the model, and choose among them themselves.
 CHOOSING = {"bitfit", "full_finetuning", "last_layers", "linear_probe", "norm_tuning"}
 
 
 @pytest.mark.parametrize("name", ON_A_PART)
-def test_a_method_acts_on_the_part_alone_or_refuses_it(name):
-    if name not in HONOURED:
-        refused = r"a part of the columns of '[wt]' is selected \(OutputSlice"
-        with pytest.raises(ValueError, match=refused):
+def test_a_method_acts_on_the_output_slice_alone_or_refuses_it(name):
+    if name not in ACT_ON_SLICES:
+        with pytest.raises(
+            ValueError, match=r"a part of the columns of '[wt]' is selected \(OutputSlice"
+        ):
             ON_A_PART[name]()(
                 KEY, TABLE if name in ("prompt_tuning", "p_tuning") else {**PARAMS, **TABLE}
             )
@@ -207,8 +208,8 @@ def test_no_method_is_missing_here():
     [
         (
             lambda: MIDDLE | W.output_slice(2, 3),
-            "`|` of two selections with different columns of 'w': "
-            "OutputSlice(index=1, of=3, groups=1) and OutputSlice(index=2, of=3, groups=1)",
+            "`|` of two selections with different columns of 'w': OutputSlice(index=1, of=3, "
+            "groups=1) and OutputSlice(index=2, of=3, groups=1)",
         ),
         (lambda: SITES.linear & MIDDLE, "`&` of two selections with different columns of 'w': all"),
         (lambda: SITES.linear - MIDDLE, "`-` of two selections with different columns of 'w': all"),
@@ -222,11 +223,11 @@ def test_no_method_is_missing_here():
         ),
     ],
 )
-def test_selections_do_not_forget_columns(make, message):
+def test_set_operations_keep_output_slices(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
 
 
-def test_a_part_is_united_with_other_weights_and_with_itself():
+def test_an_output_slice_is_united_with_other_weights_and_with_itself():
     assert (MIDDLE | OUT)["w"].part == (MIDDLE | MIDDLE)["w"].part == jp.OutputSlice(1, 3)
     assert list((MIDDLE | OUT) - MIDDLE) == ["o"]

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft as jp
-from jaxpeft._methods.oft import rotations
+from jaxpeft._methods.oft import cayley_rotations
 
 KEY = jax.random.key(0)
 N, F, M = 12, 16, 10
@@ -84,7 +84,7 @@ def reflections(u):
     return whole
 
 
-def test_oft_turns_the_inputs_by_cayleys_rotations():
+def test_oft_rotates_the_inputs_by_cayley_transforms():
     frozen, adapter = split("oft", {"up": 4, "down": 2}, linear())
     np.testing.assert_array_equal(outputs(frozen, adapter), model(params(), X))
     adapter = moved(adapter)
@@ -96,8 +96,8 @@ def test_oft_turns_the_inputs_by_cayleys_rotations():
     np.testing.assert_allclose(outputs(frozen, adapter), model(p, X), rtol=1e-10)
 
 
-def test_a_shared_block_turns_all_inputs_alike():
-    frozen, adapter = split("oft", 4, linear(), share=True)
+def test_a_shared_block_rotates_all_blocks_of_inputs_alike():
+    frozen, adapter = split("oft", 4, linear(), block_share=True)
     assert {k: v.shape for k, v in adapter.items()} == {"up/skew": (1, 6), "down/skew": (1, 6)}
     adapter = moved(adapter)
     p = params()
@@ -108,10 +108,10 @@ def test_a_shared_block_turns_all_inputs_alike():
 
 def test_the_series_comes_to_the_solution_as_its_terms_grow():
     skew = 0.05 * jax.random.normal(KEY, (3, 15))
-    exact = rotations(skew, 6)
-    size = float(jnp.linalg.norm(rotations(skew, 6) - jnp.eye(6), 2, (-2, -1)).max()) / 2
+    exact = cayley_rotations(skew, 6)
+    size = float(jnp.linalg.norm(cayley_rotations(skew, 6) - jnp.eye(6), 2, (-2, -1)).max()) / 2
     for terms in range(1, 6):
-        error = float(jnp.abs(rotations(skew, 6, terms) - exact).max())
+        error = float(jnp.abs(cayley_rotations(skew, 6, terms) - exact).max())
         # By a power of about |Q| for each.
         assert 0.01 * size ** (terms + 1) < error < 3 * size ** (terms + 1)
 
@@ -119,7 +119,7 @@ def test_the_series_comes_to_the_solution_as_its_terms_grow():
 @pytest.mark.parametrize("factors", [1, 2, 3])
 def test_boft_is_a_product_of_butterfly_factors_and_a_scale(factors):
     site = linear() & linear().match("down")
-    frozen, adapter = split("boft", 4, site, factors=factors)
+    frozen, adapter = split("boft", 4, site, n_butterfly_factors=factors)
     np.testing.assert_array_equal(outputs(frozen, adapter), model(params(), X))
     adapter = moved(adapter)
     turns = [[cayley(q, 4) for q in factor] for factor in adapter["down/skew"]]
@@ -142,7 +142,7 @@ def test_hra_is_a_product_of_reflections():
     np.testing.assert_allclose(outputs(frozen, adapter), model(p, X), rtol=1e-10)
 
 
-def test_hra_does_not_depend_on_the_lengths_of_its_columns():
+def test_hra_does_not_depend_on_the_norms_of_its_columns():
     frozen, adapter = split("hra", 4, linear())
     adapter = moved(adapter)
     longer = {name: 7 * u for name, u in adapter.items()}
@@ -154,8 +154,8 @@ def test_hra_does_not_depend_on_the_lengths_of_its_columns():
     [(1, {"*": 2}), (2, {"up": 8, "down": 5}), (4, {"up": 16, "down": 5})],
     ids=str,
 )
-def test_road_turns_pairs_of_outputs_and_the_bias_with_them(variant, group):
-    frozen, adapter = split("road", linear(), variant=variant, group=group)
+def test_road_rotates_pairs_of_outputs_and_the_bias_with_them(variant, group):
+    frozen, adapter = split("road", linear(), variant=variant, group_size=group)
     np.testing.assert_array_equal(outputs(frozen, adapter), model(params(), X))
     adapter = moved(adapter)
     p = params()
@@ -183,9 +183,9 @@ def test_road_turns_pairs_of_outputs_and_the_bias_with_them(variant, group):
 # In other places ----------------------------------------------------------------------------------
 
 METHODS = {
-    "boft": lambda sites: jp.boft(2, sites, factors=2, dtype=jnp.float64),
-    "oft, shared": lambda sites: jp.oft(4, sites, share=True, dtype=jnp.float64),
-    "road": lambda sites: jp.road(sites, variant=4, group=4, dtype=jnp.float64),
+    "boft": lambda sites: jp.boft(2, sites, n_butterfly_factors=2, dtype=jnp.float64),
+    "oft, shared": lambda sites: jp.oft(4, sites, block_share=True, dtype=jnp.float64),
+    "road": lambda sites: jp.road(sites, variant=4, group_size=4, dtype=jnp.float64),
 }
 each = pytest.mark.parametrize("name", METHODS)
 
@@ -219,7 +219,7 @@ def test_in_a_scan_of_layers_with_heads_under_lora_it_is_the_merged_model(name):
         np.testing.assert_allclose(slope, slopes[1][path], atol=1e-9, err_msg=path)
 
 
-def test_a_shard_of_the_inputs_holds_whole_butterflies_or_the_weight_is_made_dense():
+def test_a_shard_of_the_inputs_holds_whole_butterflies_or_the_weight_is_materialized():
     """A device has 8 inputs: a butterfly of 2 factors joins 4 of them, one of 4 all 16."""
     kind = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((2,), ("t",), axis_types=kind, devices=jax.devices()[:2])
@@ -232,7 +232,9 @@ def test_a_shard_of_the_inputs_holds_whole_butterflies_or_the_weight_is_made_den
     x = jax.random.normal(KEY, (3, 16))
     fn = lambda p, x: rows(p["w"], x)  # noqa: E731
     for factors, events in ((2, 0), (4, 1)):
-        method = jp.boft(2, jp.sites(fn, p, x).linear, factors=factors, dtype=jnp.float64)
+        method = jp.boft(
+            2, jp.sites(fn, p, x).linear, n_butterfly_factors=factors, dtype=jnp.float64
+        )
         frozen, adapter = jp.split(method(KEY, p))
         tree, made = jp.combine(frozen, moved(adapter)), []
         y = jax.jit(jp.lift(fn, materialize=made.append))(tree, x)
@@ -240,7 +242,7 @@ def test_a_shard_of_the_inputs_holds_whole_butterflies_or_the_weight_is_made_den
         assert len(made) == events
 
 
-def test_a_convolution_that_oft_cannot_turn_is_made_dense():
+def test_a_convolution_that_oft_cannot_rotate_is_materialized():
     """With as many groups as the window has places, its channels are as many as `in`."""
 
     def conv(p, x):
@@ -268,7 +270,7 @@ def test_nothing_of_the_size_of_the_inputs_squared_is_formed():
         step = jax.grad(lambda a: jp.lift(f)(jp.combine(frozen, a), x).sum())
         return jax.jit(step).lower(adapter).as_text()
 
-    for method in (jp.oft(4, sites), jp.boft(4, sites, factors=3), jp.hra(4, sites)):
+    for method in (jp.oft(4, sites), jp.boft(4, sites, n_butterfly_factors=3), jp.hra(4, sites)):
         assert f"<{n}x{n}x" not in lowered(method)
     assert f"<{n}x{n}x" in lowered(jp.oft(n, sites))  # where one block is all there is
 
@@ -281,30 +283,33 @@ def test_nothing_of_the_size_of_the_inputs_squared_is_formed():
     [
         (
             lambda s: jp.oft(5, s),
-            r"oft\(block=5\)`: 'down' of shape \(16, 10\) has 16 inputs.*blocks: 2, 4, 8, 16;",
+            r"oft\(block_size=5\)`: 'down' of shape \(16, 10\) has 16 inputs.*such as 2, 4, 8, 16;",
         ),
-        (lambda s: jp.oft(1, s), r"oft\(block=1\)`: 'down'"),
+        (lambda s: jp.oft(1, s), r"oft\(block_size=1\)`: 'down'"),
         (
             lambda s: jp.oft({"up": 8, "*": 2}, s),
-            r"block=8\)`: 'up' .* 12 inputs.*blocks: 2, 3, 4, 6, 12;",
+            r"block_size=8\)`: 'up' .* 12 inputs.*such as 2, 3, 4, 6, 12;",
         ),
-        (lambda s: jp.oft(4, s, terms=0), r"oft\(terms=0\)"),
+        (lambda s: jp.oft(4, s, neumann_terms=0), r"oft\(neumann_terms=0\)"),
         (
-            lambda s: jp.boft(4, s.match("up"), factors=3),
-            r"boft\(block=4\)`: 'up' .* 12 inputs.*even number, 4 times .*blocks: none;",
+            lambda s: jp.boft(4, s.match("up"), n_butterfly_factors=3),
+            r"boft\(block_size=4\)`: 'up' .* 12 inputs.*even number, 4 times .*such as none;",
         ),
         (
-            lambda s: jp.boft(3, s.match("up"), factors=2),
-            r"boft\(block=3\)`: 'up' .* 2 times .*blocks: 2, 6;",
+            lambda s: jp.boft(3, s.match("up"), n_butterfly_factors=2),
+            r"boft\(block_size=3\)`: 'up' .* 2 times .*such as 2, 6;",
         ),
-        (lambda s: jp.boft(4, s, factors=0), r"boft\(factors=0\)` for 'down'"),
+        (
+            lambda s: jp.boft(4, s, n_butterfly_factors=0),
+            r"boft\(n_butterfly_factors=0\)` for 'down'",
+        ),
         (lambda s: jp.hra(3, s), r"hra\(rank=3\)`: 'down' .* 16 inputs .* even rank from 2 to 16"),
         (lambda s: jp.hra(0, s), r"hra\(rank=0\)`: 'down'"),
         (lambda s: jp.hra(14, s), r"hra\(rank=14\)`: 'up' .* from 2 to 12"),
         (lambda s: jp.road(s, variant=3), r"road\(variant=3\)`: choose 1, 2 or 4"),
         (
-            lambda s: jp.road(s, group=4),
-            r"road\(group=4\)`: 'down' .* 10 outputs.*blocks: 2, 5, 10;",
+            lambda s: jp.road(s, group_size=4),
+            r"road\(group_size=4\)`: 'down' .* 10 outputs.*such as 2, 5, 10;",
         ),
         (lambda s: jp.oft(2, s.output_slice(0, 2)), r"`oft`.*part of the columns of 'down'"),
         (lambda s: jp.boft(2, s.output_slice(0, 2)), r"`boft`.*part of the columns of 'down'"),
@@ -317,7 +322,7 @@ def test_what_does_not_fit_is_refused_by_name(make, message):
         make(linear())
 
 
-def test_road_refuses_a_bias_that_cannot_turn_with_its_weight():
+def test_road_refuses_a_bias_that_cannot_rotate_with_its_weight():
     def shared(p, x):
         return jnp.tanh(x @ p["v"] + p["b"]) + jnp.tanh(x @ p["w"] + p["b"])
 
@@ -331,5 +336,7 @@ def test_road_refuses_a_bias_that_cannot_turn_with_its_weight():
 
     p = dict(w=jnp.ones((4, 6)), b=jnp.ones(1))
     sites = jp.sites(scalar, p, jnp.ones((2, 4)))
-    with pytest.raises(ValueError, match=r"'b' of shape \(1,\).*'w'.*takes 6 .* has 1"):
+    with pytest.raises(
+        ValueError, match=r"'b' of shape \(1,\).*'w'.*has 1 entries .* should have 6"
+    ):
         jp.road(sites.linear)

@@ -109,7 +109,7 @@ def untrained(s):
 LSTM = 2 * (4 + 3 + 2) * 12 + 2 * (6 + 3 + 2) * 12 + 6 * 6 + 6 + 6 * D + D
 KEYS = N * H
 
-#: How many numbers each method trains on its row, by the formula of its paper.
+#: How many trainable parameters each method has on its row, by the formula of its paper.
 NUMBERS = {
     "lora": 2 * (D + F) + 2 * (F + D),
     "ia3": F + D,
@@ -151,7 +151,7 @@ NUMBERS = {
 
 
 @each
-def test_it_trains_as_many_numbers_as_its_paper_says(method):
+def test_it_has_as_many_trainable_parameters_as_its_paper_says(method):
     s = at(method)
     counts = jp.count_params(s.frozen, s.adapter)
     assert counts.trainable == sum(x.size for x in s.adapter.values()) == NUMBERS[method.name]
@@ -211,7 +211,7 @@ def check(s, how, params, adapter):
 @pytest.mark.parametrize("format", ["int8", pytest.param("nf4", marks=pytest.mark.conformance)])
 @others(plain)
 @pytest.mark.filterwarnings("ignore::jaxpeft.MaterializedWarning")
-def test_over_codes_it_is_the_method_over_what_they_say(method, format):
+def test_over_quantized_values_it_is_the_method_over_the_dequantized_ones(method, format):
     s = at(method)
     quantize = jp.quantize(format, s.sites.matrices, **({"block": 4} if format == "nf4" else {}))
     decoded = jp.merge(quantize(KEY, s.case.params))

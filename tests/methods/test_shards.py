@@ -111,7 +111,7 @@ def test_a_bottleneck_on_a_gathered_weight_is_the_bottleneck_on_the_whole_one(me
 
 
 @pytest.mark.filterwarnings("ignore::jaxpeft.MaterializedWarning")
-def test_copies_and_layers_of_a_devices_own_are_no_parts_of_one_weight(mesh):
+def test_replicas_and_layers_of_each_device_are_not_shards_of_one_weight(mesh):
     """Gathered they are another array: its factors are not those of one weight, end to end."""
 
     def copies(p, x):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft._methods.pissa import leading
+from jaxpeft._methods.pissa import top_singular_triplets
 from jaxpeft.io import load_adapter, save_adapter
 
 from .stack import model, params
@@ -40,7 +40,9 @@ def gradients():
 
 METHODS = {
     "pissa": lambda sites, **more: jp.pissa(R, sites, dtype=jnp.float64, **more),
-    "pissa, sketched": lambda sites, **more: jp.pissa(R, sites, turns=6, dtype=jnp.float64, **more),
+    "pissa, sketched": lambda sites, **more: jp.pissa(
+        R, sites, n_iter=6, dtype=jnp.float64, **more
+    ),
     "olora": lambda sites, **more: jp.olora(R, sites, dtype=jnp.float64, **more),
     "corda": lambda sites, **more: jp.corda(R, sites, moments(), dtype=jnp.float64, **more),
     "lora_ga": lambda sites, **more: jp.lora_ga(R, sites, gradients(), dtype=jnp.float64, **more),
@@ -77,7 +79,7 @@ def test_moments_are_those_of_the_inputs_layer_by_layer():
     assert found["head"].count == 72
 
 
-def test_moments_over_codes_are_those_of_their_values():
+def test_moments_of_a_quantized_model_are_those_of_the_dequantized_one():
     quantized = jp.quantize("int8", LAYERS)(KEY, PARAMS)
     dense = jax.tree.map(jnp.asarray, jp.merge(quantized))
     codes, values = (
@@ -170,7 +172,7 @@ def test_counts_of_another_shape_are_refused():
         jp.calibration.input_moments(model, PARAMS, LAYERS, BATCHES, mask=lambda batch: jnp.ones(4))
 
 
-def test_a_gradient_of_codes_is_refused():
+def test_a_gradient_of_quantized_values_is_refused():
     quantized = jp.quantize("int8", LAYERS)(KEY, PARAMS)
     with pytest.raises(ValueError, match="'layers/down' is no plain array of this tree"):
         jp.calibration.mean_gradients(loss, quantized, LAYERS, BATCHES)
@@ -190,7 +192,7 @@ def test_training_starts_at_the_base(make, scale):
 
 
 @each
-def test_over_codes_the_start_is_taken_away_beside_them(make):
+def test_over_quantized_values_the_start_is_subtracted_as_a_second_low_rank_matrix(make):
     quantized = jp.quantize("int8", LAYERS)(KEY, PARAMS)
     frozen, adapter = jp.split(make(LAYERS)(KEY, quantized))
     want = jp.lift(model)(quantized, BATCHES[0])
@@ -203,7 +205,7 @@ def test_over_codes_the_start_is_taken_away_beside_them(make):
 
 
 @each
-def test_as_lora_it_is_the_same_change_over_the_base_as_it_was(make, tmp_path):
+def test_to_lora_gives_the_same_update_of_the_original_base(make, tmp_path):
     for options in ({}, {"alpha": 3.0}, {"alpha": 3.0, "scaling": "alpha/sqrt(r)"}):
         method = make(LAYERS, **options)
         frozen, start = jp.split(method(KEY, PARAMS))
@@ -223,7 +225,7 @@ def test_as_lora_it_is_the_same_change_over_the_base_as_it_was(make, tmp_path):
     [jp.pissa, jp.olora, lambda rank, sites, **more: jp.corda(rank, sites, moments(), **more)],
     ids=["pissa", "olora", "corda"],
 )
-def test_as_lora_has_no_more_columns_than_the_smaller_side(make, options):
+def test_to_lora_has_no_larger_rank_than_the_smaller_side(make, options):
     ranks = {"layers/up": 8, "layers/down": 5, "head": 3}  # of 8 x 12, 12 x 8 and 8 x 5
     method = make(ranks, SITES.linear, dtype=jnp.float64, **options)
     frozen, start = jp.split(method(KEY, PARAMS))
@@ -244,7 +246,7 @@ def test_as_lora_has_no_more_columns_than_the_smaller_side(make, options):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), got, want)
 
 
-def test_as_lora_reduces_a_small_change_to_the_rounding_of_the_change():
+def test_to_lora_reduces_a_small_update_up_to_the_rounding_of_the_update():
     """In 16 bits too, where that of the factors is as large as the change itself."""
     head = SITES.match("head")
     method = jp.pissa(4, head, dtype=jnp.bfloat16)
@@ -258,7 +260,7 @@ def test_as_lora_reduces_a_small_change_to_the_rounding_of_the_change():
     assert np.abs(got - want).max() < 2**-7 * np.abs(want).max() < 2**-7 * np.abs(before).max() / 4
 
 
-def test_as_lora_stands_in_a_chain_where_the_method_stood():
+def test_to_lora_replaces_the_method_in_a_chain():
     """Over codes, and with what another method trains, which stays in the adapter."""
     head = jp.unfreeze(SITES.match("head"))
     int8, own = jp.quantize("int8", LAYERS), METHODS["pissa"](LAYERS)
@@ -270,7 +272,7 @@ def test_as_lora_stands_in_a_chain_where_the_method_stood():
     np.testing.assert_allclose(outputs(again, same), outputs(frozen, adapter), atol=1e-5)
 
 
-def as_lora_of(method=None, adapter=None, start=None):
+def to_lora_of(method=None, adapter=None, start=None):
     own = jp.pissa(R, SITES.match("head"))
     _, whole = jp.split(own(KEY, PARAMS))
     given = (whole if x is None else x for x in (adapter, start))
@@ -280,14 +282,23 @@ def as_lora_of(method=None, adapter=None, start=None):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: as_lora_of(jp.lora(R, LAYERS)), "`lora_ga` made; this one is of 'lora'. Of a cha"),
-        (lambda: as_lora_of(jp.chain(jp.pissa(R, LAYERS))), "is of 'chain'.*give that method in"),
-        (lambda: as_lora_of(len), "of '<built-in function len>'. Of a chain"),
-        (lambda: as_lora_of(adapter={}), r"adapter lacks \['head/a', 'head/b'\].*it has \[\]. Giv"),
-        (lambda: as_lora_of(start={"head/a": 1}), r"start lacks \['head/b'\].*has \['head/a'\]. G"),
+        (
+            lambda: to_lora_of(jp.lora(R, LAYERS)),
+            "or `lora_ga`, but got one from 'lora'. From a `chain`",
+        ),
+        (lambda: to_lora_of(jp.chain(jp.pissa(R, LAYERS))), "from 'chain'.*give that method in"),
+        (lambda: to_lora_of(len), "from '<built-in function len>'. From a `chain`"),
+        (
+            lambda: to_lora_of(adapter={}),
+            r"adapter lacks \['head/a', 'head/b'\].*it has \[\]. Give all",
+        ),
+        (
+            lambda: to_lora_of(start={"head/a": 1}),
+            r"start lacks \['head/b'\].*has \['head/a'\]. Give all",
+        ),
     ],
 )
-def test_what_is_no_start_is_refused(make, message):
+def test_to_lora_refuses_other_methods_and_missing_arrays(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -305,7 +316,7 @@ def test_pissa_trains_the_largest_components():
 def test_a_sketch_finds_the_leading_components():
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=(40, 30)) @ np.diag(0.7 ** np.arange(30.0)))
-    u, s, v = leading(KEY, w, 4, turns=4)
+    u, s, v = top_singular_triplets(KEY, w, 4, n_iter=4)
     exact = np.linalg.svd(w, compute_uv=False)
     np.testing.assert_allclose(s, exact[:4], rtol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(w - u * s @ v, 2), exact[4], rtol=1e-5)
@@ -326,12 +337,15 @@ def test_corda_takes_what_the_tasks_inputs_see():
     w, c = PARAMS["head"], moments()["head"].second / 72
     c = c + 0.01 * jnp.trace(c) / D * jnp.eye(D)
     head = SITES.match("head")
-    for keep, at in (("task", slice(0, R)), ("knowledge", slice(-R, None))):
+    for mode, k in (
+        ("instruction-previewed", slice(0, R)),
+        ("knowledge-preserved", slice(-R, None)),
+    ):
         _, adapter = jp.split(
-            jp.corda(R, head, moments(), keep=keep, dtype=jnp.float64)(KEY, PARAMS)
+            jp.corda(R, head, moments(), mode=mode, dtype=jnp.float64)(KEY, PARAMS)
         )
         u, s, v = np.linalg.svd(c @ w, full_matrices=False)
-        want = np.linalg.inv(c) @ (u[:, at] * s[at]) @ v[at]
+        want = np.linalg.inv(c) @ (u[:, k] * s[k]) @ v[k]
         np.testing.assert_allclose(adapter["head/a"] @ adapter["head/b"], want, atol=1e-9)
 
 
@@ -440,7 +454,7 @@ def of_nan(path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: jp.eva(R, LAYERS, moments(), rho=0.5), r"eva\(rho=0.5\)`: at least 1"),
+        (lambda: jp.eva(R, LAYERS, moments(), rho=0.5), r"eva\(rho=0.5\)`: give at least 1"),
         (
             lambda: jp.eva(6, SITES.linear, moments()),
             r"eva\(rank=6\)` needs .* 'head' of shape \(8, 5\) is 8 x 5",
@@ -452,8 +466,11 @@ def of_nan(path):
         ),
         (lambda: jp.eva(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; those given"),
         (lambda: jp.corda(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; those given"),
-        (lambda: jp.corda(R, LAYERS, moments(), keep="all"), "keep='all'.*choose 'task' or"),
-        (lambda: jp.corda(R, LAYERS, moments(), damping=0), "damping=0.*positive share"),
+        (
+            lambda: jp.corda(R, LAYERS, moments(), mode="all"),
+            "mode='all'.*choose 'instruction-previewed' or",
+        ),
+        (lambda: jp.corda(R, LAYERS, moments(), damping=0), "damping=0.*positive fraction"),
         (
             lambda: jp.corda(R, LAYERS, of_no_inputs("layers/up", 1)),
             r"`corda`: the inputs of 'layers/up' were all zero or .* in \[\[1\]\] of its stack",
@@ -473,8 +490,11 @@ def of_nan(path):
             "`lora_ga`: the gradient of 'layers/up' is not finite.*names the batch",
         ),
         (lambda: jp.lora_ga(R, LAYERS, gradients(), gamma=0), "gamma=0.*positive number"),
-        (lambda: jp.lora_ga(R, LAYERS, {}), r"'layers/down' has shape None, should be \(3, 12, 8"),
-        (lambda: jp.pissa(R, LAYERS, turns=-1), r"turns=-1\)`: 0 or more turns"),
+        (
+            lambda: jp.lora_ga(R, LAYERS, {}),
+            r"'layers/down' has shape None, but should have \(3, 12, 8",
+        ),
+        (lambda: jp.pissa(R, LAYERS, n_iter=-1), r"n_iter=-1\)`: give 0 or more iterations"),
         (lambda: jp.lora_ga(5, LAYERS, gradients())(KEY, PARAMS), "2 \\* rank = 10.*rank to 4"),
         (
             lambda: jp.olora(R, LAYERS.output_slice(0, 2)),
@@ -486,7 +506,7 @@ def of_nan(path):
         ),
     ],
 )
-def test_what_cannot_be_is_refused(make, message):
+def test_invalid_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -532,7 +552,7 @@ def test_moments_of_another_model_are_refused():
 
 
 @pytest.mark.parametrize("make", [jp.lora, jp.adalora, jp.dora], ids=lambda f: f.__name__)
-def test_a_full_rank_reaches_any_change(make):
+def test_a_full_rank_reaches_any_update(make):
     head = SITES.match("head")
     change = np.random.default_rng(3).normal(size=PARAMS["head"].shape)
     frozen, adapter = jp.split(make(5, head, dtype=jnp.float64)(KEY, PARAMS))

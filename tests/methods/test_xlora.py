@@ -84,27 +84,27 @@ def run(frozen, adapter, x=X, **call):
 # The formula -------------------------------------------------------------------------------------
 
 
-def shares_by_hand(logits, temperature, top):
-    shares = np.exp(logits / temperature)
-    if top is not None:
-        shares[shares < np.sort(shares, axis=-1)[..., -top, None]] = 0
-    return shares / shares.sum(-1, keepdims=True)
+def routing_weights_by_hand(logits, temperature, top_k):
+    weights = np.exp(logits / temperature)
+    if top_k is not None:
+        weights[weights < np.sort(weights, axis=-1)[..., -top_k, None]] = 0
+    return weights / weights.sum(-1, keepdims=True)
 
 
-def by_hand(adapter, hidden, temperature, top):
+def by_hand(adapter, hidden, temperature, top_k):
     def product(path, x, layer=None):
         def at(array):
             return np.asarray(array if layer is None else array[layer])
 
         h = x if hidden is None else hidden
         logits = h @ at(adapter[f"{path}/experts/gate"]) + at(adapter[f"{path}/experts/bias"])
-        shares = shares_by_hand(logits, temperature, top)
-        shares = shares.reshape(*h.shape[:-1], *(1,) * (x.ndim - h.ndim), 3)
+        weights = routing_weights_by_hand(logits, temperature, top_k)
+        weights = weights.reshape(*h.shape[:-1], *(1,) * (x.ndim - h.ndim), 3)
         y = x @ at(PARAMS["head"] if layer is None else PARAMS["layers"][path[7:]])
         for i, (trained, strengths) in enumerate(zip(ADAPTERS, STRENGTHS, strict=True)):
             if path in strengths:
                 a, b = at(trained[f"{path}/a"]), at(trained[f"{path}/b"])
-                y = y + shares[..., i : i + 1] * strengths[path] * (x @ a @ b)
+                y = y + weights[..., i : i + 1] * strengths[path] * (x @ a @ b)
         return y
 
     h = np.asarray(X)
@@ -114,23 +114,23 @@ def by_hand(adapter, hidden, temperature, top):
 
 
 @pytest.mark.parametrize(
-    "lead, top",
+    "lead, top_k",
     [((), None), ((N,), None), ((N, T), None), (None, None), ((N, T), 1), ((N, T), 2), (None, 2)],
 )
-def test_the_change_is_that_of_the_formula(lead, top):
-    options = dict(temperature=0.7, top=top)
+def test_the_update_is_that_of_the_formula(lead, top_k):
+    options = dict(temperature=0.7, top_k=top_k)
     if lead is None:
-        frozen, adapter = gated(True, reads="input", **options)
+        frozen, adapter = gated(True, gate_input="input", **options)
         got, h = run(frozen, adapter), None
     else:
-        frozen, adapter = gated(True, width=W, **options)
+        frozen, adapter = gated(True, hidden_size=W, **options)
         h = normal(50, *lead, W)
-        got = run(frozen, adapter, hidden=h)
+        got = run(frozen, adapter, hidden_states=h)
         h = np.asarray(h)
-    np.testing.assert_allclose(got, by_hand(adapter, h, 0.7, top), rtol=1e-10)
+    np.testing.assert_allclose(got, by_hand(adapter, h, 0.7, top_k), rtol=1e-10)
 
 
-def test_a_bank_holds_the_factors_side_by_side_and_no_columns_for_who_is_absent():
+def test_a_stack_holds_the_factors_side_by_side_and_no_columns_of_absent_experts():
     assert BANK.ranks == {"layers/up": [2, 1, 1], "layers/down": [2, 3, 1], "head": [2, 3, 0]}
     assert {path: x.shape for path, x in BANK.arrays.items()} == {
         "layers/up/experts/a": (L, D, 4),
@@ -144,23 +144,23 @@ def test_a_bank_holds_the_factors_side_by_side_and_no_columns_for_who_is_absent(
     np.testing.assert_array_equal(BANK.arrays["head/experts/b"][:2], 1.5 * ADAPTERS[0]["head/b"])
 
 
-def test_training_starts_at_the_mean_of_the_experts_changes():
+def test_training_starts_at_the_mean_of_the_experts_updates():
     mean = jax.tree.map(lambda *w: sum(w) / len(w), *ALONE)
     want = model(mean, X)
     assert np.abs(want - model(PARAMS, X)).max() > 0.1
-    for top in (None, 1):  # equal logits have equal shares, whatever `top` says
-        frozen, adapter = gated(width=W, top=top)
+    for top_k in (None, 1):  # equal logits have equal weights, whatever `top_k` says
+        frozen, adapter = gated(hidden_size=W, top_k=top_k)
         assert not any(x.any() for x in adapter.values())
-        got = run(frozen, adapter, hidden=normal(50, N, W))
+        got = run(frozen, adapter, hidden_states=normal(50, N, W))
         np.testing.assert_allclose(got, want, rtol=1e-10)
-    np.testing.assert_allclose(run(*gated(reads="input")), want, rtol=1e-10)
+    np.testing.assert_allclose(run(*gated(gate_input="input")), want, rtol=1e-10)
 
 
-@pytest.mark.parametrize("reads", ["hidden", "input"])
-def test_a_gate_with_one_choice_is_that_expert_alone(reads):
-    hidden = reads == "hidden"
-    frozen, adapter = gated(reads=reads, width=W if hidden else None)
-    call = {"hidden": normal(50, N, T, W)} if hidden else {}
+@pytest.mark.parametrize("gate_input", ["hidden_states", "input"])
+def test_a_gate_with_one_choice_is_that_expert_alone(gate_input):
+    hidden = gate_input == "hidden_states"
+    frozen, adapter = gated(gate_input=gate_input, hidden_size=W if hidden else None)
+    call = {"hidden_states": normal(50, N, T, W)} if hidden else {}
     for i, alone in enumerate(ALONE):
         chosen = {
             k: x.at[..., i].set(1e3) if k.endswith("/bias") else x for k, x in adapter.items()
@@ -173,7 +173,7 @@ def test_a_gate_with_one_choice_is_that_expert_alone(reads):
 
 
 def test_only_the_gates_are_trained():
-    frozen, adapter = gated(True, width=W)
+    frozen, adapter = gated(True, hidden_size=W)
     assert {path: x.shape for path, x in adapter.items()} == {
         "layers/up/experts/gate": (L, W, 3),
         "layers/up/experts/bias": (L, 3),
@@ -184,18 +184,18 @@ def test_only_the_gates_are_trained():
     }
     assert jp.count_params(frozen, adapter).trainable == (W + 1) * 3 * (2 * L + 1)
     h = normal(50, N, T, W)
-    loss = lambda adapter: jnp.sum(run(frozen, adapter, hidden=h) ** 2)  # noqa: E731
+    loss = lambda adapter: jnp.sum(run(frozen, adapter, hidden_states=h) ** 2)  # noqa: E731
     grads = jax.jit(jax.grad(loss))(adapter)
     assert set(grads) == set(adapter)
     assert all(jnp.abs(g).max() > 1e-3 for g in grads.values())
     with pytest.raises(KeyError, match="Nothing is given for 'head/experts/a'"):
-        jp.combine(frozen, adapter, hidden=h)
-    with pytest.raises(KeyError, match="Nothing is given for 'hidden'"):
+        jp.combine(frozen, adapter, hidden_states=h)
+    with pytest.raises(KeyError, match="Nothing is given for 'hidden_states'"):
         jp.combine(frozen, {**BANK.arrays, **adapter})
 
 
-@pytest.mark.parametrize("reads", ["hidden", "input"])
-def test_gates_learn_which_expert_serves_an_example(reads):
+@pytest.mark.parametrize("gate_input", ["hidden_states", "input"])
+def test_gates_learn_which_expert_serves_an_example(gate_input):
     """Two groups of inputs, each of which one expert was made for."""
 
     def linear(params, x):
@@ -211,10 +211,16 @@ def test_gates_learn_which_expert_serves_an_example(reads):
 
     experts = stack_adapters([(method, adapter) for adapter in adapters])
     before = {path: np.array(array) for path, array in experts.arrays.items()}
-    hidden = reads == "hidden"
-    gates = xlora(experts.sites, experts.ranks, reads=reads, width=6 if hidden else None, dtype=F8)
+    hidden = gate_input == "hidden_states"
+    gates = xlora(
+        experts.sites,
+        experts.ranks,
+        gate_input=gate_input,
+        hidden_size=6 if hidden else None,
+        dtype=F8,
+    )
     frozen, adapter = jp.split(gates(KEY, base))
-    call = {"hidden": x} if hidden else {}  # what a first pass would give
+    call = {"hidden_states": x} if hidden else {}  # what a first pass would give
 
     def loss(adapter):
         tree = jp.combine(frozen, {**experts.arrays, **adapter}, **call)
@@ -234,8 +240,8 @@ def test_gates_learn_which_expert_serves_an_example(reads):
         losses.append(value)
     assert losses[-1] < 1e-2 * losses[0]
     logits = x @ adapter["w/experts/gate"] + adapter["w/experts/bias"]
-    shares = shares_by_hand(np.asarray(logits), 1.0, None)
-    assert shares[np.arange(16), group].min() > 0.9
+    weights = routing_weights_by_hand(np.asarray(logits), 1.0, None)
+    assert weights[np.arange(16), group].min() > 0.9
     for path, array in experts.arrays.items():
         np.testing.assert_array_equal(array, before[path])
 
@@ -245,39 +251,39 @@ def test_gates_learn_which_expert_serves_an_example(reads):
 
 @pytest.mark.parametrize("lead", [(N,), (N, T)], ids=str)
 def test_under_vmap_an_example_has_its_own_states(lead):
-    frozen, adapter = gated(True, width=W)
+    frozen, adapter = gated(True, hidden_size=W)
     h = normal(50, *lead, W)
-    alone = jax.jit(jax.vmap(lambda x, h: run(frozen, adapter, x, hidden=h)))(X, h)
-    np.testing.assert_allclose(alone, run(frozen, adapter, hidden=h), rtol=1e-10)
+    alone = jax.jit(jax.vmap(lambda x, h: run(frozen, adapter, x, hidden_states=h)))(X, h)
+    np.testing.assert_allclose(alone, run(frozen, adapter, hidden_states=h), rtol=1e-10)
 
 
-def test_experts_stand_on_a_quantized_base():
+def test_experts_work_over_a_quantized_base():
     int8 = jp.quantize("int8", SITES)
     decoded = jp.merge(int8(KEY, PARAMS))
-    frozen, adapter = gated(True, int8, width=W)
+    frozen, adapter = gated(True, int8, hidden_size=W)
     adapter = {path.replace("/w/", "/"): x for path, x in adapter.items()}
     h = normal(50, N, W)
-    method = xlora(BANK.sites, BANK.ranks, width=W, dtype=F8)
-    want = run(jp.split(method(KEY, decoded))[0], adapter, hidden=h)
-    got = run(frozen, adapter, hidden=h)
+    method = xlora(BANK.sites, BANK.ranks, hidden_size=W, dtype=F8)
+    want = run(jp.split(method(KEY, decoded))[0], adapter, hidden_states=h)
+    got = run(frozen, adapter, hidden_states=h)
     np.testing.assert_allclose(got, want, rtol=1e-6)
-    plain = run(gated(width=W)[0], adapter, hidden=h)
+    plain = run(gated(hidden_size=W)[0], adapter, hidden_states=h)
     assert np.abs(got - plain).max() > 1e-3
 
 
 def test_a_method_on_top_keeps_its_names_apart_and_a_second_gate_is_refused():
-    gates = xlora(BANK.sites, BANK.ranks, width=W, dtype=F8)
+    gates = xlora(BANK.sites, BANK.ranks, hidden_size=W, dtype=F8)
     method = jp.chain(gates, jp.lora(2, SITES, dtype=F8))
     frozen, adapter = jp.split(method(KEY, PARAMS))
     assert {"head/a", "head/experts/gate"} <= set(adapter)
     h = normal(50, N, W)
-    got = run(frozen, adapter, hidden=h)
-    np.testing.assert_allclose(got, run(*gated(width=W), hidden=h), rtol=1e-10)
+    got = run(frozen, adapter, hidden_states=h)
+    np.testing.assert_allclose(got, run(*gated(hidden_size=W), hidden_states=h), rtol=1e-10)
     with pytest.raises(ValueError, match="each of which shares arrays.*same weights"):
         jp.split(jp.chain(gates, gates)(KEY, PARAMS))
 
 
-def test_a_table_that_is_read_and_used_as_the_head_is_weighed_both_ways():
+def test_an_embedding_tied_to_the_head_is_weighted_in_both_uses():
     def tied(params, ids):
         return jnp.tanh(params["table"][ids]) @ params["table"].T
 
@@ -286,27 +292,29 @@ def test_a_table_that_is_read_and_used_as_the_head_is_weighed_both_ways():
     methods = [jp.lora(r, sites, dtype=F8) for r in (1, 2)]
     adapters = [trained(method, base, 5 * i) for i, method in enumerate(methods)]
     experts = stack_adapters(list(zip(methods, adapters, strict=True)))
-    frozen, adapter = jp.split(xlora(sites, experts.ranks, width=W, dtype=F8)(KEY, base))
+    frozen, adapter = jp.split(xlora(sites, experts.ranks, hidden_size=W, dtype=F8)(KEY, base))
     adapter = moved(adapter)
     h = normal(50, 2, 3, W)
-    got = jax.jit(jp.lift(tied))(jp.combine(frozen, {**experts.arrays, **adapter}, hidden=h), ids)
+    got = jax.jit(jp.lift(tied))(
+        jp.combine(frozen, {**experts.arrays, **adapter}, hidden_states=h), ids
+    )
     logits = h @ adapter["table/experts/gate"] + adapter["table/experts/bias"]
-    shares = shares_by_hand(np.asarray(logits), 1.0, None)
+    weights = routing_weights_by_hand(np.asarray(logits), 1.0, None)
     changes = np.stack([a["table/a"] @ a["table/b"] for a in adapters])
     for i, t in np.ndindex(2, 3):  # each token has a table of its own
-        table = base["table"] + np.tensordot(shares[i, t], changes, 1)
+        table = base["table"] + np.tensordot(weights[i, t], changes, 1)
         np.testing.assert_allclose(got[i, t], np.tanh(table[ids[i, t]]) @ table.T, rtol=1e-10)
 
-    by_input = xlora(sites, experts.ranks, reads="input", dtype=F8)
+    by_input = xlora(sites, experts.ranks, gate_input="input", dtype=F8)
     frozen, adapter = jp.split(by_input(KEY, base))
     with pytest.raises(
-        jp.NotMergeableError, match="GatedByInput at 'table'.*Leave this weight out"
+        jp.NotMergeableError, match="RoutedByInput at 'table'.*Leave this weight out"
     ):
         jax.jit(jp.lift(tied))(jp.combine(frozen, {**experts.arrays, **adapter}), ids)
 
 
 @pytest.mark.parametrize("lead", [(2,), (2, 3, 3)], ids=str)
-def test_a_convolution_in_groups_is_weighed_by_example_or_output_position(lead):
+def test_a_convolution_in_groups_is_weighted_by_example_or_output_position(lead):
     def convolve(params, x):
         return jax.lax.conv_general_dilated(
             x,
@@ -322,17 +330,19 @@ def test_a_convolution_in_groups_is_weighed_by_example_or_output_position(lead):
     methods = [jp.lora(r, sites, dtype=F8) for r in (1, 3)]
     adapters = [trained(method, base, 5 * i) for i, method in enumerate(methods)]
     experts = stack_adapters(list(zip(methods, adapters, strict=True)))
-    frozen, adapter = jp.split(xlora(sites, experts.ranks, width=W, dtype=F8)(KEY, base))
+    frozen, adapter = jp.split(xlora(sites, experts.ranks, hidden_size=W, dtype=F8)(KEY, base))
     adapter = moved(adapter)
     h = normal(50, *lead, W)
-    got = jax.jit(jp.lift(convolve))(jp.combine(frozen, {**experts.arrays, **adapter}, hidden=h), x)
+    got = jax.jit(jp.lift(convolve))(
+        jp.combine(frozen, {**experts.arrays, **adapter}, hidden_states=h), x
+    )
     logits = h @ adapter["w/experts/gate"] + adapter["w/experts/bias"]
-    shares = shares_by_hand(np.asarray(logits), 1.0, None)
-    shares = shares.reshape(*lead, *(1,) * (4 - len(lead) - 1), 2)
+    weights = routing_weights_by_hand(np.asarray(logits), 1.0, None)
+    weights = weights.reshape(*lead, *(1,) * (4 - len(lead) - 1), 2)
     want = plain = convolve(base, x)
     for i, (method, own) in enumerate(zip(methods, adapters, strict=True)):
         alone = convolve(merged(method, own, base), x)
-        want = want + shares[..., i : i + 1] * (alone - plain)
+        want = want + weights[..., i : i + 1] * (alone - plain)
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-10)
 
 
@@ -356,19 +366,23 @@ def row_parallel():
 
 def test_gates_of_hidden_states_are_right_on_partial_sums():
     fn, base, x, experts = row_parallel()
-    frozen, adapter = jp.split(xlora(experts.sites, experts.ranks, width=W, dtype=F8)(KEY, base))
+    frozen, adapter = jp.split(
+        xlora(experts.sites, experts.ranks, hidden_size=W, dtype=F8)(KEY, base)
+    )
     adapter = moved(adapter)
-    tree = jp.combine(frozen, {**experts.arrays, **adapter}, hidden=normal(50, 3, W))
+    tree = jp.combine(frozen, {**experts.arrays, **adapter}, hidden_states=normal(50, 3, W))
     got = jax.jit(jp.lift(fn))(tree, x)
     np.testing.assert_allclose(got, jax.jit(jp.lift(lambda p, x: x @ p["w"]))(tree, x), rtol=1e-10)
 
 
 def test_gates_of_a_part_of_the_input_are_refused():
     fn, base, x, experts = row_parallel()
-    method = xlora(experts.sites, experts.ranks, reads="input", dtype=F8)
+    method = xlora(experts.sites, experts.ranks, gate_input="input", dtype=F8)
     frozen, adapter = jp.split(method(KEY, base))
     tree = jp.combine(frozen, {**experts.arrays, **adapter})
-    with pytest.raises(jp.NotMergeableError, match="GatedByInput at 'w'.*sharding that the weight"):
+    with pytest.raises(
+        jp.NotMergeableError, match="RoutedByInput at 'w'.*sharding that the weight"
+    ):
         jax.jit(jp.lift(fn))(tree, x)
 
 
@@ -380,35 +394,40 @@ def test_tokens_that_the_model_sorts_by_its_own_experts_have_no_hidden_states():
     method = jp.lora(2, jp.sites(ragged, base, x).linear, dtype=F8)
     adapters = [trained(method, base, 5 * i) for i in range(2)]
     experts = stack_adapters([(method, adapter) for adapter in adapters])
-    frozen, adapter = jp.split(xlora(experts.sites, experts.ranks, width=W, dtype=F8)(KEY, base))
-    with pytest.raises(jp.NotMergeableError, match="Gated at 'w'.*Leave this weight out"):
-        tree = jp.combine(frozen, {**experts.arrays, **adapter}, hidden=normal(50, 4, W))
+    frozen, adapter = jp.split(
+        xlora(experts.sites, experts.ranks, hidden_size=W, dtype=F8)(KEY, base)
+    )
+    with pytest.raises(
+        jp.NotMergeableError, match="RoutedByHiddenStates at 'w'.*Leave this weight out"
+    ):
+        tree = jp.combine(frozen, {**experts.arrays, **adapter}, hidden_states=normal(50, 4, W))
         jax.jit(jp.lift(ragged))(tree, x)
 
-    by_input = xlora(experts.sites, experts.ranks, reads="input", dtype=F8)
+    by_input = xlora(experts.sites, experts.ranks, gate_input="input", dtype=F8)
     frozen, adapter = jp.split(by_input(KEY, base))
     adapter = moved(adapter)
     got = jax.jit(jp.lift(ragged))(jp.combine(frozen, {**experts.arrays, **adapter}), x)
     gate, bias = (adapter[f"w/experts/{name}"] for name in ("gate", "bias"))
     for t, own in enumerate([0, 0, 0, 1]):
-        shares = shares_by_hand(np.asarray(x[t] @ gate[own] + bias[own]), 1.0, None)
+        weights = routing_weights_by_hand(np.asarray(x[t] @ gate[own] + bias[own]), 1.0, None)
         w = base["w"][own] + sum(
-            share * a["w/a"][own] @ a["w/b"][own] for share, a in zip(shares, adapters, strict=True)
+            share * a["w/a"][own] @ a["w/b"][own]
+            for share, a in zip(weights, adapters, strict=True)
         )
         np.testing.assert_allclose(got[t], x[t] @ w, rtol=1e-10)
 
 
 def test_the_method_survives_the_text():
-    method = xlora(BANK.sites, BANK.ranks, width=W, temperature=0.5, top=2, dtype=F8)
+    method = xlora(BANK.sites, BANK.ranks, hidden_size=W, temperature=0.5, top_k=2, dtype=F8)
     again = from_json(to_json(method), {**FACTORIES, "xlora": xlora})
     assert to_json(again) == to_json(method)
-    frozen, adapter = gated(True, width=W, temperature=0.5, top=2)
+    frozen, adapter = gated(True, hidden_size=W, temperature=0.5, top_k=2)
     h = normal(50, N, W)
-    got = run(jp.split(again(KEY, PARAMS))[0], adapter, hidden=h)
-    np.testing.assert_array_equal(got, run(frozen, adapter, hidden=h))
+    got = run(jp.split(again(KEY, PARAMS))[0], adapter, hidden_states=h)
+    np.testing.assert_array_equal(got, run(frozen, adapter, hidden_states=h))
 
 
-def test_experts_with_fixed_shares_are_plain_lora():
+def test_experts_with_fixed_weights_are_plain_lora():
     method, plain = merge_weighted(BANK, [0.3, 0.0, 0.7])
     assert plain["head/a"].shape == (D, 2) and plain["layers/up/a"].shape == (L, D, 3)
     got = merged(method, plain)
@@ -424,35 +443,37 @@ def test_experts_with_fixed_shares_are_plain_lora():
 @pytest.mark.parametrize(
     "shape, message",
     [
-        ((3, W), r"at 'layers/up'.*hidden states \(3, 6\).*input leads with \(4, 3\)"),
-        ((N, T + 1, W), r"at 'layers/up'.*hidden states \(4, 4, 6\).*leads with \(4, 3\)"),
-        ((N, T, 1, W), r"hidden states \(4, 3, 1, 6\).*leads with \(4, 3\)"),
-        ((N, W + 1), r"a width of 6 and is given hidden states \(4, 7\)"),
-        ((), r"a width of 6 and is given hidden states \(\)"),
+        ((3, W), r"at 'layers/up'.*with shape \(3, 6\).*leading axes \(4, 3\)"),
+        ((N, T + 1, W), r"at 'layers/up'.*with shape \(4, 4, 6\).*leading axes \(4, 3\)"),
+        ((N, T, 1, W), r"with shape \(4, 3, 1, 6\).*leading axes \(4, 3\)"),
+        ((N, W + 1), r"hidden states of size 6 and got them with shape \(4, 7\)"),
+        ((), r"hidden states of size 6 and got them with shape \(\)"),
     ],
 )
 def test_hidden_states_of_another_shape_are_refused(shape, message):
-    frozen, adapter = gated(width=W)
+    frozen, adapter = gated(hidden_size=W)
     with pytest.raises(ValueError, match=message):
-        run(frozen, adapter, hidden=normal(50, *shape))
+        run(frozen, adapter, hidden_states=normal(50, *shape))
 
 
 @pytest.mark.parametrize("lead", [(), (N,)], ids=str)
 def test_hidden_states_may_be_a_list(lead):
-    frozen, adapter = gated(True, width=W)
+    frozen, adapter = gated(True, hidden_size=W)
     h = normal(50, *lead, W)
-    want = run(frozen, adapter, hidden=h)
-    np.testing.assert_allclose(run(frozen, adapter, hidden=h.tolist()), want, rtol=1e-10)
-    got = jp.lift(model)(jp.combine(frozen, {**BANK.arrays, **adapter}, hidden=h.tolist()), X)
+    want = run(frozen, adapter, hidden_states=h)
+    np.testing.assert_allclose(run(frozen, adapter, hidden_states=h.tolist()), want, rtol=1e-10)
+    got = jp.lift(model)(
+        jp.combine(frozen, {**BANK.arrays, **adapter}, hidden_states=h.tolist()), X
+    )
     np.testing.assert_allclose(got, want, rtol=1e-10)
 
 
-def test_another_bank_is_refused():
-    frozen, adapter = gated(width=W)
+def test_another_stack_is_refused():
+    frozen, adapter = gated(hidden_size=W)
     other = stack_adapters([(METHODS[0], ADAPTERS[0])] * 3)
-    message = r"'head/experts/a' has shape \(5, 6\).*\(5, 5\).*ranks \[2, 3, 0\].*same bank"
+    message = r"'head/experts/a' has shape \(5, 6\).*\(5, 5\).*ranks \[2, 3, 0\].*same stack"
     with pytest.raises(ValueError, match=message):
-        jp.combine(frozen, {**other.arrays, **adapter}, hidden=normal(50, N, W))
+        jp.combine(frozen, {**other.arrays, **adapter}, hidden_states=normal(50, N, W))
 
 
 def other_base():
@@ -480,8 +501,8 @@ BOTH = {"head": [1, 1]}
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: stack_adapters([]), "`bank` got 0 adapters.*two or more"),
-        (lambda: stack_adapters([FIRST]), "`bank` got 1 adapters.*two or more"),
+        (lambda: stack_adapters([]), "`stack_adapters` got 0 adapters.*at least two"),
+        (lambda: stack_adapters([FIRST]), "`stack_adapters` got 1 adapters.*at least two"),
         (lambda: stack_adapters([FIRST, (jp.dora(2, HEAD), {})]), "adapter 1 is of 'dora'"),
         (
             lambda: stack_adapters([(jp.chain(METHODS[0]), {}), FIRST]),
@@ -490,19 +511,19 @@ BOTH = {"head": [1, 1]}
         (lambda: stack_adapters([(len, {}), FIRST]), "adapter 0 is of '<built-in function len>'"),
         (
             lambda: stack_adapters([FIRST, (jp.lora(2, SITES.output_slice(0, 1)), {})]),
-            "`bank`: a part of the columns of 'head'|`bank`: a part of the columns of 'layers",
+            "`stack_adapters`: a part of the columns of '(head|layers)",
         ),
         (
             lambda: stack_adapters([FIRST, (METHODS[0], without(ADAPTERS[0], "head/b"))]),
-            r"'head/b' of adapter 1 has shape None, but its method makes \(2, 4\)",
+            r"'head/b' of adapter 1 has shape None, but its method has \(2, 4\)",
         ),
         (
             lambda: stack_adapters([(METHODS[2], {**ADAPTERS[2], "head/a": X}), FIRST]),
-            r"'head/a' of adapter 0 has shape \(4, 3, 5\), but its method makes None",
+            r"'head/a' of adapter 0 has shape \(4, 3, 5\), but its method has None",
         ),
         (
             lambda: stack_adapters([FIRST, (METHODS[0], ADAPTERS[1])]),
-            r"'head/a' of adapter 1 has shape \(5, 3\), but its method makes \(5, 2\)",
+            r"'head/a' of adapter 1 has shape \(5, 3\), but its method has \(5, 2\)",
         ),
         (
             lambda: stack_adapters([THIRD, FIRST, other_base()]),
@@ -510,38 +531,68 @@ BOTH = {"head": [1, 1]}
         ),
         (turned, r"'in', 'out'\)\) .* in adapter 0, but .*'out', 'in'\)\) in adapter 1"),
         (
-            lambda: xlora(HEAD.output_slice(0, 2), BOTH, width=W),
+            lambda: xlora(HEAD.output_slice(0, 2), BOTH, hidden_size=W),
             "`xlora`: a part of the columns of",
         ),
-        (lambda: xlora(HEAD, BOTH), r"width=None, reads='hidden'\)`: give the width"),
-        (lambda: xlora(HEAD, BOTH, width=0), r"width=0, reads='hidden'\)`: give the width"),
-        (lambda: xlora(HEAD, BOTH, width=3, reads="input"), r"width=3, reads='input'.*Leave"),
-        (lambda: xlora(HEAD, BOTH, width=3, reads="output"), "reads='output'.*choose 'hidden'"),
-        (lambda: xlora(HEAD, BOTH, width=W, temperature=0.0), r"temperature=0.0\)`: a positive"),
-        (lambda: xlora(HEAD, BOTH, width=W, temperature=float("nan")), r"temperature=nan\)`"),
-        (lambda: xlora(HEAD, BOTH, width=W, top=0), r"top=0\)`: there are 2 experts; choose 1 to"),
-        (lambda: xlora(HEAD, BOTH, width=W, top=3), r"top=3\)`: there are 2 experts"),
-        (lambda: xlora(HEAD, {}, width=W), r"the sites are \['head'\].*\['head'\] stand in one"),
-        (lambda: xlora(HEAD, {**BOTH, "up": [1, 1]}, width=W), r"\['up'\] stand in one of them"),
-        (lambda: xlora(HEAD, {"head": [3]}, width=W), r"ranks of 'head' are \[3\].*two or more"),
-        (lambda: xlora(HEAD, {"head": [0, 0]}, width=W), r"ranks of 'head' are \[0, 0\]"),
-        (lambda: xlora(HEAD, {"head": [2, -1]}, width=W), r"ranks of 'head' are \[2, -1\]"),
         (
-            lambda: xlora(SITES, {**BANK.ranks, "layers/down": [1, 1]}, width=W),
+            lambda: xlora(HEAD, BOTH),
+            r"hidden_size=None, gate_input='hidden_states'\)`: give the size",
+        ),
+        (
+            lambda: xlora(HEAD, BOTH, hidden_size=0),
+            r"hidden_size=0, gate_input='hidden_states'\)`: give the size",
+        ),
+        (
+            lambda: xlora(HEAD, BOTH, hidden_size=3, gate_input="input"),
+            r"hidden_size=3, gate_input='input'.*Leave",
+        ),
+        (
+            lambda: xlora(HEAD, BOTH, hidden_size=3, gate_input="output"),
+            "gate_input='output'.*'hidden_states', 'input'",
+        ),
+        (
+            lambda: xlora(HEAD, BOTH, hidden_size=W, temperature=0.0),
+            r"temperature=0.0\)`: give a positive",
+        ),
+        (lambda: xlora(HEAD, BOTH, hidden_size=W, temperature=float("nan")), r"temperature=nan\)`"),
+        (
+            lambda: xlora(HEAD, BOTH, hidden_size=W, top_k=0),
+            r"top_k=0\)`: there are 2 experts; choose 1 to",
+        ),
+        (lambda: xlora(HEAD, BOTH, hidden_size=W, top_k=3), r"top_k=3\)`: there are 2 experts"),
+        (
+            lambda: xlora(HEAD, {}, hidden_size=W),
+            r"the sites are \['head'\].*\['head'\] are in only one",
+        ),
+        (
+            lambda: xlora(HEAD, {**BOTH, "up": [1, 1]}, hidden_size=W),
+            r"\['up'\] are in only one of the two",
+        ),
+        (
+            lambda: xlora(HEAD, {"head": [3]}, hidden_size=W),
+            r"ranks of 'head' are \[3\].*two or more",
+        ),
+        (lambda: xlora(HEAD, {"head": [0, 0]}, hidden_size=W), r"ranks of 'head' are \[0, 0\]"),
+        (lambda: xlora(HEAD, {"head": [2, -1]}, hidden_size=W), r"ranks of 'head' are \[2, -1\]"),
+        (
+            lambda: xlora(SITES, {**BANK.ranks, "layers/down": [1, 1]}, hidden_size=W),
             r"ranks of 'layers/down' are \[1, 1\].*\(here 3\)",
         ),
-        (lambda: xlora(SITES - SITES, {}, width=W)(KEY, PARAMS), "`xlora` selects no parameter"),
+        (
+            lambda: xlora(SITES - SITES, {}, hidden_size=W)(KEY, PARAMS),
+            "`xlora` selects no parameter",
+        ),
         (
             lambda: merge_weighted(BANK, [1.0, 2.0]),
-            r"shares=\[1.0, 2.0\]\)`: give one .* 3 experts",
+            r"weights=\[1.0, 2.0\]\)`: give one .* 3 experts",
         ),
         (
             lambda: merge_weighted(BANK, [0, 0, 0]),
-            r"shares=\[0.0, 0.0, 0.0\].*not all of them zero",
+            r"weights=\[0.0, 0.0, 0.0\].*not all of them zero",
         ),
-        (lambda: merge_weighted(BANK, [1, 1, 0]), "5 columns at .*Give fewer of them a share"),
+        (lambda: merge_weighted(BANK, [1, 1, 0]), "sum to 5 at .*Set more of the weights to zero"),
     ],
 )
-def test_what_cannot_be_is_refused(make, message):
+def test_invalid_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -110,7 +110,7 @@ def test_whole_matrices_called_a_and_b_keep_the_rate():
         jp.hira,
         jp.adalora,
         jp.olora,
-        lambda r, sites: jp.moelora(r, sites, experts=2, tasks=2, width=3),
+        lambda r, sites: jp.moelora(r, sites, experts=2, tasks=2, task_embedding_dim=3),
         lambda r, sites: jp.poly(r, sites, skills=2, tasks=2),
         lambda r, sites: jp.loftq(r, sites, format="int8"),
     ],

@@ -77,7 +77,7 @@ def test_outputs_are_those_of_peft(theirs):
     np.testing.assert_allclose(got, theirs(x).detach().numpy(), rtol=2e-5, atol=2e-5)
 
 
-def test_the_same_values_are_given_up_at_the_same_steps(theirs):
+def test_the_same_values_are_pruned_at_the_same_steps(theirs):
     adapter, rng = adapter_of(theirs), np.random.default_rng(0)
     tx = optim.rank_allocator(
         optax.sgd(0.0),

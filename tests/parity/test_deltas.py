@@ -174,7 +174,12 @@ def test_lokr(name, factor, rank, alpha, both):
     )
     pair = Pair(SIDES[name], config)
     method = jp.lokr(
-        rank, pair.sites.linear, factor=factor, both=both, alpha=alpha, dtype=jnp.float64
+        rank,
+        pair.sites.linear,
+        decompose_factor=factor,
+        decompose_both=both,
+        alpha=alpha,
+        dtype=jnp.float64,
     )
     frozen, adapter = pair.split(method)
     own = {}

@@ -18,7 +18,7 @@ SIDES = [(24, 16), (16, 24)]
 @pytest.mark.parametrize("sides", SIDES, ids=str)
 @pytest.mark.parametrize("rank, alpha", [(4, 4), (4, 10), (6, 3)])
 @pytest.mark.parametrize("name", ["pissa", "olora"])
-def test_factors_and_what_the_base_gives_up_are_those_of_peft(name, rank, alpha, sides):
+def test_factors_and_residual_base_are_those_of_peft(name, rank, alpha, sides):
     n, m = sides
     torch.manual_seed(0)
     w = torch.randn(m, n)

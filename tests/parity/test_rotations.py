@@ -73,7 +73,7 @@ def test_oft(terms, share):
         skew = -skew  # where they solve, they turn the other way than where they do not
     kept = None if terms is None else terms - 2
     got, number = ours(
-        lambda sites: jp.oft(4, sites, share=share, terms=kept, dtype=jnp.float64),
+        lambda sites: jp.oft(4, sites, block_share=share, neumann_terms=kept, dtype=jnp.float64),
         {"w/skew": skew},
         params,
     )
@@ -103,7 +103,9 @@ def test_boft(factors, monkeypatch):
         "w/scale": numbers(layer.boft_s)[:, 0],
     }
     got, number = ours(
-        lambda sites: jp.boft(4, sites, factors=factors, dtype=jnp.float64), adapter, params
+        lambda sites: jp.boft(4, sites, n_butterfly_factors=factors, dtype=jnp.float64),
+        adapter,
+        params,
     )
     np.testing.assert_allclose(got, y, rtol=1e-6, atol=1e-6)
     # The paper's count; they train 16 numbers of a block that has 6.
@@ -132,7 +134,7 @@ def test_road(variant, group):
 
     adapter = {"w/theta": by_pair(layer.road_theta), "w/alpha": by_pair(layer.road_alpha)}
     got, number = ours(
-        lambda sites: jp.road(sites, variant=variant, group=group, dtype=jnp.float64),
+        lambda sites: jp.road(sites, variant=variant, group_size=group, dtype=jnp.float64),
         adapter,
         params,
     )
