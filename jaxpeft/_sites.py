@@ -19,7 +19,7 @@ import jax
 from jaxpeft import _tracing as tracing
 from jaxpeft._axes import Digit
 from jaxpeft._export import exportable
-from jaxpeft._lift import Interpreter, Materialized
+from jaxpeft._interpreter import Interpreter, Materialized
 from jaxpeft._marks import is_array
 from jaxpeft._schema import conform_fields
 from jaxpeft._tracing.values import Use

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ from jaxpeft._weight import (
     weight_fields,
     with_innermost,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 # --- Views ---------------------------------------------------------------------------------
 
@@ -472,7 +475,7 @@ def _derived(view: View) -> dict[str, jax.Array]:
     return bind(view.weight, CallSite(dtype), roles, dtype).derived()
 
 
-def is_view(x: Any) -> bool:
+def is_view(x: Any) -> "TypeIs[View]":
     """Whether a node of a tree is a structured weight."""
     return isinstance(x, View)
 

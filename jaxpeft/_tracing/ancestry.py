@@ -17,7 +17,7 @@ from jax.extend.core import primitives as p
 from jaxpeft import _axes as digits
 from jaxpeft import _compat as compat
 from jaxpeft._axes import Digit, Dim
-from jaxpeft._rules.registry import row_dims
+from jaxpeft._dimensions import row_dims
 
 #: What a value depends on: parameters and constants alone, the arguments alone, or both.
 FIXED, GIVEN, ACTIVE = 0, 1, 2

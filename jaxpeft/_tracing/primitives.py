@@ -12,7 +12,7 @@ from jax.extend.core import primitives as p
 from jaxpeft import _axes as digits
 from jaxpeft import _compat as compat
 from jaxpeft._axes import Dim
-from jaxpeft._rules.registry import cut_dims, row_dims
+from jaxpeft._dimensions import cut_dims, row_dims
 from jaxpeft._tracing import ancestry, flow
 from jaxpeft._tracing.ancestry import ACTIVE
 from jaxpeft._tracing.values import Value, unknown

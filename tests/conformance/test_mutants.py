@@ -115,8 +115,8 @@ MUTANTS = [
     Mutant(
         "swapped axes: rows left behind the ids",
         gathers,
-        "y = permute(y, [place.index(i) for i in range(aval.ndim)])",
-        "y = y",
+        "return [permute(y, place)]",
+        "return [y]",
         "take along the last axis",
     ),
     # views
@@ -130,15 +130,15 @@ MUTANTS = [
     Mutant(
         "wrong batch axis: every slice is the first slice",
         views,
-        "picked = _pick(view, dim, start) if",
-        "picked = _pick(view, dim, 0) if",
+        "selected = _select(view, dim, start) if",
+        "selected = _select(view, dim, 0) if",
         "two weights stacked in one array",
     ),
     Mutant(
         "swapped axes: a transpose that does nothing",
         views,
-        '[view.dims[i] for i in eqn.params["permutation"]]',
-        "list(view.dims)",
+        "view.redim(after_layout(eqn, view.dims))",
+        "view if eqn.primitive is p.transpose_p else view.redim(after_layout(eqn, view.dims))",
         "a weight and its transpose in one layer",
     ),
     # sharding
