@@ -55,7 +55,7 @@ from jaxpeft._methods.vera import vera
 from jaxpeft._methods.xlora import xlora
 from jaxpeft._sites import OutputSlice, Site, Sites, sites
 from jaxpeft._tree import base_params, combine, split
-from jaxpeft._version import __version__
+from jaxpeft._version import __version__ as __version__
 from jaxpeft._view import View
 from jaxpeft._weight import Weight
 from jaxpeft.quant._loftq import loftq

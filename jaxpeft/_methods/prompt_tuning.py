@@ -141,6 +141,7 @@ def prompt_tuning(
 
 
 def check_table(caller: str, site: Site) -> None:
+    """Raises ValueError where a selected weight is no embedding table; names it."""
     if site.kinds & {"one-hot", "other"} or "embedding" not in site.kinds:
         raise ValueError(
             f"`{caller}`: the model uses '{site.path}' as {', '.join(sorted(site.kinds))}. A "

@@ -349,6 +349,15 @@ _CUT = (
     "kernels joined by heads, then split apart",
 )
 
+# With 4 outputs, a factor of rank 2 * 2 is as large as the weight.
+_FOUR_OUTPUTS = (
+    "all experts on all tokens",
+    "all experts on all tokens, weighed before they are summed",
+    "experts gathered for each token",
+    "experts gathered under vmap",
+    "convolution of joined kernels",
+)
+
 METHODS = [
     Method("lora", _lora),
     Method("ia3", lambda sites, dtype: jp.ia3(sites.linear, dtype=dtype), roles=_LINEAR),
@@ -386,7 +395,7 @@ METHODS = [
     ),
     Method("hira", _hira, factored=False, rows=("x @ w", "lax.scan over layers")),
     Method("vera", _vera, rows=("x @ w",)),
-    Method("loha", _loha, rows=("x @ w",)),
+    Method("loha", _loha, rows=("x @ w",), coarse=_FOUR_OUTPUTS),
     Method("lokr", _lokr, roles=("linear", "embedding"), rows=("x @ w",)),
     Method("miss", _miss, rows=("x @ w",)),
     Method("oft", _oft, roles=_LINEAR, rows=("x @ w", "lax.scan over layers"), coarse=_COARSE),

@@ -201,7 +201,13 @@ def weight_norm(p, x):
     return p["w"] / jnp.linalg.norm(p["w"], axis=0, keepdims=True) * p["g_scale"]
 
 
-computed("weight norm", weight_norm, dict(w=(D, F), g_scale=(F,)), everyday=True)
+computed(
+    "weight norm",
+    weight_norm,
+    dict(w=(D, F), g_scale=(F,)),
+    everyday=True,
+    stopped=("w/scale_",),  # the norm takes any scale of a column out again
+)
 computed("rows of a kernel set to others", lambda p, x: p["w"].at[jnp.array([1, 4])].set(0.1))
 
 
@@ -235,6 +241,7 @@ computed(
     "where between two kernels",
     lambda p, x: jnp.where(jnp.arange(F) % 3 == 0, p["w"], p["v"]),
     _TWO,
+    stopped=("w/scale_", "v/scale_"),  # the scaled column is of the other kernel
 )
 computed(
     "cond between two kernels",
