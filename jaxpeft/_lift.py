@@ -163,11 +163,11 @@ def _positions(view: View) -> list[jax.Array]:
 
 
 def _check_positions(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Refuses positions (batch, time) for a model with time first, where both have one length.
+    """Refuses values per position (batch, time) for a model with time first, if both are as long.
 
-    The shapes do not tell the two apart then, and the positions of one example would be taken for
+    The shapes do not tell the two apart then, and the values of one example would be taken for
     those of one time step. So the call is traced once more without its last example, where the
-    lengths differ. Nothing of that is computed or reported.
+    lengths differ. Nothing of that is computed, and no materialization is reported.
 
     Raises:
       PositionsError: A weight was given other axes than its input has.
@@ -217,10 +217,10 @@ def _check_positions(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
     jax.eval_shape(call, [flat[i] for i in at])
     if refused:
         warnings.warn(
-            f"Virtual positions of shape ({examples}, {examples}) are taken for (batch, time). "
-            "`lift` could not check that the model has its axes in this order, because it does not "
-            f"run on {examples - 1} examples ({type(refused[0]).__name__}: {refused[0]}). "
-            "Call it once with a batch of another size to have it checked.",
+            f"`lift` was given values per position (batch, time) of shape ({examples}, {examples}), "
+            "and could not check that the model has its axes in this order: it does not run on "
+            f"{examples - 1} examples ({type(refused[0]).__name__}: {refused[0]}). Call it once "
+            "with a batch of another length to have this checked.",
             stacklevel=3,
         )
 
