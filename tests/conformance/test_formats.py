@@ -1,7 +1,7 @@
-"""Every format under every method: a method over codes is the method over what they say.
+"""Every format under every method: over quantized values it acts as over their dequantization.
 
 Both sides are lifted; that a method over plain arrays is right is what test_laws.py shows. With
-the method left out, the quantized model is the plain model with decoded weights.
+the method left out, the quantized model is the plain model with dequantized weights.
 """
 
 import dataclasses
@@ -66,8 +66,8 @@ def pairs(methods):
     return listed
 
 
-def coded(s, format):
-    """(in codes, decoded): the row's parameters with its matrices in a format."""
+def quantized(s, format):
+    """(quantize, dequantized): the row's parameters with its matrices in a format."""
     chosen = s.sites.matrices
     quantize = jp.quantize(sites=chosen, **FORMATS[format])
     tree = quantize(jax.random.key(0), s.case.params)
@@ -90,24 +90,26 @@ def same(s, sides):
 @pytest.mark.parametrize(
     ("row", "method", "format"), pairs([m for m in METHODS if m.name != "lora on nf4"])
 )
-def test_a_method_over_codes_is_the_method_over_their_values(row, method, format):
+def test_a_method_over_quantized_values_is_the_method_over_the_dequantized_ones(
+    row, method, format
+):
     s = subject(row, method)
-    quantize, decoded, _ = coded(s, format)
+    quantize, dequantized, _ = quantized(s, format)
     make = method.make(s.sites, jnp.float64)
     sides = []
     key = jax.random.key(1)  # what a method draws and freezes is the same on both sides
-    for tree in (quantize(key, s.case.params), decoded):
+    for tree in (quantize(key, s.case.params), dequantized):
         frozen, _ = jp.split(make(key, tree))
         sides.append(dataclasses.replace(s, frozen=frozen))
     same(s, sides)
 
 
 @pytest.mark.parametrize(("row", "method", "format"), pairs(METHODS[:1]))
-def test_codes_alone_are_the_model_with_their_values(row, method, format):
+def test_a_quantized_model_is_the_model_with_dequantized_weights(row, method, format):
     s = subject(row, method)
-    _, decoded, tree = coded(s, format)
+    _, dequantized, tree = quantized(s, format)
     for fn, args in s.programs:
         with in_mesh(s.case.mesh):
             got = jax.jit(lambda t, fn=fn, args=args: score(jp.lift(fn)(t, *args)))(tree)
-            want = jax.jit(lambda p, fn=fn, args=args: score(fn(p, *args)))(decoded)
+            want = jax.jit(lambda p, fn=fn, args=args: score(fn(p, *args)))(dequantized)
         assert worst(got, want) <= row.tolerance * 10

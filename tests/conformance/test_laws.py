@@ -233,7 +233,7 @@ def test_what_would_be_wrong_is_refused_by_path(row, method):
         given = method.given(args)
         tree = jp.combine(frozen, adapter, **given)
         jax.eval_shape(jp.lift(case.fn), tree, *args)
-        if "virtual" in given and args[-1].ndim == 2:  # ids: who reads them is data, too
+        if "virtual" in given and args[-1].ndim == 2:  # ids: what reads them is data, too
             jp.prompts.check_prefix(case.fn, tree, args[-1], given["virtual"], *args[:-1])
 
 
@@ -297,6 +297,6 @@ def test_lift_warns_once_for_each_weight_it_materializes():
         warnings.simplefilter("always")
         for _ in range(2):
             jp.lift(s.case.fn)(s.tree(s.case.args), *s.case.args)
-    told = [str(w.message) for w in caught if w.category is jp.MaterializedWarning]
-    assert len(told) <= 1  # none, if another test of this process was told already
-    assert all("'w'" in t and "tanh" in t for t in told)
+    messages = [str(w.message) for w in caught if w.category is jp.MaterializedWarning]
+    assert len(messages) <= 1  # none, if another test of this process has seen it already
+    assert all("'w'" in t and "tanh" in t for t in messages)

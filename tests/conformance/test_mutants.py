@@ -1,7 +1,7 @@
-"""The table has teeth: rule files broken by hand, three or more each, and each one is caught.
+"""The laws catch broken rules: each rule file is broken by hand in three or more ways.
 
-A mutant is a rule file with one fragment replaced. It is loaded beside the real one, its rules
-take the place of the real ones for one test, and the law of one row has to fail.
+A mutant is a rule file with one fragment replaced. Its rules take the place of the real ones for
+one test, and the law of one row has to fail.
 """
 
 import dataclasses
@@ -172,7 +172,7 @@ MUTANTS = [
     ),
     # numbers
     Mutant(
-        "dropped scale: a weight times a number without the number",
+        "dropped scale: a weight times a scalar without the scalar",
         scaling,
         "return self._times(x @ self.w)",
         "return x @ self.w",
