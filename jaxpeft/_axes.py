@@ -97,6 +97,13 @@ def _filled(dim: Dim | None, unknown: Digit) -> Dim:
     return dim if dim is not None and known else (unknown,)
 
 
+def with_axis_size(dims: Iterable[Dim], axis: int, size: int) -> tuple[Dim, ...]:
+    """The dimensions of an array in which one axis, a single digit, has got another size."""
+    return tuple(
+        [tuple([d._replace(size=size) if d.axis == axis else d for d in dim]) for dim in dims]
+    )
+
+
 def cuts(dims: Iterable[Dim], axis: int, size: int) -> list[Digit]:
     """The digits into which `dims` cut an axis, most significant first.
 

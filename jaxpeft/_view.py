@@ -456,9 +456,7 @@ class View(NotAnArray):
         axes = tuple(
             dataclasses.replace(a, size=size) if i == axis else a for i, a in enumerate(self.axes)
         )
-        dims = tuple(
-            tuple(d._replace(size=size) if d.axis == axis else d for d in dim) for dim in self.dims
-        )
+        dims = digits.with_axis_size(self.dims, axis, size)
         weight = jax.tree.unflatten(treedef, out)
         return dataclasses.replace(self, weight=weight, axes=axes, dims=dims)
 

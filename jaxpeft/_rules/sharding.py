@@ -12,7 +12,7 @@ from jax.extend.core import primitives as p
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft import _compat as compat
-from jaxpeft._axes import Dim
+from jaxpeft._axes import with_axis_size
 from jaxpeft._composite import is_composite
 from jaxpeft._rules.registry import ArrayOrView, RuleContext, Value, rule
 from jaxpeft._view import Axis, View, is_view
@@ -159,11 +159,6 @@ def refuse_parts(ctx: RuleContext, view: View, eqn: JaxprEqn) -> None:
         ctx.dense(view, eqn, _UNFIT)
 
 
-def _resized(dims: tuple[Dim, ...], axis: int, size: int) -> tuple[Dim, ...]:
-    """The dimensions of a refined view whose axis has become shorter or longer."""
-    return tuple(tuple(d._replace(size=size) if d.axis == axis else d for d in dim) for dim in dims)
-
-
 def _entering(
     ctx: RuleContext, eqn: JaxprEqn, x: ArrayOrView, spec: PartitionSpec, mesh: AnyMesh
 ) -> tuple[list, list[PartitionSpec], Callable[[list], Any]]:
@@ -193,7 +188,7 @@ def _entering(
     axes = tuple(map(part, range(len(view.axes))))
     dims = view.dims
     for axis in by_axis:
-        dims = _resized(dims, axis, axes[axis].size)
+        dims = with_axis_size(dims, axis, axes[axis].size)
 
     def local_view(leaves: list) -> View:
         weight = jax.tree.unflatten(treedef, leaves)
@@ -252,6 +247,6 @@ def all_gather(ctx: RuleContext, eqn: JaxprEqn, view: View) -> list[View] | None
             view,
             weight=jax.tree.unflatten(treedef, leaves),
             axes=(*view.axes[:axis], whole, *view.axes[axis + 1 :]),
-            dims=_resized(view.dims, axis, size),
+            dims=with_axis_size(view.dims, axis, size),
         )
     ]
