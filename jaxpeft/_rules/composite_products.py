@@ -34,7 +34,7 @@ class _Product(NamedTuple):
       first: Whether the composite is its first operand.
       x: The shape of the other operand.
       x_dims, w_dims: The (contracted, batch) dimensions of x and of the composite.
-      x_at, w_at: {dimension: position in the result}, of those that remain.
+      w_at: {dimension of the composite: its position in the result}, of those that remain.
     """
 
     eqn: JaxprEqn
@@ -42,7 +42,6 @@ class _Product(NamedTuple):
     x: tuple[int, ...]
     x_dims: Pair
     w_dims: Pair
-    x_at: dict[int, int]
     w_at: dict[int, int]
 
     @property
@@ -88,7 +87,6 @@ def dot_general(ctx: RuleContext, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Resu
         shapes[theirs],
         x_dims=(contracted[theirs], batch[theirs]),
         w_dims=(contracted[mine], batch[mine]),
-        x_at=at[theirs],
         w_at=at[mine],
     )
     program: Program | None

@@ -97,7 +97,7 @@ def ancestors_of(value: "Value", shape: Shape, shapes: Shapes) -> tuple[Ancestor
 
 
 def reshaped(ancestor: Ancestor, eqn: JaxprEqn) -> tuple[Dim | None, ...]:
-    """The dimensions of a repeated parameter after a reshape; `None` where all digits count copies."""
+    """A repeated parameter's dimensions after a reshape; `None` where all digits count copies."""
     dims = dimensions.after_layout(eqn, ancestor.dims)
     return tuple(
         dim if dim is not None and any(d.of == ancestor.param for d in dim) else None

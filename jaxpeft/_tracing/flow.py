@@ -36,9 +36,9 @@ class Flow:
       deviation: Those of `entries` of which a square root was taken.
       times: The parameter that was multiplied by a deviation last.
       minus: The parameter that was subtracted last.
-      powers: Whether it is exp of something.
-      total: The dimension over which exponentials were summed.
-      shares: The dimension along which it is a softmax, so that it sums to one.
+      is_exp: Whether it is exp of something.
+      exp_sum_dim: The dimension over which exponentials were summed.
+      softmax_dim: The dimension along which it is a softmax, so that it sums to one.
     """
 
     live: bool = False
@@ -50,9 +50,9 @@ class Flow:
     deviation: frozenset[str] = frozenset()
     times: str | None = None
     minus: str | None = None
-    powers: bool = False
-    total: Dim = ()
-    shares: Dim = ()
+    is_exp: bool = False
+    exp_sum_dim: Dim = ()
+    softmax_dim: Dim = ()
 
 
 def parameter(path: str) -> Flow:
@@ -74,9 +74,9 @@ def merged(eqn: JaxprEqn, flows: Sequence[Flow]) -> Flow:
     if "axes" in eqn.params:
         entries = frozenset()
     deviation = frozenset().union(*(f.deviation for f in flows if not f.live))
-    shares = next((f.shares for f in flows if f.shares), ())
-    if primitive is p.div_p and flows[0].powers and flows[1].total:
-        shares = flows[1].total
+    softmax_dim = next((f.softmax_dim for f in flows if f.softmax_dim), ())
+    if primitive is p.div_p and flows[0].is_exp and flows[1].exp_sum_dim:
+        softmax_dim = flows[1].exp_sum_dim
     return Flow(
         live=live,
         ids=_ids(primitive, flows),
@@ -85,8 +85,8 @@ def merged(eqn: JaxprEqn, flows: Sequence[Flow]) -> Flow:
         weights=weights,
         entries=entries,
         deviation=frozenset() if live else entries if primitive in _ROOTS else deviation,
-        powers=primitive is p.exp_p,
-        shares=shares,
+        is_exp=primitive is p.exp_p,
+        softmax_dim=softmax_dim,
     )
 
 
@@ -163,20 +163,20 @@ class Stacks:
             yield seed, [d for d in every if self._root(d) == self._root(seed)]
 
 
-def weighted(value: "Value", shares: "Value", pairs: Iterable[tuple[int, int]]) -> list[Dim]:
+def weighted(value: "Value", routing: "Value", pairs: Iterable[tuple[int, int]]) -> list[Dim]:
     """Dimensions of the output of a weight along which a softmax weights it.
 
     Args:
       value: The output of one weight.
-      shares: What it is multiplied by; nothing is found where that is no softmax.
+      routing: What it is multiplied by; nothing is found where that is no softmax.
       pairs: Which of their dimensions meet.
     """
-    along = shares.flow.shares
+    along = routing.flow.softmax_dim
     if not along or value.flow.mixed:
         return []
     pairs = list(pairs)
     constant = [i for i, dim in enumerate(value.dims) if i not in dict(pairs)]
-    constant += [i for i, j in pairs if not shares.dims[j]]
+    constant += [i for i, j in pairs if not routing.dims[j]]
     inner = {d.of for i in constant for d in digits.significant(value.dims[i] or ())}
-    met = [value.dims[i] or () for i, j in pairs if shares.dims[j] == along]
+    met = [value.dims[i] or () for i, j in pairs if routing.dims[j] == along]
     return [dim for dim in met if any(d.of in inner for d in dim)]

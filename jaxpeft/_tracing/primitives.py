@@ -68,7 +68,7 @@ def _product(
     made = flow.of_product([v.flow for v in pair], after)
     mixture = None
     for value, other in (pair, pair[::-1]):
-        if value.param and len(after) == 1 and (other.one_hot or other.flow.shares):
+        if value.param and len(after) == 1 and (other.one_hot or other.flow.softmax_dim):
             mixture = value.param, value.digits(contracted[pair.index(value)])
     return [Value(tuple(dims), after=tuple(after), mixture=mixture, flow=made)]
 
@@ -89,7 +89,7 @@ def _experts(
         for side, pairs in enumerate(([*batched, *summed], [ji[::-1] for ji in batched + summed])):
             for dim in flow.weighted(pair[side], pair[1 - side], pairs):
                 walk.stacks.note(dim)
-                walk.stacks.align(dim, pair[1 - side].flow.shares)
+                walk.stacks.align(dim, pair[1 - side].flow.softmax_dim)
 
 
 def _dot_general(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
@@ -145,9 +145,9 @@ def _gather(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         else:
             dims.append(table.dims[i] if sizes[i] == shape[i] else None)
     if lookup and table.param:  # rows of a table or matrices of a stack: the next use decides
-        chosen = table.digits(rows)
-        dims = [() if any(d in chosen for d in dim or ()) else dim for dim in dims]
-        what: dict[str, Any] = {"chosen": chosen, "ids": free, "by_id": ids.flow.ids}
+        selected = table.digits(rows)
+        dims = [() if any(d in selected for d in dim or ()) else dim for dim in dims]
+        what: dict[str, Any] = {"selected": selected, "ids": free, "by_id": ids.flow.ids}
         what["depends"] = ACTIVE
         made = flow.of_rows(dataclasses.replace(ids.flow, live=True), table.param)
         return [Value(tuple(dims), table.param, flow=made, **what)]
@@ -191,16 +191,16 @@ def _slice(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     if len(cut) == len(one) == len(rest) == 1:
         kept = tuple(() if i in one else dim for i, dim in enumerate(value.dims))
         what: dict[str, Any] = {
-            "fixed": eqn.primitive is p.slice_p,
+            "static_index": eqn.primitive is p.slice_p,
             "by_id": any(v.flow.ids for v in values[1:]),
         }
-        return [dataclasses.replace(value, dims=kept, chosen=value.digits(one), **what)]
+        return [dataclasses.replace(value, dims=kept, selected=value.digits(one), **what)]
     if eqn.primitive is p.dynamic_slice_p and len(cut) == 1 and len(rest) == 1:
         where: dict[str, Any] = {"rows": value.digits(cut), "cols": value.digits(rest)}
         by_id = any(v.flow.ids for v in values[1:])
         walk.note(value, "embedding", eqn, free=(shape[cut[0]],), by_id=by_id, **where)
         rows = flow.of_rows(dataclasses.replace(value.flow, live=True), value.param)
-        return [value.data(dims=dims, after=(value.param,), flow=rows)]
+        return [value.as_activation(dims=dims, after=(value.param,), flow=rows)]
     return [_resized(value, old, shape)]
 
 
@@ -236,7 +236,7 @@ def _scan(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         else:
             walk.note(value, "other", eqn)
             made = walk.ancestors(value, compat.aval(eqn.invars[n_const + i]))
-            start.append(value.data(after=(), ancestors=made))
+            start.append(value.as_activation(after=(), ancestors=made))
     outs = [walk.settled(eqn, v) for v in walk.run(body, [*consts, *start, *slices])]
     stacked = []
     for i in range(n_carry, len(outs)):
@@ -249,7 +249,7 @@ def _scan(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         shape = compat.shape_of(eqn.outvars[i])
         made = tuple(a.moved(dimensions.stacked(a.dims, 0)).resized(shape) for a in made)
         dims = (None, *outs[i].dims)
-        stacked.append(outs[i].data(dims=dims, after=(), ancestors=made))
+        stacked.append(outs[i].as_activation(dims=dims, after=(), ancestors=made))
     return [*outs[:n_carry], *stacked]
 
 
@@ -260,7 +260,7 @@ def _while(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     consts, carry = values[n_cond : n_cond + n_body], []
     for i, value in enumerate(values[n_cond + n_body :]):
         fixed = body.outvars[i] is body.invars[n_body + i]
-        carry.append(value if fixed else value.data(after=()))
+        carry.append(value if fixed else value.as_activation(after=()))
     walk.run(params["cond_jaxpr"], [*values[:n_cond], *carry])
     return walk.run(body, [*consts, *carry])
 
@@ -287,7 +287,7 @@ def _shard_map(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         _resized(value, compat.shape_of(outer), compat.shape_of(inner))
         for value, outer, inner in zip(values, eqn.invars, body.invars, strict=True)
     ]
-    return [out.data() for out in walk.run(body, local)]
+    return [out.as_activation() for out in walk.run(body, local)]
 
 
 def _all_gather(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
@@ -303,8 +303,8 @@ def _reduce(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     gone = eqn.params["axes"]
     dims = dimensions.without(values[0].dims, gone)
     made = flow.merged(eqn, [values[0].flow])
-    if eqn.primitive is p.reduce_sum_p and values[0].flow.powers and len(gone) == 1:
-        made = dataclasses.replace(made, total=values[0].dims[gone[0]] or ())
+    if eqn.primitive is p.reduce_sum_p and values[0].flow.is_exp and len(gone) == 1:
+        made = dataclasses.replace(made, exp_sum_dim=values[0].dims[gone[0]] or ())
     return [Value(dims, normed=values[0].normed, flow=made)]
 
 

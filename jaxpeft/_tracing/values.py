@@ -50,9 +50,9 @@ class Value:
       param: The parameter that it is, in another layout.
       after: The weights whose product it is, to which no bias has been added yet.
       summed: Whether something else was added to that product.
-      chosen: Digits of the parameter of which one index was selected: a row of a table, or one
+      selected: Digits of the parameter of which one index was selected: a row of a table, or one
         slice of a stack of vectors. Its next use decides which of the two it is.
-      fixed: Whether that index is part of the program (`w[0]`), so that it is no lookup.
+      static_index: Whether that index is part of the program (`w[0]`), so that it is no lookup.
       scaled: The parameter by which it was multiplied last, entry by entry.
       normed: Whether it was divided by a standard deviation since the last product.
       one_hot: Whether it is the result of a comparison.
@@ -72,8 +72,8 @@ class Value:
     param: str | None = None
     after: tuple[str, ...] = ()
     summed: bool = False
-    chosen: frozenset[Digit] = frozenset()
-    fixed: bool = False
+    selected: frozenset[Digit] = frozenset()
+    static_index: bool = False
     scaled: str | None = None
     normed: bool = False
     one_hot: bool = False
@@ -91,7 +91,7 @@ class Value:
         """The digits of the dimensions at these positions."""
         return frozenset(d for i in dims for d in self.dims[i] or ())
 
-    def data(self, **changes: Any) -> "Value":
+    def as_activation(self, **changes: Any) -> "Value":
         """The same value, as an activation and no longer a parameter."""
         return dataclasses.replace(self, param=None, **changes)
 

@@ -16,7 +16,7 @@ from jax.extend.core import primitives as p
 from jaxpeft import _axes as digits
 from jaxpeft import _compat as compat
 from jaxpeft._axes import Digit
-from jaxpeft._dimensions import IDENTITIES, LAYOUT
+from jaxpeft._dimensions import IDENTITIES, LAYOUT, free_dims
 from jaxpeft._tracing import ancestry, flow, roles
 from jaxpeft._tracing.ancestry import FIXED, GIVEN, Ancestor
 from jaxpeft._tracing.flow import Flow
@@ -193,17 +193,17 @@ class Walk:
 
     def settled(self, eqn: JaxprEqn | None, value: Value) -> Value:
         """The value as an activation: a selected row that is used like one is a row of a table."""
-        if not value.chosen:
+        if not value.selected:
             return value
-        if value.fixed:
-            return dataclasses.replace(value, chosen=frozenset(), fixed=False)
+        if value.static_index:
+            return dataclasses.replace(value, selected=frozenset(), static_index=False)
         cols = value.digits(range(len(value.dims)))
-        where: dict[str, Any] = {"rows": value.chosen, "cols": cols, "free": value.ids or (1,)}
+        where: dict[str, Any] = {"rows": value.selected, "cols": cols, "free": value.ids or (1,)}
         self.note(value, "embedding", eqn, by_id=value.by_id, **where)
         if not value.param:
-            return value.data(chosen=frozenset())
+            return value.as_activation(selected=frozenset())
         rows = flow.of_rows(dataclasses.replace(value.flow, live=True), value.param)
-        return value.data(after=(value.param,), chosen=frozenset(), flow=rows)
+        return value.as_activation(after=(value.param,), selected=frozenset(), flow=rows)
 
     def as_matrices(self, eqn: JaxprEqn, side: int, value: Value) -> Value:
         """A value that this product takes as matrices that a gather or a one-hot product selected.
@@ -212,8 +212,8 @@ class Walk:
         a table, a product contracts all or none.
         """
         contracted, batch = (pair[side] for pair in eqn.params["dimension_numbers"])
-        free = [i for i in range(len(value.dims)) if i not in contracted and i not in batch]
-        path, stack = value.mixture or (value.param, value.chosen)
+        free = free_dims(len(value.dims), contracted, batch)
+        path, stack = value.mixture or (value.param, value.selected)
         rows, cols = (
             frozenset(d for d in digits.significant(value.digits(dims)) if d.of == path)
             for dims in (contracted, free)
@@ -221,7 +221,7 @@ class Walk:
         if not (rows and cols and (value.mixture or value.ids and stack)):
             return value
         if not value.mixture:
-            return dataclasses.replace(value, chosen=frozenset(), stack=stack)
+            return dataclasses.replace(value, selected=frozenset(), stack=stack)
         kinds = ("linear", "one-hot")
         uses = self.uses[str(path)]
         uses[:] = [use for use in uses if use.kind not in kinds or use.rows != stack]
@@ -280,9 +280,9 @@ class Walk:
 
         Rows that a gather has selected do so only beside matrices of as many experts.
         """
-        if not value.ids or not value.chosen:
+        if not value.ids or not value.selected:
             return bool(other.after) or other.normed
-        count = roles.size(value.chosen)
+        count = roles.size(value.selected)
         return bool(other.after) and all(
             any(use.kind == "expert" and roles.size(use.stack) == count for use in self.uses[path])
             for path in other.after
@@ -337,7 +337,7 @@ class Walk:
         """A parameter that is added to an activation, or multiplied with it."""
         second = values[1] is param
         cols = param.digits(range(len(param.dims)))
-        stack = frozenset(_stack_of(param, other, self.uses)) | param.chosen
+        stack = frozenset(_stack_of(param, other, self.uses)) | param.selected
         pairs = list(zip(param.dims, other.dims, strict=False))
         aligned = [theirs for mine, theirs in pairs if digits.significant(mine or ())]
         for mine, theirs in pairs:
@@ -345,7 +345,7 @@ class Walk:
         where: dict[str, Any] = {"cols": cols - stack, "stack": stack}
         flows = [flow.parameter(str(v.param)) if v is param else v.flow for v in values]
         made = flow.merged(eqn, flows)
-        normed, met = _is_normed(other), other.data(after=(), biased=(), scaled=None)
+        normed, met = _is_normed(other), other.as_activation(after=(), biased=(), scaled=None)
         if param.param in other.flow.weights:  # computed from the parameter itself, to scale it
             self.note(param, "other", eqn, **where)
         elif eqn.primitive not in _SUMS:
@@ -382,7 +382,7 @@ class Walk:
         normed = _is_normed(other)
         kind, of = ("norm", ()) if normed else ("scale", other.after)
         self.note(param, kind, eqn, of=of, **where)
-        return other.data(after=(), biased=(), scaled=None if normed else param.param)
+        return other.as_activation(after=(), biased=(), scaled=None if normed else param.param)
 
 
 def _is_normed(value: Value) -> bool:
