@@ -458,13 +458,8 @@ def test_a_bias_of_a_part_or_of_another_order_is_no_bias_of_the_product(add):
 
 def test_an_array_that_is_closed_over_is_data_for_a_norm_and_a_constant_for_a_weight():
     """A batch is closed over as often as a frozen delta: see `ancestry.FIXED`."""
-    params = {"scale": jnp.ones(4), "w": jnp.ones((4, 3))}
     x, delta = jnp.arange(8.0).reshape(2, 4), jnp.ones((4, 3))
-
-    def fn(p):
-        y = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True)) * p["scale"]
-        return y @ (p["w"] + delta)
-
-    sites = jp.sites(fn, params)
-    assert list(sites.norm) == ["scale"]
-    assert list(sites.linear) == ["w"]
+    norm = lambda p: x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True)) * p["scale"]  # noqa: E731
+    assert list(jp.sites(norm, {"scale": jnp.ones(4)}).norm) == ["scale"]
+    product = lambda p, x: x @ (p["w"] + delta)  # noqa: E731
+    assert list(jp.sites(product, {"w": jnp.ones((4, 3))}, x).linear) == ["w"]
