@@ -1,10 +1,10 @@
-"""Where each index of an array went: the algebra behind views.
+"""The axes of an array in another layout: the algebra behind views.
 
 A `Digit` is one digit of the index along one axis of one array: the digit `i`,
-0 <= i < size, contributes `stride * i` to that index. A dimension of a rearranged
-array is a tuple of digits, most significant first. Transpose permutes dimensions;
-reshape cuts and joins digits; tuples of axis names could do the first but not the
-second. `None` stands for a dimension of which nothing is known.
+0 <= i < size, contributes `stride * i` to that index. A dimension of the array in
+another layout is a tuple of digits, most significant first. A transpose permutes
+dimensions; a reshape cuts and joins digits, which tuples of axis names could not
+express. `None` stands for a dimension of which nothing is known.
 """
 
 import math
@@ -28,7 +28,7 @@ Dim = tuple[Digit, ...]
 
 
 def whole(of: Hashable, shape: Sequence[int]) -> tuple[Dim, ...]:
-    """The dimensions of an array that nobody has rearranged."""
+    """The dimensions of an array in its own layout."""
     return tuple((Digit(of, axis, 1, size),) for axis, size in enumerate(shape))
 
 
@@ -38,7 +38,7 @@ def significant(digits: Iterable[Digit]) -> list[Digit]:
 
 
 def join(digits: Iterable[Digit]) -> Dim:
-    """Merges neighbours that are consecutive digits of one axis."""
+    """Joins neighbours that are consecutive digits of one axis."""
     out: list[Digit] = []
     for digit in digits:
         last = out[-1] if out else None
@@ -59,8 +59,8 @@ def reshape(
     """Dimensions after a row-major reshape from shape `old` to shape `new`.
 
     A new dimension that mixes known with unknown digits is `None`; where a digit
-    would be cut unevenly, every dimension is. An old one whose digits are more or
-    fewer than it is long is unknown.
+    would be cut unevenly, every dimension is. An old dimension whose digits do not
+    make up its length counts as unknown.
     """
     if math.prod(new) == 0:
         return (None,) * len(new)
@@ -92,16 +92,23 @@ def reshape(
 
 
 def _filled(dim: Dim | None, unknown: Digit) -> Dim:
-    """The dimension, or the unknown digit where it does not say what the whole length is."""
+    """The dimension, or the unknown digit where its digits do not make up the whole length."""
     known = dim is not None and math.prod(d.size for d in dim) == unknown.size
     return dim if dim is not None and known else (unknown,)
+
+
+def with_axis_size(dims: Iterable[Dim], axis: int, size: int) -> tuple[Dim, ...]:
+    """The dimensions of an array in which one axis, a single digit, has got another size."""
+    return tuple(
+        [tuple([d._replace(size=size) if d.axis == axis else d for d in dim]) for dim in dims]
+    )
 
 
 def cuts(dims: Iterable[Dim], axis: int, size: int) -> list[Digit]:
     """The digits into which `dims` cut an axis, most significant first.
 
-    Digits of a part that `dims` no longer hold (a squeezed dimension of size 1 does
-    not count) are left out, so the product of the sizes says whether all is there.
+    The product of their sizes is smaller than that of the axis where `dims` hold only a part
+    of it. Digits of size 1 are left out beside others, since a squeeze may remove them.
     """
     found = [d for dim in dims for d in dim if d.axis == axis]
     found.sort(key=lambda d: (-d.stride, -d.size))

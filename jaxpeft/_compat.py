@@ -56,16 +56,26 @@ def _under_shard_map() -> tuple[jex.Primitive, jex.Primitive | None]:
     return eqn.primitive, inner.eqns[-1].primitive if inner.eqns else None
 
 
-def open_jaxpr(jaxpr: Any) -> tuple[Any, list]:
+def open_jaxpr(jaxpr: jex.Jaxpr | jex.ClosedJaxpr) -> tuple[jex.Jaxpr, list[Any]]:
     """A jaxpr and its constants; closed jaxprs and open ones look alike afterwards."""
-    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))  # type: ignore
+
+
+def aval(v: jex.Var | jex.Literal) -> jax.core.ShapedArray:
+    """The type of an array's variable, of which JAX's own annotation says only that it is one."""
+    return v.aval  # type: ignore[return-value]
+
+
+def shape_of(v: jex.Var | jex.Literal) -> tuple[int, ...]:
+    """The shape of a variable, () where it holds no array."""
+    return getattr(v.aval, "shape", ())
 
 
 shard_map_p, pcast_p = _under_shard_map()
 
 
-def bind(eqn: jex.JaxprEqn, values: Sequence[Any]) -> list:
-    """One equation on arrays, as JAX would run it.
+def bind(eqn: jex.JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation on arrays, as JAX would.
 
     A jaxpr of this one equation keeps its named scope, source line, context and effects.
     """
@@ -76,19 +86,19 @@ def bind(eqn: jex.JaxprEqn, values: Sequence[Any]) -> list:
     return jax.core.eval_jaxpr(one, (), *operands.values())
 
 
-def scan_counts(eqn: Any) -> tuple[int, int, int]:
-    """How many operands of a scan are constants, carried, and scanned over.
+def scan_counts(eqn: jex.JaxprEqn) -> tuple[int, int, int]:
+    """How many operands of a scan are constants, are carried, and are scanned over.
 
-    Told apart by rank, since the parameters that say so differ between versions.
+    The ranks tell them apart, since the parameters that say so differ between versions.
     """
     body, _ = open_jaxpr(eqn.params["jaxpr"])
     ranks = [
-        len(outer.aval.shape) - len(inner.aval.shape)
+        aval(outer).ndim - aval(inner).ndim
         for outer, inner in zip(eqn.invars, body.invars, strict=True)
     ]
     xs = sum(ranks)
     carry = sum(
-        len(outer.aval.shape) == len(inner.aval.shape)
+        aval(outer).ndim == aval(inner).ndim
         for outer, inner in zip(eqn.outvars, body.outvars, strict=True)
     )
     return len(eqn.invars) - carry - xs, carry, xs
@@ -99,8 +109,8 @@ def source(eqn: jex.JaxprEqn) -> str:
     return summarize(eqn.source_info)
 
 
-#: What JAX raises where a program needs the number behind a traced value.
-NEEDS_NUMBERS = (
+#: What JAX raises where a program needs the concrete value of a traced array.
+CONCRETIZATION_ERRORS = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
@@ -108,14 +118,14 @@ NEEDS_NUMBERS = (
 
 
 def line_of(error: BaseException) -> str:
-    """`file:line (function)` of the last line of a traceback that is not of a library."""
+    """`file:line (function)` of a traceback's last frame outside of JAX and of this library."""
     libraries = tuple(os.path.dirname(file) + os.sep for file in (jax.__file__ or "", __file__))
     frames = traceback.extract_tb(error.__traceback__)
     last = [f for f in frames if not f.filename.startswith(libraries)][-1]
     return f"{last.filename}:{last.lineno} ({last.name})"
 
 
-def typed_sharding(aval: Any) -> Any:
+def typed_sharding(aval: Any) -> jax.NamedSharding | None:
     """The sharding of a type on a mesh with Explicit axes, else `None`."""
     sharding = getattr(aval, "sharding", None)
     kinds = getattr(getattr(sharding, "mesh", None), "axis_types", ())
@@ -130,7 +140,7 @@ def varying(x: Any) -> frozenset[str]:
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
     """The type of an array as a tracing argument, with its sharding where that is typed.
 
-    Which mesh axes a value varies over inside `shard_map` is left out: JAX inserts the
+    The mesh axes that a value varies over inside `shard_map` are left out: JAX inserts the
     casts where the trace needs them, and `lift` skips those that the real value has already.
     """
     aval = jax.typeof(x)

@@ -1,13 +1,13 @@
 """Arrays that a program makes of weights before it uses them, kept as their parts.
 
-Kernels are joined end to end, repeated, or scaled along a side. Such an array is a `Composite`:
-it is not formed. Where it meets a product, the product of the whole is written as products of
-the parts, each of which follows the rule of its own weight.
+A program may concatenate kernels, repeat them, or scale them along a side. The result is a
+`Composite`, which is not formed. Its product is computed as products of the parts, each of which
+follows the rule of its own weight.
 """
 
 import dataclasses
 import math
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,16 @@ from jaxpeft._operand import permute, refold
 from jaxpeft._view import Axis, View, is_view
 from jaxpeft._weight import STACK
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
 T = TypeVar("T")
 
 
 class Composite:
-    """An array made of weights: `parts`, and how `array` makes one of theirs.
+    """An array made of weights: its `parts`, and how `array` computes it from theirs.
 
-    Parts are views, composites, or plain arrays; every view among them is a matrix.
+    Parts are views, composites, or plain arrays; every view among them is mergeable.
     """
 
     #: Names of the fields that hold the parts.
@@ -57,13 +60,13 @@ class Composite:
         return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
     def array(self, *parts: jax.Array) -> jax.Array:
-        """The array that this stands for, from those that the parts stand for."""
+        """The array that the composite stands for, from those that its parts stand for."""
         raise NotImplementedError
 
 
 @dataclass_transform(frozen_default=True)
 def _node(cls: type[T]) -> type[T]:
-    """Registers a composite as a JAX pytree: its parts are the data."""
+    """Registers a composite class as a JAX pytree whose data are its parts."""
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
     names: tuple[str, ...] = cls.names  # type: ignore[attr-defined]
     meta = [f.name for f in dataclasses.fields(cls) if f.name not in names]  # type: ignore
@@ -72,7 +75,7 @@ def _node(cls: type[T]) -> type[T]:
 
 @_node
 class Concatenation(Composite):
-    """Pieces end to end along one dimension; a stack is pieces of length 1."""
+    """Pieces end to end along one dimension; a stack has pieces of length 1."""
 
     names = ("pieces",)
 
@@ -87,14 +90,14 @@ class Concatenation(Composite):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Of the pieces, along the dimension."""
+        """The length of each piece along the dimension."""
         return tuple(piece.shape[self.dim] for piece in self.pieces)
 
     def array(self, *parts: jax.Array) -> jax.Array:
         return lax.concatenate(parts, self.dim)
 
     def stacked(self) -> View | None:
-        """Pieces of length 1 as one weight with a stack axis, where all are of one kind."""
+        """Pieces of length 1 as one weight with a stack axis; `None` if they are not alike."""
         first = self.pieces[0]
         if not all(is_view(p) and p.shape[self.dim] == 1 for p in self.pieces):
             return None
@@ -109,7 +112,7 @@ class Concatenation(Composite):
         stacked = []
         for mark, *leaves in zip(marks, *rows, strict=True):
             if mark is None and any(leaf is not leaves[0] for leaf in leaves):
-                return None  # one array for a whole stack, but not the same one
+                return None  # a shared field is one array for a whole stack, but these differ
             stacked.append(leaves[0] if mark is None else jnp.stack(leaves))
         count = len(self.pieces)
         dims: list[Dim] = [
@@ -124,11 +127,11 @@ class Concatenation(Composite):
 
 @_node
 class Scaling(Composite):
-    """A weight times numbers that are the same along some of its dimensions.
+    """A weight times a factor that is constant along some of its dimensions.
 
     Attributes:
-      weight: What is scaled.
-      factor: As many dimensions, of length 1 where it is constant.
+      weight: A view or a composite.
+      factor: An array of the same rank, of length 1 along the dimensions where it is constant.
     """
 
     names = ("weight", "factor")
@@ -147,10 +150,10 @@ class Scaling(Composite):
 
 @_node
 class Repetition(Composite):
-    """A weight whose entries are repeated, rearranged.
+    """A weight with repeated entries, in any layout.
 
     Attributes:
-      weight: What is repeated.
+      weight: A view or a composite.
       dims: What each dimension is made of: digits of the weight's own dimensions, and of further
         ones that count copies.
     """
@@ -166,7 +169,7 @@ class Repetition(Composite):
 
     @property
     def cuts(self) -> list[Digit]:
-        """The digits into which the dimensions cut the weight, in the order of its own."""
+        """The digits into which `dims` cut the weight, in the order of its own dimensions."""
         found = [d for dim in self.dims for d in digits.significant(dim) if not self.is_copy(d)]
         return sorted(found, key=lambda d: (d.axis, -d.stride))
 
@@ -188,11 +191,11 @@ def _type(x: Any) -> tuple:
     return tuple(x.shape), x.dtype
 
 
-def is_composite(x: Any) -> bool:
-    """Whether it is an array made of weights."""
+def is_composite(x: Any) -> "TypeIs[Composite]":
+    """Whether it stands for an array that is made of weights."""
     return isinstance(x, Composite)
 
 
-def is_structured(x: Any) -> bool:
-    """Whether it is a weight or made of weights: not an array."""
+def is_structured(x: Any) -> "TypeIs[View | Composite]":
+    """Whether it is a weight or made of weights, and not an array."""
     return isinstance(x, (View, Composite))

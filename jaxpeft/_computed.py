@@ -1,6 +1,7 @@
-"""A matrix as an operand of a site, computed where it is used and again in the backward pass.
+"""A rematerialized matrix: computed where it is used, and again in the backward pass.
 
-What is kept in between are the arrays that it is computed from: codes, or factors and a base.
+Between the two passes only the arrays are kept that it is computed from: quantized values and
+scales, or factors and a base.
 """
 
 import functools
@@ -17,13 +18,14 @@ from jaxpeft._weight import IN, OUT, STACK, dense
 
 
 class Computed:
-    """A matrix that follows from fields of a weight: `x @ m`, `y @ m.T`, `m[ids]`.
+    """A matrix that is computed from fields of a weight: `x @ m`, `y @ m.T`, `m[ids]`.
 
     Args:
       compute: From the arrays of the fields, each as (*stack, *its axes), to the matrix
         (*stack, in, out).
       fields: The bound fields, by name; `None` where an optional one is absent. The first is one
-        of the weight's own, whose stack leads.
+        of the weight's own, with leading stack axes.
+      rows, cols: The roles of the sides that `x @ m` contracts and keeps.
     """
 
     __array_ufunc__ = None
@@ -60,7 +62,7 @@ class Computed:
         return self._first.site
 
     def _at(self, site: CallSite, arrays: dict[str, Any]) -> Operand:
-        """The matrix as an operand of the site."""
+        """The matrix as an operand of the call site."""
         stack = tuple(role for role in self._first.roles if role == STACK)
         matrix = self.compute(**arrays).astype(site.dtype)
         return BaseOperand(matrix, (*stack, IN, OUT), self.rows, self.cols, site)
@@ -68,13 +70,16 @@ class Computed:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _product(m: Computed, x: jax.Array, arrays: dict, of_site: dict) -> jax.Array:
-    """x @ m, with every array that it depends on as an argument."""
+    """x @ m, as a function of every array that it depends on."""
     return x @ m._at(m._site.with_arrays(of_site), arrays)
 
 
 def _product_jvp(m: Computed, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    """Linear in x, with the matrix computed anew: `jax.checkpoint` has it done in the backward pass
-    instead of keeping it, and `_read_again` keeps it from being the matrix of the forward pass."""
+    """The derivative, with a matrix of its own.
+
+    `jax.checkpoint` computes that matrix in the backward pass instead of keeping it, and
+    `_read_again` keeps XLA from merging it with the matrix of the forward pass.
+    """
     x, arrays, of_site = primals
     dx, darrays, _ = tangents
     moved = {k: v for k, v in darrays.items() if not _is_zero(v)}
@@ -83,7 +88,7 @@ def _product_jvp(m: Computed, primals: tuple, tangents: tuple) -> tuple[jax.Arra
         again, terms = _read_again(arrays), []
         if not _is_zero(dx):
             terms.append(dx @ m._at(m._site.with_arrays(of_site), again))
-        if moved:  # somebody trains what it is computed from
+        if moved:  # arrays that the matrix is computed from are differentiated, too
 
             def product(part: dict) -> jax.Array:
                 return x @ m._at(m._site.with_arrays(of_site), again | part)
@@ -107,11 +112,11 @@ def _is_zero(tangent: Any) -> bool:
 
 
 def _read_again(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The same arrays, in a way that the CPU's compiler does not take for the same.
+    """The same arrays, in a form that XLA's CPU backend does not recognize as the same.
 
-    `jax.checkpoint` puts a barrier before what is computed again, which XLA's CPU backend drops
-    before it looks for common subexpressions: every dense weight of the forward pass would be
-    kept for the backward pass. No number is both itself and not itself, but XLA does not know.
+    `jax.checkpoint` puts a barrier before what is computed again. The CPU backend drops it before
+    it eliminates common subexpressions, and would so keep every dense weight of the forward pass
+    for the backward pass. No number both equals itself and does not, but XLA does not know that.
     """
     floats = [x for x in arrays.values() if x is not None and _is_float(x)]
 
@@ -122,10 +127,11 @@ def _read_again(arrays: dict[str, Any]) -> dict[str, Any]:
         return (first(number) != first(number)) & (first(number) == first(number))
 
     def plainly_never(number: jax.Array) -> jax.Array:
-        return (first(number) != first(number)) & jnp.zeros((), bool)  # of the type of `never`
+        return (first(number) != first(number)) & jnp.zeros((), bool)  # same type as `never`
 
     def again(x: jax.Array) -> jax.Array:
-        # Its own number where it has one: another may differ between devices where it does not.
+        # A number of its own where it has one: another array's may vary over devices where x does
+        # not.
         number = x if _is_float(x) else floats[0]
         given = lax.platform_dependent(number, cpu=never, default=plainly_never)
         return jnp.where(given, jnp.zeros_like(x), x)
@@ -138,12 +144,12 @@ def _is_float(x: jax.Array) -> bool:
 
 
 def matrix_of(w: Any) -> tuple[dict[str, Operand], Callable[[dict[str, Any]], jax.Array]]:
-    """The operands of a bound weight or array, and how the matrix follows from their arrays.
+    """The operands of a bound weight or array, and how its matrix is computed from their arrays.
 
-    So what a weight computes from its base's entries can be computed over any base, codes too.
+    So a weight that computes with the entries of its base works over any base, quantized ones too.
 
     Returns:
-      Operands by name, for the fields of `Computed`; and a function from their arrays, by the
+      The operands by name, for the fields of `Computed`; and a function from their arrays, by the
       same names, to the matrix (*stack, in, out).
     """
     leaves, treedef = jax.tree.flatten(w)

@@ -13,7 +13,7 @@ import jax
 
 from jaxpeft import _tracing as tracing
 from jaxpeft._axes import Digit
-from jaxpeft._lift import Interpreter, Materialized
+from jaxpeft._interpreter import Interpreter, Materialized
 from jaxpeft._marks import is_array
 from jaxpeft._site import Site
 from jaxpeft._sites import Sites

@@ -1,8 +1,7 @@
-"""lift(fn): the meaning of a tree with structured weights.
+"""lift(fn): gives meaning to a tree with structured weights.
 
-`fn` is traced as if every weight were a dense array, then its jaxpr is evaluated; where a
-view meets a primitive, the rule of that primitive says how its weight acts. After `jit`
-nothing of this is left.
+`fn` is traced as if every weight were a dense array, then `_interpreter` evaluates its jaxpr on
+the weights. None of this remains at run time, after `jit`.
 """
 
 import contextlib
@@ -18,186 +17,16 @@ import numpy as np
 from jax.extend import core as jex
 
 from jaxpeft import _compat as compat
-from jaxpeft._composite import is_composite, is_structured
-from jaxpeft._rules.registry import COMPOSITES, COMPUTING, RULES, Rule
-from jaxpeft._rules.residual import Frame, residual
+from jaxpeft._interpreter import Interpreter, Materialized, NotMergeableError, Report
 from jaxpeft._tree import check_filled
 from jaxpeft._view import View, is_view, map_views
-from jaxpeft._weight import PositionsError, Unsupported, Weight, chain_of, innermost
+from jaxpeft._weight import PositionsError, Weight, chain_of, innermost
 
 F = TypeVar("F", bound=Callable)
 
 
 class MaterializedWarning(UserWarning):
-    """A structured weight was turned into a dense array, which is right but costs its size."""
-
-
-class NotMergeableError(TypeError):
-    """A weight that is no matrix stands where only a dense array would do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Materialized:
-    """One place where a weight was, or would be, turned into a dense array."""
-
-    path: str
-    primitive: str
-    source: str
-
-    def __str__(self) -> str:
-        return f"'{self.path}' at {self.primitive} ({self.source})"
-
-
-@dataclasses.dataclass
-class Interpreter:
-    """One run of the evaluator. Rules call it for the jaxprs inside an equation.
-
-    Attributes:
-      report: Called with every materialization.
-      taps: What weights of this scope have left for each other, by name.
-      sites: How many places a weight has acted at so far.
-      frames: The jaxprs of this scope that are under way, the innermost last.
-      within: The model's own equation, while a rule's program for it is under way.
-    """
-
-    report: Callable[[Materialized], None]
-    taps: dict[str, Any] = dataclasses.field(default_factory=dict)
-    sites: list[int] = dataclasses.field(default_factory=lambda: [0])
-    frames: list[Frame] = dataclasses.field(default_factory=list)
-    within: Any = None
-
-    def number(self) -> int:
-        """A number for the next place where a weight acts."""
-        self.sites[0] += 1
-        return self.sites[0]
-
-    def dense(self, x: Any, eqn: Any, why: str = "") -> Any:
-        """x itself, or the array that a view or a composite stands for."""
-        if is_composite(x):
-            return x.array(*[self.dense(part, eqn, why) for part in x.parts])
-        if not is_view(x):
-            return x
-        primitive = (eqn.primitive.name if eqn is not None else "return") + why
-        where = self.source(eqn) if eqn is not None else "the end of the function"
-        for w in chain_of(x.weight):
-            if not w.is_mergeable:
-                raise NotMergeableError(
-                    f"{type(w).__name__} at '{x.path}' is no matrix, so it cannot stand where "
-                    f"the model applies `{primitive}` to the weight itself ({where}). "
-                    "Leave this weight out of the method's targets."
-                )
-        self.report(Materialized(x.path, primitive, where))
-        return self.materialized(x, eqn)
-
-    def dequantized(self, view: View, eqn: Any, why: str = "") -> View:
-        """The view over the array that its codes stand for, if it stands on codes."""
-        if not isinstance(innermost(view.weight), Weight):
-            return view
-        self.report(Materialized(view.path, eqn.primitive.name + why, self.source(eqn)))
-        return view.dequantized()
-
-    def source(self, eqn: Any) -> str:
-        """Where in the model an equation comes from."""
-        return compat.source(self.within or eqn)
-
-    def materialized(self, view: View, eqn: Any) -> jax.Array:
-        """The array of a view, sharded as the program's types say."""
-        target = None
-        for v in eqn.invars if eqn is not None else ():
-            if v.aval.shape == view.shape:
-                target = target or compat.typed_sharding(v.aval)
-        if target is None:
-            return view.materialize()
-        return jax.sharding.auto_axes(View.materialize, out_sharding=target)(view)
-
-    def inner(self) -> "Interpreter":
-        """For a jaxpr whose values must not leave it, such as the body of a loop."""
-        return Interpreter(self.report, {}, self.sites, within=self.within)
-
-    def closed(self, what: str) -> None:
-        """Says that a scope has ended; whatever was left in it can never be met."""
-        if self.taps:
-            name = next(iter(self.taps))
-            raise NotMergeableError(
-                f"The adapter '{name}' reads its input inside {what} but adds its output "
-                "outside of it. Place both ends in the same scope of the model."
-            )
-
-    def run(self, jaxpr: Any, args: Sequence[Any]) -> list:
-        """Evaluates a jaxpr on arrays and views."""
-        jaxpr, consts = compat.open_jaxpr(jaxpr)
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
-
-        def read(v: Any) -> Any:
-            return v.val if isinstance(v, jex.Literal) else env[v]
-
-        frame = Frame(jaxpr, env)
-        self.frames.append(frame)
-        for frame.at, eqn in enumerate(jaxpr.eqns):
-            values = [read(v) for v in eqn.invars]
-            if any(map(is_structured, values)):
-                outs = self.apply(eqn, values)
-            else:
-                outs = compat.bind(eqn, values)
-            env.update(zip(eqn.outvars, outs, strict=True))
-        self.frames.pop()
-        return [read(v) for v in jaxpr.outvars]
-
-    def program(self, fn: Callable, eqn: Any, *values: Any) -> Any:
-        """fn(*values), one result, as what the model's equation does; values may be structured."""
-        outer, self.within = self.within, self.within or eqn
-        try:
-            (out,) = self.run(jax.make_jaxpr(fn)(*map(_type, values)), values)
-        finally:
-            self.within = outer
-        return out
-
-    def residual(self, path: str, row: int | None) -> list[jax.Array]:
-        """The stream that the model adds to the product under evaluation, maybe with a bias."""
-        return residual(self.frames, path, row)
-
-    def apply(self, eqn: jex.JaxprEqn, values: list) -> list:
-        """One equation with views or composites among its operands."""
-        name = str(eqn.source_info.name_stack)
-        scope = jax.named_scope(name) if name else contextlib.nullcontext()
-        # The maths of a weight mixes dtypes and ranks on purpose, whatever the caller forbids.
-        promote = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
-        with eqn.ctx.manager, scope, promote[0], promote[1]:
-            outs = None
-            if any(map(is_composite, values)):
-                outs = self._run_rule(COMPOSITES.get(eqn.primitive), eqn, values)
-                if outs is None:
-                    values = [self.dense(v, eqn) if is_composite(v) else v for v in values]
-            if outs is None and any(map(is_view, values)):
-                outs = self._run_rule(RULES.get(eqn.primitive), eqn, values)
-        if outs is None:
-            outs = compat.bind(eqn, [self.dense(v, eqn) for v in values])
-        return outs
-
-    def _run_rule(self, rule: Rule | None, eqn: Any, values: list) -> list | None:
-        """A rule's results; `None` where there is none or it does not cover the case."""
-        try:
-            return None if rule is None else self._in_context(rule, eqn, values)
-        except Unsupported:
-            return None
-
-    def _in_context(self, rule: Rule, eqn: Any, values: list) -> list | None:
-        """A rule, under the compiler's choice of shardings where these are part of the types."""
-        shardings = [compat.typed_sharding(v.aval) for v in eqn.outvars]
-        if eqn.primitive not in COMPUTING or None in shardings:
-            return rule(self, eqn, *values)
-        declined = []
-
-        def compute(values: list) -> list:
-            outs = rule(self, eqn, *values)
-            if outs is None:
-                declined.append(True)
-                outs = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
-            return outs
-
-        outs = jax.sharding.auto_axes(compute, out_sharding=shardings)(values)
-        return None if declined else outs
+    """A structured weight was turned into a dense array: correct, but it costs the array's size."""
 
 
 _warned: set[tuple[str, str]] = set()
@@ -230,26 +59,28 @@ def lift(
 ) -> F:
     """`fn` on trees that hold structured weights in the place of arrays.
 
-    For weights that are matrices, `lift(fn)(tree, ...) == fn(merge(tree), ...)`, without
-    ever forming them. Only structured weights are traced: every other argument (arrays,
-    flags, strings, keys, modules) reaches `fn` as the caller passed it. Use it inside
-    `jax.jit`, as `jax.grad` is: each call traces `fn`.
+    For mergeable weights, `lift(fn)(tree, ...) == fn(merge(tree), ...)`, without ever forming
+    them. Only structured weights are traced: every other argument (arrays, flags, strings, keys,
+    modules) reaches `fn` as the caller passed it. Use it inside `jax.jit`, as you would use
+    `jax.grad`: each call traces `fn`.
 
     Args:
       fn: Any JAX function; results may be any pytree.
-      materialize: What to do where no rule covers what the model does with a weight that is
-        a matrix: "warn" once per path and primitive, "error", "allow", or a function of
-        `Materialized`. A weight that is no matrix is an error there in any case.
+      materialize: What to do where no rule covers what the model does with a mergeable weight:
+        "warn" once per path and primitive, "error", "allow", or a function of `Materialized`. A
+        weight that has no dense equivalent is an error there in any case.
 
     Returns:
-      A function of the same arguments. A structured weight that `fn` returns as it came is
-      returned as it came.
+      A function of the same arguments. A structured weight that `fn` returns unchanged is
+      returned as a structured weight.
 
     Raises:
-      NotMergeableError: A bottleneck adapter, a prompt or the like stands where the model does
-        something with the weight that it cannot follow; names path, primitive and line.
-      ValueError: Something in the tree waits for `split` or `combine`; names it.
-      TypeError: `fn` is no function.
+      NotMergeableError: A weight without a dense equivalent, such as a bottleneck adapter or a
+        prompt, stands where the model does something with it that no rule covers; the message
+        names path, primitive and line.
+      PositionsError: The model has other axes than the (batch, time) of its virtual positions.
+      ValueError: Something in the tree waits for `split` or `combine`; the message names it.
+      TypeError: `fn` is not a function.
     """
     if not callable(fn):
         raise TypeError(
@@ -266,15 +97,39 @@ def lift(
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:
         check_filled((args, kwargs), "lift")
+        program = _Program.of(fn, args, kwargs)
+        _check_positions(fn, args, kwargs)
+        return program.evaluate(report)
+
+    return lifted  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """A call of a function, traced with dense arrays in the place of its structured weights.
+
+    Attributes:
+      jaxpr: From these arrays to those of the results.
+      views: The structured weights.
+      static: Per leaf of the results, (leaf,) where it is no array, else `None`.
+      tree: The structure of the results.
+    """
+
+    jaxpr: jex.ClosedJaxpr
+    views: list[View]
+    static: list[tuple | None]
+    tree: Any
+
+    @classmethod
+    def of(cls, fn: Callable, args: tuple, kwargs: dict[str, Any]) -> "_Program":
+        """Only structured weights are traced; every other argument is closed over."""
         flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_view)
+        # A vector costs no more to compute than the sum or the product that it is used in.
+        flat = [x.materialize() if is_view(x) and x.is_vector else x for x in flat]
         at = [i for i, x in enumerate(flat) if is_view(x)]
-        for i in at:
-            if flat[i].is_vector:  # costs no more than the sum or product it is used in
-                flat[i] = flat[i].materialize()
-        at = [i for i in at if is_view(flat[i])]
         result: dict[str, Any] = {}
 
-        def with_arrays(*arrays: Any) -> list:
+        def with_arrays(*arrays: jax.Array) -> list[jax.Array]:
             values = list(flat)
             for i, array in zip(at, arrays, strict=True):
                 values[i] = array
@@ -285,48 +140,48 @@ def lift(
 
         with _explained(flat):
             jaxpr = jax.make_jaxpr(with_arrays)(*[_abstract(flat[i]) for i in at])
-        evaluation = Interpreter(report)
-        views = [flat[i].unfolded().acting(_whole) for i in at]
-        if _ambiguous(views):
-            _retrace_with_fewer_examples(lifted, args, kwargs)
-        outs = iter(evaluation.run(jaxpr, views))
-        evaluation.closed("the function")
-        given = {id(view): flat[i] for view, i in zip(views, at, strict=True)}
+        return cls(jaxpr, [flat[i] for i in at], **result)
+
+    def evaluate(self, report: Report) -> Any:
+        """The function's results; `report` is called with every materialization."""
+        interpreter = Interpreter(report)
+        views = [view.unfolded().acting(_whole) for view in self.views]
+        outs = iter(interpreter.run(self.jaxpr, views))
+        interpreter.close_scope("the function")
+        given = {id(view): original for view, original in zip(views, self.views, strict=True)}
         values = []
-        for static in result["static"]:
+        for static in self.static:
             out = static[0] if static else next(outs)
-            values.append(given[id(out)] if id(out) in given else evaluation.dense(out, None))
-        return jax.tree.unflatten(result["tree"], values)
-
-    return lifted  # type: ignore[return-value]
+            values.append(given[id(out)] if id(out) in given else interpreter.dense(out, None))
+        return jax.tree.unflatten(self.tree, values)
 
 
-def _positions(view: View) -> list[Any]:
-    """Arrays (batch, time) that weights of the view are told of."""
+def _positions(view: View) -> list[jax.Array]:
+    """The arrays (batch, time) that weights of the view have been given."""
     fields = [(w, w.per_position) for w in chain_of(view.weight) if w.per_position is not None]
     return [x for w, name in fields if (x := getattr(w, name)) is not None]
 
 
-def _ambiguous(views: Sequence[View]) -> bool:
-    """Whether batch and time are of one length, so that a shape does not tell them apart."""
-    return any(x.ndim == 2 and x.shape[0] == x.shape[1] for v in views for x in _positions(v))
+def _check_positions(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Refuses values per position (batch, time) for a model with time first, if both are as long.
 
-
-def _retrace_with_fewer_examples(lifted: Callable, args: tuple, kwargs: dict) -> None:
-    """Traces the call without its last example, where batch and time have different lengths.
-
-    A model with time first would else take the positions of one example for those of a time.
+    The shapes do not tell the two apart then, and the values of one example would be taken for
+    those of one time step. So the call is traced once more without its last example, where the
+    lengths differ. Nothing of that is computed, and no materialization is reported.
 
     Raises:
-      PositionsError: A weight is told of other axes than its input has.
+      PositionsError: A weight was given other axes than its input has.
     """
     views = [x for x in jax.tree.leaves((args, kwargs), is_leaf=is_view) if is_view(x)]
-    rows = next(x.shape[0] for v in views for x in _positions(v) if x.shape[0] == x.shape[1])
+    square = [x for v in views for x in _positions(v) if x.ndim == 2 and x.shape[0] == x.shape[1]]
+    if not square:
+        return
+    examples = square[0].shape[0]
 
     def fewer(x: Any) -> Any:
-        if not _is_array(x) or not x.shape or x.shape[0] != rows:
+        if not _is_array(x) or not x.shape or x.shape[0] != examples:
             return x
-        return jax.ShapeDtypeStruct((rows - 1, *x.shape[1:]), x.dtype)
+        return jax.ShapeDtypeStruct((examples - 1, *x.shape[1:]), x.dtype)
 
     def fewer_positions(view: View) -> View:
         mine = {id(x) for x in _positions(view)}
@@ -340,32 +195,46 @@ def _retrace_with_fewer_examples(lifted: Callable, args: tuple, kwargs: dict) ->
     given = [smaller(x) for x in args], {name: smaller(x) for name, x in kwargs.items()}
     flat, treedef = jax.tree.flatten(given)
     at = [i for i, x in enumerate(flat) if isinstance(x, jax.ShapeDtypeStruct)]
+    refused: list[Exception] = []
 
-    def call(shapes: list) -> None:
+    def call(shapes: list[jax.Array]) -> None:
         values = list(flat)
         for i, x in zip(at, shapes, strict=True):
             values[i] = x
         args, kwargs = jax.tree.unflatten(treedef, values)
-        lifted(*args, **kwargs)
+        try:
+            program = _Program.of(fn, args, kwargs)
+        except Exception as error:  # whatever the model raises for another number of examples
+            refused.append(error)
+            return
+        try:
+            program.evaluate(lambda event: None)
+        except PositionsError:
+            raise
+        except (TypeError, ValueError) as error:  # JAX's errors for shapes that do not fit
+            refused.append(error)
 
-    try:
-        jax.eval_shape(call, [flat[i] for i in at])
-    except PositionsError:
-        raise
-    except Exception:
-        return  # a model of this many examples alone: nothing is learned
+    jax.eval_shape(call, [flat[i] for i in at])
+    if refused:
+        warnings.warn(
+            f"`lift` was given values per position (batch, time) of shape ({examples}, {examples}) "
+            "and could not check that the model has its axes in this order: it does not run on "
+            f"{examples - 1} examples ({type(refused[0]).__name__}: {refused[0]}). Call it once "
+            "with a batch of another length to have this checked.",
+            stacklevel=3,
+        )
 
 
 @contextlib.contextmanager
 def _explained(values: Sequence[Any]) -> Iterator[None]:
-    """Adds to JAX's error what to do, where the model decides by numbers that it has."""
+    """Adds the way out to JAX's error, where the model needs the concrete value of an array."""
     try:
         yield
-    except compat.NEEDS_NUMBERS as error:
+    except compat.CONCRETIZATION_ERRORS as error:
         if not any(isinstance(x, jax.core.Tracer) for x in values):
             error.add_note(
                 "`lift` traces the model, so what JAX computes in it is not known while it runs, "
-                f"even of arrays that are: {compat.line_of(error)}. If this does not depend on "
+                f"even where its inputs are: {compat.line_of(error)}. If this does not depend on "
                 "the weights, compute it there under `with jax.ensure_compile_time_eval():`, or "
                 "before the call; otherwise use `jax.lax.cond` or `jnp.where`."
             )
@@ -373,13 +242,14 @@ def _explained(values: Sequence[Any]) -> Iterator[None]:
 
 
 def _whole(f: Callable[[View], Any], view: View) -> Any:
-    """f(view); on a mesh with Explicit axes the results are whole on every device."""
+    """f(view); on a mesh with Explicit axes the results are replicated on every device."""
     leaves = jax.tree.leaves(view.weight)
     typed = [x for x in leaves if compat.typed_sharding(jax.typeof(x)) is not None]
     if not typed:
         return f(view)
-    mesh = compat.typed_sharding(jax.typeof(typed[0])).mesh
-    everywhere = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    sharding = compat.typed_sharding(jax.typeof(typed[0]))
+    assert sharding is not None
+    everywhere = jax.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     with _on_mesh(
         next((x.sharding.mesh for x in typed if not isinstance(x, jax.core.Tracer)), None)
     ):
@@ -387,9 +257,9 @@ def _whole(f: Callable[[View], Any], view: View) -> Any:
 
 
 def _on_mesh(mesh: Any) -> Any:
-    """The context in which what follows from an array of one device alone does not stay there.
+    """A context in which results that depend on an array of one device do not stay on it.
 
-    While something is traced there is no such context, and no need of one.
+    JAX has no such context while something is traced, and needs none.
     """
     try:
         return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
@@ -401,15 +271,8 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic))
 
 
-def _type(x: Any) -> jax.ShapeDtypeStruct:
-    """What a program sees of a value, structured or not."""
-    if is_structured(x):
-        return x.abstract
-    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-
-
 def _abstract(view: View) -> jax.ShapeDtypeStruct:
-    """The type under which a view is traced: that of the array it replaces."""
+    """The type as which a view is traced: that of the array that it replaces."""
     base = innermost(view.weight)
     sharding = None
     if view.natural and not isinstance(base, Weight) and base.shape == view.shape:
@@ -420,16 +283,16 @@ def _abstract(view: View) -> jax.ShapeDtypeStruct:
 def merge(tree: Any, *, dtype: Any = None) -> Any:
     """Plain arrays in the place of structured weights, for export and inference.
 
-    Each weight is computed in the wider of its parts' dtypes (at least float32 for a quantized
+    Each weight is computed in the widest dtype of its parts (at least float32 for a quantized
     base) at the highest matmul precision and cast once.
 
     Args:
       tree: With or without structured weights.
-      dtype: To cast to; `None` is the dtype of the array that each weight replaces.
+      dtype: Dtype of the merged arrays; `None` is the dtype of the array that each weight replaces.
 
     Raises:
-      NotMergeableError: A weight in the tree is no matrix; names its path.
-      ValueError: Something in the tree waits for `split` or `combine`; names it.
+      NotMergeableError: A weight in the tree has no dense equivalent; the message names its path.
+      ValueError: Something in the tree waits for `split` or `combine`; the message names it.
     """
     check_filled(tree, "merge")
 
@@ -437,8 +300,8 @@ def merge(tree: Any, *, dtype: Any = None) -> Any:
         for w in chain_of(view.weight):
             if not w.is_mergeable:
                 raise NotMergeableError(
-                    f"{type(w).__name__} at '{view.path}' is no matrix, so it cannot be merged. "
-                    "Keep the tree as it is and call the model through `lift`."
+                    f"{type(w).__name__} at '{view.path}' has no dense equivalent, so it cannot be "
+                    "merged. Keep the tree as it is and call the model through `lift`."
                 )
         wanted = view if dtype is None else dataclasses.replace(view, dtype=jnp.dtype(dtype))
         return wanted.materialize()

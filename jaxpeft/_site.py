@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxpeft._export import exportable
-from jaxpeft._lift import Materialized
+from jaxpeft._interpreter import Materialized
 from jaxpeft._tracing.values import Use
 from jaxpeft._view import Axis, View
 from jaxpeft._weight import IN, OUT, STACK

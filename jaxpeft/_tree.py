@@ -218,8 +218,8 @@ def combine(frozen: Any, adapter: Mapping[str, Any], **call: Any) -> Any:
       frozen: The frozen tree that `split` returned.
       adapter: `{path: array}` with the paths and shapes that `split` returned, in any dtype of
         the same kind.
-      call: Values of this call by name, such as `dropout=key` or `virtual_positions=positions`. A dropout key is folded by path
-        and split over stacks, so that every layer draws its own mask.
+      call: Values of this call by name, such as `dropout=key` or `virtual_positions=positions`. A
+        dropout key is folded by path and split over stacks, so that every layer draws its own mask.
 
     Returns:
       The tree with structured weights: what `lift(fn)` and `merge` take.

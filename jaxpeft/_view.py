@@ -7,7 +7,7 @@ inputs, outputs or a stack of matrices, and what has become of them on the way t
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,9 @@ from jaxpeft._weight import (
     innermost,
     with_innermost,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 WEIGHT_KEY = jax.tree_util.GetAttrKey("weight")
 
@@ -447,9 +450,7 @@ class View(NotAnArray):
         kept = [x if cut is None else cut.of(x) for x, cut in zip(leaves, cuts, strict=True)]
         size = stop - start
         axes = tuple(Axis(size, a.role) if i == axis else a for i, a in enumerate(self.axes))
-        dims = tuple(
-            tuple(d._replace(size=size) if d.axis == axis else d for d in dim) for dim in self.dims
-        )
+        dims = digits.with_axis_size(self.dims, axis, size)
         weight = jax.tree.unflatten(treedef, kept)
         return dataclasses.replace(self, weight=weight, axes=axes, dims=dims)
 
@@ -470,8 +471,8 @@ def _derived(view: View) -> dict[str, jax.Array]:
     return bind_weight(view.weight, CallSite(dtype), roles, dtype).derived()
 
 
-def is_view(x: Any) -> bool:
-    """Whether a node of a tree is a view, that is, a structured weight."""
+def is_view(x: Any) -> "TypeIs[View]":
+    """Whether a node of a tree is a structured weight."""
     return isinstance(x, View)
 
 

@@ -184,8 +184,11 @@ def test_override_makes_a_matrix_where_the_program_reveals_none():
         r"'w' \(2, 3, 4\) \(other\).*sites.override\('w', 'stack', 'in', 'out'\).match\('w'\)",
     ):
         adapted(lost, params, X, select=lambda sites: sites.linear)
-    told = lambda sites: sites.override("w", "stack", "in", "out").linear  # noqa: E731
-    for select in (told, lambda s: jp.Sites.from_json(json.loads(json.dumps(told(s).to_json())))):
+    override = lambda sites: sites.override("w", "stack", "in", "out").linear  # noqa: E731
+    for select in (
+        override,
+        lambda s: jp.Sites.from_json(json.loads(json.dumps(override(s).to_json()))),
+    ):
         _, tree = adapted(lost, params, X, select=select)
         formed = []
         lifted = jp.lift(lost, materialize=formed.append)(tree, X)
@@ -208,7 +211,7 @@ def test_an_empty_selection_says_choices(params, message):
 
 
 def ode(p, x):
-    """Its solver holds numbers of its own."""
+    """The solver closes over arrays of its own."""
     return odeint(lambda y, t, p: jnp.tanh(y @ p["w"]), x, jnp.linspace(0.0, 1.0, 3), p)
 
 
@@ -254,7 +257,7 @@ DECIDING = {
 
 
 @pytest.mark.parametrize("name", DECIDING)
-def test_a_model_that_decides_by_numbers_is_told_the_line_and_the_way_out(name):
+def test_a_model_that_branches_on_values_gets_the_line_and_the_way_out(name):
     fn, params = DECIDING[name], {"w": random(6, 6)}
     _, tree = adapted(lambda p, x: x @ p["w"], params, X)
     fn(params, X)

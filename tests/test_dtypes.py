@@ -1,4 +1,4 @@
-"""Dtypes: what a weight multiplies is promoted, and what the program rounds stays rounded."""
+"""Dtypes: operands are promoted as the program does, and what it rounds stays rounded."""
 
 import re
 import warnings
@@ -214,7 +214,7 @@ def test_what_has_no_dense_equivalent_is_refused_where_it_is_rounded():
         jp.lift(fn)(jp.combine(frozen, start), X)
 
 
-def test_codes_keep_their_values_where_the_program_rounds_them():
+def test_quantized_values_stay_the_same_where_the_program_rounds_them():
     def fn(p, x):
         return x @ p["w"].astype(BF16).astype(x.dtype)
 
@@ -222,7 +222,7 @@ def test_codes_keep_their_values_where_the_program_rounds_them():
     assert far(jp.lift(fn)(tree, X), fn(jp.merge(tree), X)) <= 1e-10
 
 
-# ---- what a weight multiplies
+# ---- operands that a weight multiplies
 
 
 def multi_hot(x):
@@ -302,7 +302,7 @@ def test_inputs_are_promoted_as_by_the_programs_own_product(inputs, method, base
     assert not events
 
 
-def test_a_wider_result_of_a_product_with_codes_is_not_rounded():
+def test_a_wider_result_of_a_product_with_quantized_values_is_not_rounded():
     def fn(p, x):
         return jnp.dot(x, p["w"], preferred_element_type=F32)
 
@@ -310,7 +310,7 @@ def test_a_wider_result_of_a_product_with_codes_is_not_rounded():
     tree = jp.quantize("int8", jp.sites(fn, params, x).linear)(jax.random.key(0), params)
     exact = np.asarray(x, np.float64) @ np.asarray(jp.merge(tree, dtype=F64)["w"])
     got = np.asarray(jp.lift(fn)(tree, x), np.float64)
-    # Sums of int8 codes are exact in float32; rounded to bfloat16 they would be off by 2**-9.
+    # Sums of int8 values are exact in float32; rounded to bfloat16 they would be off by 2**-9.
     assert np.linalg.norm(got - exact) <= 1e-5 * np.linalg.norm(exact)
 
 
@@ -374,7 +374,7 @@ def _of_five(method):
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8", "nf4", "int4"])
-def test_codes_over_a_base_meet_complex_inputs(format):
+def test_quantized_values_meet_complex_inputs(format):
     fn, params = COMPLEX["a spectrum"]
     tree = jp.quantize(format, jp.sites(fn, params, X).linear)(jax.random.key(0), params)
     assert far(jp.lift(fn)(tree, X), fn(jp.merge(tree), X)) <= 1e-10

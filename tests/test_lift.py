@@ -1,6 +1,8 @@
 """lift: what passes through, what is reported, what is refused."""
 
+import dataclasses
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft._lift import _warned
+from jaxpeft._weight import PositionsError, Weight, axes, base_weight, dense, static, weight
 
 F8 = jnp.float64
 KEY = jax.random.key(0)
@@ -193,3 +196,91 @@ def test_a_parameter_that_is_stored_flat_is_cut_into_its_sides():
     out = jp.lift(fn, materialize="error")(tree, x)
     np.testing.assert_allclose(out, fn(jp.merge(tree), x), rtol=1e-12)
     assert jp.merge(tree)["w"].shape == (24,)
+
+
+# Values per position, where batch and time have one length --------------------------------------
+
+
+@weight
+class PerPosition(Weight):
+    """The matrix `w`, which is given a value for each entry of its input (batch, time)."""
+
+    w: Any = base_weight()
+    positions: Any = axes(shared=True)
+    only_for: int | None = static(None)
+
+    per_position = "positions"
+
+    def materialize(self):
+        return dense(self.w)
+
+    def forward(self, x):
+        if self.only_for not in (None, x.shape[0]):
+            raise RuntimeError(f"{x.shape[0]} examples")
+        if self.positions.array.shape != x.shape[:-1]:
+            raise PositionsError(f"{self.positions.array.shape} is not {x.shape[:-1]}")
+        return x @ self.w
+
+
+def tree_with_positions(fn, params, x, **options):
+    """A tree with a `PerPosition` at 'w' and a LoRA at 'v', if it is there, for a square x."""
+    site = jp.sites(fn, params, x)["w"]
+    view = site.view(params["w"])
+    held = PerPosition(params["w"], jnp.zeros(x.shape[:2]), **options)
+    rest = {k: v for k, v in params.items() if k != "w"}
+    if rest:
+        rest = tree_of(lambda p, x: fn({**p, "w": params["w"]}, x), rest, x)
+    return {**rest, "w": dataclasses.replace(view, weight=held)}
+
+
+def test_a_materialization_is_reported_once_where_batch_and_time_have_one_length():
+    params, x = {"w": normal(0, 3, 3), "v": normal(1, 3, 3)}, normal(2, 4, 4, 3)
+
+    def fn(p, x):
+        return x @ p["w"] @ jnp.tanh(p["v"]) @ p["v"]
+
+    tree, events = tree_with_positions(fn, params, x), []
+    jp.lift(fn, materialize=events.append)(tree, x)
+    assert [(e.path, e.primitive) for e in events] == [("v", "tanh")]
+
+
+def test_a_model_with_time_first_is_refused_where_batch_and_time_have_one_length():
+    params, x = {"w": normal(0, 3, 3)}, normal(2, 4, 4, 3)
+
+    def fn(p, x):
+        return x.transpose(1, 0, 2) @ p["w"]
+
+    with pytest.raises(PositionsError, match=r"\(3, 4\) is not \(4, 3\)"):
+        jp.lift(fn)(tree_with_positions(fn, params, x), x)
+
+
+class OnlyFour(Exception):
+    """What a model may raise for a batch of another size."""
+
+
+@pytest.mark.parametrize("kind", [OnlyFour, ValueError])
+def test_a_model_of_one_batch_size_runs_with_a_warning_that_its_axes_are_unchecked(kind):
+    params, x = {"w": normal(0, 3, 3)}, normal(2, 4, 4, 3)
+
+    def fn(p, x):
+        if x.shape[0] != 4:
+            raise kind("four examples only")
+        return x @ p["w"]
+
+    tree = tree_with_positions(fn, params, x)
+    told = (
+        rf"shape \(4, 4\), and could not check .* 3 examples \({kind.__name__}: four examples only"
+    )
+    with pytest.warns(UserWarning, match=told):
+        out = jp.lift(fn)(tree, x)
+    np.testing.assert_allclose(out, fn(params, x), rtol=1e-12)
+
+
+def test_an_error_of_a_weight_is_not_taken_for_a_model_of_one_batch_size():
+    params, x = {"w": normal(0, 3, 3)}, normal(2, 4, 4, 3)
+
+    def fn(p, x):
+        return x @ p["w"]
+
+    with pytest.raises(RuntimeError, match="3 examples"):
+        jp.lift(fn)(tree_with_positions(fn, params, x, only_for=4), x)

@@ -1,4 +1,4 @@
-"""The page of public names is what the package exports; `python -m tests.test_public_names` writes it."""
+"""The page of public names lists the exports; `python -m tests.test_public_names` writes it."""
 
 import importlib
 import inspect

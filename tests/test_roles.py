@@ -1,4 +1,4 @@
-"""What only the whole of a program tells: heads, statistics, turned biases, experts."""
+"""Roles that only the whole program reveals: heads, statistics, changed biases, experts."""
 
 import flax.linen as nn
 import jax
@@ -78,13 +78,13 @@ def test_a_head_is_what_gives_the_scores_of_the_vocabulary(fn, args, more, head)
     assert set(sites.hidden) == {"up", "down", *more} - {"head"}
 
 
-def test_a_user_says_what_the_head_is():
+def test_a_user_can_say_what_the_head_is():
     p = arrays(up=(D, D), classes=(D, 4))
     sites = jp.sites(lambda p, x: jnp.tanh(x @ p["up"]) @ p["classes"], p, jnp.ones((2, D)))
     assert set(sites.hidden) == {"up", "classes"}
-    told = sites.linear.with_head("clas*")
-    assert set(told.head) == {"classes"} and set(told.hidden) == {"up"}
-    assert set(told.every.head) == {"classes"} and not told.with_head().head
+    overridden = sites.linear.with_head("clas*")
+    assert set(overridden.head) == {"classes"} and set(overridden.hidden) == {"up"}
+    assert set(overridden.every.head) == {"classes"} and not overridden.with_head().head
     with pytest.raises(ValueError, match=r"'klass' matches none.*There are: classes"):
         sites.with_head("klass")
 
@@ -109,7 +109,7 @@ def _normalized(form):
 
 
 @pytest.mark.parametrize("form", ["as written", "scale first", "a quotient", "a spread", "folded"])
-def test_a_mean_and_a_variance_that_are_counted_are_no_bias_and_no_norm(form):
+def test_a_running_mean_and_variance_are_no_bias_and_no_norm(form):
     vectors = dict.fromkeys(("b", "mean", "var", "scale", "shift"), (D,))
     sites = jp.sites(_normalized(form), arrays(w=(D, D), **vectors), jnp.ones((2, D)))
     used = form not in ("a quotient", "a spread")
@@ -316,7 +316,7 @@ HEADS = [
         jnp.einsum("td,edf->tef", x, p["up"]) * jax.nn.sigmoid(x @ p["router"])[..., None],
         p["down"],
     ),
-    # Attention: what is weighed by shares has been mixed over time before.
+    # Attention: the outputs that a softmax weights have been mixed over time before.
     lambda p, x: jnp.einsum(
         "sef,efd->sd",
         jnp.einsum(
@@ -330,13 +330,13 @@ HEADS = [
 
 
 @pytest.mark.parametrize("fn", HEADS)
-def test_heads_stay_outputs_and_can_be_told_to_be_experts(fn):
+def test_heads_stay_outputs_and_can_be_overridden_as_experts(fn):
     p, x = arrays(**EXPERTS), jax.random.normal(jax.random.key(1), (T, D))
     p = jax.tree.map(lambda w: w.astype(jnp.float64), p)
     sites = jp.sites(fn, p, x)
     assert [axis.role for axis in sites["up"].axes] == ["out", "in", "out"]
-    told = sites.override("up", "stack", "in", "out").override("down", "stack", "in", "out")
-    method = jp.lora(2, told.match("up", "down"), dtype=jnp.float64)
+    overridden = sites.override("up", "stack", "in", "out").override("down", "stack", "in", "out")
+    method = jp.lora(2, overridden.match("up", "down"), dtype=jnp.float64)
     frozen, adapter = jp.split(method(jax.random.key(0), p))
     assert adapter["up/a"].shape == (E, D, 2) and adapter["down/b"].shape == (E, 2, D)
     tree = jp.combine(frozen, {n: a + 0.3 for n, a in adapter.items()})
@@ -451,3 +451,15 @@ def test_a_bias_of_a_part_or_of_another_order_is_no_bias_of_the_product(add):
     says = r"'w'.*adds 'b' to a part of its product, or to it in another order"
     with pytest.raises(ValueError, match=says):
         bias_of(sites["w"], sites)
+
+
+# Closed-over arrays -----------------------------------------------------------------------------
+
+
+def test_an_array_that_is_closed_over_is_data_for_a_norm_and_a_constant_for_a_weight():
+    """A batch is closed over as often as a frozen delta: see `ancestry.FIXED`."""
+    x, delta = jnp.arange(8.0).reshape(2, 4), jnp.ones((4, 3))
+    norm = lambda p: x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True)) * p["scale"]  # noqa: E731
+    assert list(jp.sites(norm, {"scale": jnp.ones(4)}).norm) == ["scale"]
+    product = lambda p, x: x @ (p["w"] + delta)  # noqa: E731
+    assert list(jp.sites(product, {"w": jnp.ones((4, 3))}, x).linear) == ["w"]

@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
+from jax.typing import DTypeLike
 
 from jaxpeft import _compat as compat
+from jaxpeft._dimensions import free_dims
 from jaxpeft._operand import (
     CallSite,
     Operand,
@@ -19,17 +22,17 @@ from jaxpeft._operand import (
     permute,
     refold,
 )
-from jaxpeft._rules.registry import rule
+from jaxpeft._rules.registry import ArrayOrView, Results, RuleContext, rule
 from jaxpeft._rules.sharding import refuse_parts
 from jaxpeft._view import View, is_view
 from jaxpeft._weight import IN, OUT, STACK, Unsupported
 
 
 def site_of(
-    run: Any, view: View, eqn: Any, kind: type[CallSite] = CallSite, **more: Any
+    ctx: RuleContext, view: View, eqn: JaxprEqn, kind: type[CallSite] = CallSite, **more: Any
 ) -> CallSite:
-    """The site at which a view meets this equation."""
-    refuse_parts(run, view, eqn)
+    """The call site of a view at this equation."""
+    refuse_parts(ctx, view, eqn)
     preferred = eqn.params.get("preferred_element_type")
     if preferred is not None and not holds(preferred, view.dtype):
         preferred = None  # a narrower result: the whole sum is rounded to it once
@@ -38,26 +41,26 @@ def site_of(
         precision=eqn.params.get("precision"),
         preferred=preferred,
         where=compat.source(eqn),
-        salt=run.number(),
-        # Under vmap over a stack, what one weight leaves could not be met by another.
-        taps=None if view.indices(STACK) else run.taps,
+        salt=ctx.next_site_number(),
+        # Under vmap over a stack, no weight could read what another one has left in the taps.
+        taps=None if view.indices(STACK) else ctx.taps,
         **more,
     )
 
 
-def promoted(view: Any, x: Any, eqn: Any) -> tuple[View, jax.Array] | None:
+def promoted(view: View, x: jax.Array, eqn: JaxprEqn) -> tuple[View, jax.Array] | None:
     """The view and x in the dtype in which the program multiplies the two.
 
     `jnp` leaves the promotion of two dtypes to the product, which takes that of its result.
-    `None` where the entries of the weight are needed: integers are multiplied, floats of 8 bits,
-    or what the program has rounded meets something wider.
+    `None` where the entries of the weight are needed: the program multiplies integers or floats
+    of 8 bits, or it has rounded the weight and multiplies it in a wider dtype.
     """
-    wanted = eqn.outvars[0].aval.dtype
+    wanted = compat.aval(eqn.outvars[0]).dtype
     same = x.dtype == view.dtype and computing(x.dtype) == x.dtype
     dtype = view.dtype if same else wanted
-    view = view.cast(dtype)
+    cast = view.cast(dtype)
     sums = jnp.issubdtype(wanted, jnp.inexact) and computing(dtype) == dtype
-    return (view, x.astype(dtype)) if sums and view is not None else None
+    return (cast, x.astype(dtype)) if sums and cast is not None else None
 
 
 def bound(view: View, w: Any, site: CallSite) -> Any:
@@ -69,7 +72,7 @@ def bound(view: View, w: Any, site: CallSite) -> Any:
 def _orientation(view: View, contracted: list[int], batch: list[int]) -> tuple[str, str] | None:
     """(IN, OUT) for a forward use of a refined view, (OUT, IN) for a transposed one, else None.
 
-    Axes of the stack may be anywhere: each of them chooses a matrix all the same.
+    Axes of the stack may be anywhere: wherever they are, each of them selects a matrix.
     """
 
     def axes_of(dims: list[int]) -> set[int]:
@@ -78,7 +81,7 @@ def _orientation(view: View, contracted: list[int], batch: list[int]) -> tuple[s
     def axes_with(role: str) -> set[int]:
         return {i for i in view.indices(role) if view.axes[i].size > 1}
 
-    free = [i for i in range(view.ndim) if i not in contracted and i not in batch]
+    free = free_dims(view.ndim, contracted, batch)
     stack = axes_with(STACK)
     if not axes_of(batch) <= stack or not stack <= axes_of([*batch, *contracted, *free]):
         return None
@@ -93,8 +96,8 @@ def _sorting(axes: list[int]) -> list[int]:
 
 
 def _contract(
-    run: Any,
-    eqn: Any,
+    ctx: RuleContext,
+    eqn: JaxprEqn,
     view: View,
     x: jax.Array,
     dims: tuple[list[int], list[int]],
@@ -119,16 +122,16 @@ def _contract(
         return None
     if any(len(view.dims[i]) > 1 for i in vb):
         return None
-    # Stack axes by where they are: batched over, summed over, or of the result alone.
+    # Stack axes by their role in the product: batched over, summed over, or of the result alone.
     batch = [view.dims[i][0].axis if view.dims[i] else -1 for i in vb]
     stack, parts = view.indices(STACK), [d for i in vc for d in view.dims[i]]
     summed = [i for i in stack if i in {d.axis for d in parts}]
-    view_free = [i for i in range(view.ndim) if i not in vc and i not in vb]
+    view_free = free_dims(view.ndim, vc, vb)
     alone = [i for i in stack if i in {d.axis for k in view_free for d in view.dims[k]}]
     if len(stack) != len(batch) + len(summed) + len(alone):
-        return None  # a stack of size 1 that the program has squeezed away
-    # x as (*stack but for what is alone, *free, *contracted axes in the order of the weight)
-    free = [i for i in range(x.ndim) if i not in xc and i not in xb]
+        return None  # the program has squeezed away a stack of length 1
+    # x as (*stack but for axes of the result alone, *free, *contracted axes in the weight's order)
+    free = free_dims(x.ndim, xc, xb)
     stack_order = _sorting(batch)
     x = permute(x, [*(xb[i] for i in stack_order), *free, *xc])
     lead = x.shape[: len(xb) + len(free)]
@@ -149,13 +152,13 @@ def _contract(
     order = _sorting([d.axis for d in out])
 
     def beside(row: int | None) -> list[jax.Array]:
-        found = [refold(r, (*lead, *(d.size for d in parts))) for r in run.residual(view.path, row)]
+        found = [refold(r, (*lead, *(d.size for d in parts))) for r in ctx.residual(view.path, row)]
         to_weight = [*range(len(lead)), *(len(lead) + i for i in order)]
         return [permute(r, to_weight) for r in found]
 
-    # Where y has the order of the equation's own result, but for that of its outputs.
+    # Only here has y the layout of the equation's own result, up to the order of its outputs.
     plain = not stack and not first and orientation == (IN, OUT)
-    site = site_of(run, view, eqn, residual=beside if plain else None)
+    site = site_of(ctx, view, eqn, residual=beside if plain else None)
 
     def product(w: Any, x: jax.Array) -> jax.Array:
         w = bound(view, w, site)
@@ -167,7 +170,7 @@ def _contract(
     kept = [i for i in stack if i not in summed]
     lead = y.shape[: len(kept) + len(free)]
     y = refold(y, (*lead, *(out[i].size for i in order)))
-    # Of y's dimensions: those of the batch, of x, and of the weight as the program has them.
+    # The dimensions of y in the program's order: those of the batch, of x, and of the weight.
     at = {axis: place for place, axis in enumerate(kept)}
     at |= {out[i].axis: len(lead) + place for place, i in enumerate(order)}
     mine, theirs = [at[d.axis] for d in parts], [at[i] for i in batch]
@@ -176,30 +179,31 @@ def _contract(
 
 
 @rule(p.dot_general_p, computes=True)
-def dot_general(run: Any, eqn: Any, lhs: Any, rhs: Any) -> list | None:
+def dot_general(ctx: RuleContext, eqn: JaxprEqn, lhs: ArrayOrView, rhs: ArrayOrView) -> Results:
     """Forward where `in` is contracted, transposed where `out` is; stacks are batched over."""
     (lc, rc), (lb, rb) = (tuple(map(list, pair)) for pair in eqn.params["dimension_numbers"])
     if is_view(lhs) and is_view(rhs):
-        rhs = run.dense(rhs, eqn, " with another weight")
-    aval = eqn.outvars[0].aval
+        rhs = ctx.dense(rhs, eqn, " with another weight")
     if is_view(rhs):
-        y = _contract(run, eqn, rhs, lhs, (rc, rb), (lc, lb), first=False)
+        assert not is_view(lhs)
+        view, y = rhs, _contract(ctx, eqn, rhs, lhs, (rc, rb), (lc, lb), first=False)
     else:
-        y = _contract(run, eqn, lhs, rhs, (lc, lb), (rc, rb), first=True)
+        assert is_view(lhs)
+        view, y = lhs, _contract(ctx, eqn, lhs, rhs, (lc, lb), (rc, rb), first=True)
         if y is not None:  # the weight came first: its free dimensions come before those of x
             batch, x_free = len(lb), rhs.ndim - len(rc) - len(rb)
             y = permute(
                 y,
                 [*range(batch), *range(batch + x_free, y.ndim), *range(batch, batch + x_free)],
             )
-    path = (rhs if is_view(rhs) else lhs).path
-    return None if y is None else [as_program(y, aval.dtype, path)]
+    dtype = compat.aval(eqn.outvars[0]).dtype
+    return None if y is None else [as_program(y, dtype, view.path)]
 
 
 class RaggedCallSite(CallSite):
     """x (tokens, n), sorted by expert, against stacks of experts: `jax.lax.ragged_dot`."""
 
-    def __init__(self, dtype: Any, *, groups: jax.Array, tokens: int, **kwargs: Any):
+    def __init__(self, dtype: DTypeLike, *, groups: jax.Array, tokens: int, **kwargs: Any):
         super().__init__(dtype, **kwargs)
         self.arrays, self.tokens = {"groups": groups}, tokens
 
@@ -232,8 +236,10 @@ class RaggedCallSite(CallSite):
 
 
 @rule(compat.ragged_dot_p, computes=True)
-def ragged_dot(run: Any, eqn: Any, x: Any, view: Any, groups: Any) -> list | None:
-    """Sorted tokens against a stack of experts, forward: experts whole, one group axis."""
+def ragged_dot(
+    ctx: RuleContext, eqn: JaxprEqn, x: ArrayOrView, view: ArrayOrView, groups: ArrayOrView
+) -> Results:
+    """Sorted tokens against a stack of whole experts with one group axis, forward."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     if is_view(x) or is_view(groups) or not is_view(view):
         return None
@@ -249,10 +255,10 @@ def ragged_dot(run: Any, eqn: Any, x: Any, view: Any, groups: Any) -> list | Non
         return None
     # ragged_dot wants (experts, in, out), which is the canonical form.
     view = view.in_canonical_layout()
-    site = site_of(run, view, eqn, RaggedCallSite, groups=groups, tokens=x.shape[0])
-    site.taps = run.taps  # tokens stay together, unlike under vmap over a stack
+    site = site_of(ctx, view, eqn, RaggedCallSite, groups=groups, tokens=x.shape[0])
+    site.taps = ctx.taps  # tokens stay together, unlike under vmap over a stack
     y = x @ bind_weight(view.weight, site, (STACK, IN, OUT), view.dtype)
-    return [as_program(y, eqn.outvars[0].aval.dtype, view.path)]
+    return [as_program(y, compat.aval(eqn.outvars[0]).dtype, view.path)]
 
 
 class ConvCallSite(CallSite):
@@ -264,7 +270,7 @@ class ConvCallSite(CallSite):
     puts between `in` and `out`, so that `a @ b` stays the delta of the whole kernel.
     """
 
-    def __init__(self, dtype: Any, *, kernels: View, params: Any, **kwargs: Any):
+    def __init__(self, dtype: DTypeLike, *, kernels: View, params: dict[str, Any], **kwargs: Any):
         super().__init__(dtype, **kwargs)
         self.kernels, self.params = kernels, params
         self.groups = params["feature_group_count"]
@@ -306,7 +312,7 @@ class ConvCallSite(CallSite):
 
     def spread(self, op: Operand) -> jax.Array:
         if IN in op.roles:
-            raise Unsupported("a number for each entry of a convolution's window")
+            raise Unsupported("a vector over the entries of a convolution's window")
         own = op.roles and OUT not in op.roles
         return jnp.tile(op.matrix, self.groups) if own else super().spread(op)
 
@@ -335,9 +341,9 @@ class ConvCallSite(CallSite):
 
 
 @rule(p.conv_general_dilated_p, computes=True)
-def convolution(run: Any, eqn: Any, x: Any, view: Any) -> list | None:
-    """Kernels whose dimensions are one axis each; none in a batch-grouped convolution."""
-    if is_view(x) or eqn.params["batch_group_count"] != 1:
+def convolution(ctx: RuleContext, eqn: JaxprEqn, x: ArrayOrView, view: ArrayOrView) -> Results:
+    """Kernels whose dimensions are one axis each; not in a batch-grouped convolution."""
+    if is_view(x) or not is_view(view) or eqn.params["batch_group_count"] != 1:
         return None
     both = promoted(view, x, eqn)
     if both is None:
@@ -349,10 +355,10 @@ def convolution(run: Any, eqn: Any, x: Any, view: Any) -> list | None:
     out = view.dims[numbers.rhs_spec[0]][0].axis
     if view.indices(OUT) != [out] or view.indices(STACK):
         return None
-    site = site_of(run, view, eqn, ConvCallSite, kernels=view, params=eqn.params)
+    site = site_of(ctx, view, eqn, ConvCallSite, kernels=view, params=eqn.params)
     x = permute(x, [numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]])
     y = x @ bound(view, view.weight, site)
     # (batch, *space, channels) back into the program's layout
     place = [numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]]
     y = permute(y, [place.index(i) for i in range(y.ndim)])
-    return [as_program(y, eqn.outvars[0].aval.dtype, view.path)]
+    return [as_program(y, compat.aval(eqn.outvars[0]).dtype, view.path)]

@@ -1,4 +1,4 @@
-"""Reading rows of a table: gathers by id in every mode, and runs of rows."""
+"""Reads of a table: rows by id in every mode of a gather, and ranges of rows."""
 
 import dataclasses
 import math
@@ -6,18 +6,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
+from jax.typing import ArrayLike
 
+from jaxpeft import _compat as compat
 from jaxpeft._axes import Digit, Dim
+from jaxpeft._dimensions import cut_dims, gather_sources, row_dims
 from jaxpeft._operand import computing, permute, refold
 from jaxpeft._rules.contractions import bound, site_of
-from jaxpeft._rules.registry import cut_dims, row_dims, rule
-from jaxpeft._rules.views import dynamic_slice as pick_from_stack
+from jaxpeft._rules.registry import ArrayOrView, RuleContext, rule
+from jaxpeft._rules.views import one_of_stack
 from jaxpeft._view import Axis, View, is_view
 from jaxpeft._weight import IN, OUT, STACK, Weight
 
 
-def _rows_dim(view: View, dim: int) -> bool:
+def _is_rows_dim(view: View, dim: int) -> bool:
     """Whether a dimension of a refined view is the whole `in` axis, and `out` is the rest."""
     if len(view.indices(IN)) != 1 or [d.axis for d in view.dims[dim]] != view.indices(IN):
         return False
@@ -25,31 +29,36 @@ def _rows_dim(view: View, dim: int) -> bool:
     return rest == {i for i in view.indices(OUT) + view.indices(STACK) if view.axes[i].size > 1}
 
 
-def _rows(
-    run: Any, eqn: Any, given: View, ids: jax.Array, mode: str, fill: Any
+def _lookup(
+    ctx: RuleContext,
+    eqn: JaxprEqn,
+    table: View,
+    ids: jax.Array,
+    mode: str,
+    fill: ArrayLike | None,
 ) -> jax.Array | None:
     """Rows (*stack, *ids, out) of the table, where ids beyond it meet the gather's own mode.
 
     A table that the program has rounded gives rounded rows. `None` where its dtype has no sums.
     """
-    view = given.exact
+    view = table.exact
     if computing(view.dtype) != view.dtype:
         return None
-    site = site_of(run, view, eqn)
+    site = site_of(ctx, view, eqn)
     site.rows = view.size(IN)
     extra = view.weight.extra_rows if isinstance(view.weight, Weight) else 0
     count = view.size(IN) + extra
 
     def lookup(w: Any, ids: jax.Array) -> jax.Array:
         y = bound(view, w, site)[jnp.clip(ids, 0, count - 1)]
-        # Where the model promises ids within its table, an id without a prompt must not pass
-        # for the last one.
+        # Where the model promises ids within its table, an id beyond all virtual tokens must not
+        # read the last of them.
         if mode == "FILL_OR_DROP" or (extra and mode == "PROMISE_IN_BOUNDS"):
             valid = (ids >= 0) & (ids < count)
             y = jnp.where(valid[..., None], y, jnp.nan if fill is None else fill)
         return y
 
-    return given.rounded(view.over_stack(lookup, ids))
+    return table.rounded(view.over_stack(lookup, ids))
 
 
 def _as_dims(view: View, y: jax.Array, lead: int, keep: list[int]) -> jax.Array:
@@ -62,72 +71,66 @@ def _as_dims(view: View, y: jax.Array, lead: int, keep: list[int]) -> jax.Array:
 
 
 @rule(p.gather_p, computes=True)
-def gather(run: Any, eqn: Any, view: Any, indices: Any) -> list | None:
-    """Whole rows by id, each mode as it says, batched over a stack; or matrices of a stack."""
+def gather(
+    ctx: RuleContext, eqn: JaxprEqn, table: ArrayOrView, indices: ArrayOrView
+) -> list[jax.Array] | list[View] | None:
+    """Whole rows by id, in any mode, batched over a stack; or weights of a stack by id."""
     numbers = eqn.params["dimension_numbers"]
-    looked_up = row_dims(eqn)
-    if is_view(indices) or len(looked_up) != 1:
+    selected = row_dims(eqn)
+    if not is_view(table) or is_view(indices) or len(selected) != 1:
         return None
-    view = view.refined()
-    if any(view.axes[d.axis].role == STACK for d in view.dims[looked_up[0]]):
-        return matrices(eqn, view, indices, looked_up[0])
-    rows, batch = looked_up[0], list(numbers.operand_batching_dims)
+    view = table.refined()
+    if any(view.axes[d.axis].role == STACK for d in view.dims[selected[0]]):
+        return weights_of_stack(eqn, view, indices, selected[0])
+    rows, batch = selected[0], list(numbers.operand_batching_dims)
     keep = [i for i in range(view.ndim) if i != rows and i not in batch]
     sizes = eqn.params["slice_sizes"]
     if sizes[rows] != 1 or any(sizes[i] != view.shape[i] for i in keep):
         return None
     stack = [d.axis for i in batch for d in view.dims[i]]
-    if not _rows_dim(view, rows) or sorted(stack) != view.indices(STACK):
+    if not _is_rows_dim(view, rows) or sorted(stack) != view.indices(STACK):
         return None
     if len(stack) != len(batch):
         return None
-    # ids with the stack first, in the order of the weight
+    # The ids lead with the stack, in the order that it has in the weight.
     index_batch = [numbers.start_indices_batching_dims[batch.index(i)] for i in batch]
     front = [index_batch[stack.index(axis)] for axis in sorted(stack)]
     ids = indices[..., numbers.start_index_map.index(rows)]
-    others = [i for i in range(ids.ndim) if i not in front]
-    y = _rows(
-        run,
-        eqn,
-        view,
-        permute(ids, [*front, *others]),
-        eqn.params["mode"].name,
-        eqn.params["fill_value"],
-    )
+    order = [*front, *(i for i in range(ids.ndim) if i not in front)]
+    mode, fill = eqn.params["mode"].name, eqn.params["fill_value"]
+    y = _lookup(ctx, eqn, view, permute(ids, order), mode, fill)
     if y is None:
         return None
     y = _as_dims(view, y, ids.ndim, keep)
-    y = permute(
-        y, [*((front + others).index(i) for i in range(ids.ndim)), *range(ids.ndim, y.ndim)]
-    )
-    # Where the gather keeps the row's own dimension of size 1, `offset_dims` has a place for it.
-    offset = [i for i in range(view.ndim) if i not in batch]
-    if rows in numbers.collapsed_slice_dims:
-        offset.remove(rows)
-    else:
-        y = jnp.expand_dims(y, ids.ndim + offset.index(rows))
-    aval = eqn.outvars[0].aval
-    place = [i for i in range(aval.ndim) if i not in numbers.offset_dims]
-    place += list(numbers.offset_dims)
-    y = permute(y, [place.index(i) for i in range(aval.ndim)])
-    return [y]
+    y = permute(y, [*(order.index(i) for i in range(ids.ndim)), *range(ids.ndim, y.ndim)])
+    # y is (*ids, *kept dimensions of the table), which may have the rows' dimension of length 1.
+    sources = gather_sources(eqn)
+    of_table = sorted(source.dim for source in sources if source.operand == "table")
+    if rows in of_table:
+        y = jnp.expand_dims(y, ids.ndim + of_table.index(rows))
+    place = [s.dim if s.operand == "ids" else ids.ndim + of_table.index(s.dim) for s in sources]
+    return [permute(y, place)]
 
 
 @rule(p.dynamic_slice_p)
-def dynamic_slice(run: Any, eqn: Any, view: Any, *starts: Any) -> list | None:
-    """A run of rows of a table; one slice of a stack is another rule's."""
-    picked = pick_from_stack(run, eqn, view, *starts)
-    if picked is not None or not is_view(view):
-        return picked
-    view, cut = view.refined(), cut_dims(eqn)
-    if len(cut) != 1 or not _rows_dim(view, cut[0]) or view.indices(STACK):
+def dynamic_slice(
+    ctx: RuleContext, eqn: JaxprEqn, table: ArrayOrView, *starts: jax.Array
+) -> list[jax.Array] | list[View] | None:
+    """One weight of a stack, or a range of rows of a table."""
+    if not is_view(table):
         return None
-    aval = eqn.outvars[0].aval
+    selected = one_of_stack(eqn, table, starts)
+    if selected is not None:
+        return [selected]
+    view, cut = table.refined(), cut_dims(eqn)
+    if len(cut) != 1 or not _is_rows_dim(view, cut[0]) or view.indices(STACK):
+        return None
+    aval = compat.aval(eqn.outvars[0])
     count, rows = aval.shape[cut[0]], view.size(IN)
     start = starts[cut[0]]
-    # An index below zero counts from the end, then the run is clamped into the table.
+    # An index below zero counts from the end, then the range is clamped into the table.
     start = jnp.clip(jnp.where(start < 0, start + rows, start), 0, rows - count)
-    y = _rows(run, eqn, view, start + jnp.arange(count), "CLIP", None)
+    y = _lookup(ctx, eqn, view, start + jnp.arange(count), "CLIP", None)
     if y is None:
         return None
     keep = [i for i in range(view.ndim) if i != cut[0]]
@@ -136,8 +139,8 @@ def dynamic_slice(run: Any, eqn: Any, view: Any, *starts: Any) -> list | None:
     return [y]
 
 
-def matrices(eqn: Any, view: View, indices: jax.Array, dim: int) -> list | None:
-    """A matrix of a stack for each id: every field gives the slices that the program takes.
+def weights_of_stack(eqn: JaxprEqn, view: View, indices: jax.Array, dim: int) -> list[View] | None:
+    """One weight of a stack for each id: every field gives the slices that the program takes.
 
     The weight stays factored; of a quantized one only these slices are ever dequantized.
     """
@@ -148,12 +151,11 @@ def matrices(eqn: Any, view: View, indices: jax.Array, dim: int) -> list | None:
         return None
     mode, fill = params["mode"].name, params["fill_value"]
     if mode == "FILL_OR_DROP" and not (fill is None or fill != fill):
-        return None  # an id out of range stands for a matrix of other numbers, not of NaN
+        return None  # an id out of range selects a matrix of another number than NaN
     axis = view.dims[dim][0].axis
     ids = indices[..., numbers.start_index_map.index(dim)]
-    extra = ids.ndim - 1
 
-    def chosen(x: jax.Array, at: int | None) -> jax.Array:
+    def selected(x: jax.Array, at: int | None) -> jax.Array:
         if at is None:
             return x
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -165,26 +167,26 @@ def matrices(eqn: Any, view: View, indices: jax.Array, dim: int) -> list | None:
 
     leaves, treedef = jax.tree.flatten(view.weight)
     positions = view.stack_positions(axis)
-    picked = [chosen(x, at) for x, at in zip(leaves, positions, strict=True)]
-    of_ids = tuple(Axis(n, STACK) for n in ids.shape)
-    axes = view.axes[:axis] + of_ids + view.axes[axis + 1 :]
-    of = view.dims[dim][0].of
-    index = iter([(Digit(of, axis + i, 1, n),) for i, n in enumerate(ids.shape)])
-    kept = iter(i for i in range(view.ndim) if i not in numbers.collapsed_slice_dims)
+    fields = [selected(x, at) for x, at in zip(leaves, positions, strict=True)]
+    # The stack axis gives way to one axis for each dimension of the ids.
+    axes = (*view.axes[:axis], *(Axis(n, STACK) for n in ids.shape), *view.axes[axis + 1 :])
+    moved = ids.ndim - 1
     dims: list[Dim] = []
-    for i in range(eqn.outvars[0].aval.ndim):
-        if i not in numbers.offset_dims:
-            dims.append(next(index))
-            continue
-        source = next(kept)
-        moved = [d._replace(axis=d.axis + extra * (d.axis > axis)) for d in view.dims[source]]
-        dims.append(() if source == dim else tuple(moved))
-    weight = jax.tree.unflatten(treedef, picked)
+    for source in gather_sources(eqn):
+        if source.operand == "ids":
+            of = view.dims[dim][0].of
+            dims.append((Digit(of, axis + source.dim, 1, ids.shape[source.dim]),))
+        elif source.dim == dim:
+            dims.append(())
+        else:
+            old = view.dims[source.dim]
+            dims.append(tuple(d._replace(axis=d.axis + moved * (d.axis > axis)) for d in old))
+    weight = jax.tree.unflatten(treedef, fields)
     return [dataclasses.replace(view, weight=weight, axes=axes, dims=tuple(dims))]
 
 
 def _keys(keys: jax.Array, ids: jax.Array, at: int) -> jax.Array:
-    """Keys of the chosen slices, one of its own for each id: ids may share a slice."""
+    """A key for each id, from that of the slice that it selects: ids may share a slice."""
     own = keys[jnp.clip(ids, 0, len(keys) - 1)]
     numbers = jnp.arange(ids.size).reshape(ids.shape + (1,) * (own.ndim - ids.ndim))
     own = jax.vmap(jax.random.fold_in)(own.ravel(), jnp.broadcast_to(numbers, own.shape).ravel())

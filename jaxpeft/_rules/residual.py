@@ -1,8 +1,8 @@
 """What a model adds to a product: the residual stream beside a sub-layer.
 
-A sub-layer ends in a product, a bias, and a sum with the stream that went around it. Where a
-weight stands in that product, the stream is a value that exists already: it is found by
-following the product to the sum.
+A sub-layer ends in a product, a bias, and a sum with the residual stream. Where the interpreter
+evaluates that product, the stream has been computed already: it is found by following the product
+to the sum.
 """
 
 import dataclasses
@@ -15,49 +15,52 @@ from jax.extend.core import primitives as p
 
 from jaxpeft import _compat as compat
 from jaxpeft._composite import is_structured
+from jaxpeft._dimensions import IDENTITIES
 
-#: What a product may go through on its way, its elements in the same order.
-_PASSING = {p.reshape_p, p.convert_element_type_p, p.squeeze_p, p.copy_p, p.name_p}
-_PASSING |= {p.reduce_precision_p, p.sharding_constraint_p, compat.optimization_barrier_p}
+#: What a product may pass on its way to the sum: it keeps the row-major order of the entries.
+_PASSING = IDENTITIES | {p.reshape_p, p.squeeze_p}
 
 
 @dataclasses.dataclass
 class Frame:
     """A jaxpr under evaluation: its values so far, and the equation that it has reached."""
 
-    jaxpr: Any
-    env: dict[Any, Any]
+    jaxpr: jex.Jaxpr
+    env: dict[jex.Var, Any]
     at: int = 0
 
     @property
-    def eqn(self) -> Any:
+    def eqn(self) -> jex.JaxprEqn:
         return self.jaxpr.eqns[self.at]
 
 
 def residual(frames: Sequence[Frame], path: str, row: int | None) -> list[jax.Array]:
     """The stream that is added to the product of the equation under evaluation.
 
-    A bias is told from it by its size, which one row alone leaves open.
+    A bias is smaller than the product, unless the product has a single row. Then both are
+    returned.
 
     Args:
       frames: The jaxpr of that equation last, before it those that it was inlined into.
       path: Of the weight, for messages.
-      row: Numbers in one row of the product, where the model is known to add a bias to it.
+      row: The number of entries in one row of the product, where the model is known to add a bias
+        to it.
 
     Returns:
-      The stream alone, or of one row the bias and the stream, in the program's order.
+      The stream alone, or, for a single row, the bias and the stream in the program's order.
 
     Raises:
-      ValueError: The product is not added to one value that exists already, or something else
-        happens to it first; says what, and where.
+      ValueError: The product is not added to one value that has been computed before it, or
+        something else happens to it first; the message says what, and where.
     """
     depth = len(frames) - 1
     value = frames[depth].eqn.outvars[0]
-    alike = 2 if row == value.aval.size else 1  # partners of the product's size to come
+    # How many values of the product's size are still to be added to it.
+    expected = 2 if row == compat.aval(value).size else 1
     found: list[jax.Array] = []
 
     def end(what: str) -> list[jax.Array]:
-        if alike:
+        if expected:
             raise _lost(path, what)
         return found
 
@@ -80,29 +83,30 @@ def residual(frames: Sequence[Frame], path: str, row: int | None) -> list[jax.Ar
         if other is None:
             return end(f"is added to itself ({compat.source(eqn)})")
         if not _is_bias(frame, other, value):
-            exists = other in frame.env and not is_structured(frame.env[other])
-            if not alike and exists:
+            assert isinstance(other, jex.Var)  # a literal is no larger than a scalar
+            computed = other in frame.env and not is_structured(frame.env[other])
+            if not expected and computed:
                 raise _lost(path, f"is added to several values ({compat.source(eqn)})")
-            alike = max(alike - 1, 0)
-            if exists:
+            expected = max(expected - 1, 0)
+            if computed:
                 found.append(frame.env[other])
-            elif not alike and not found:
+            elif not expected and not found:
                 raise _lost(path, f"is added to what is computed after it ({compat.source(eqn)})")
         value = eqn.outvars[0]
 
 
-def _variables(eqn: Any) -> list:
+def _variables(eqn: jex.JaxprEqn) -> list[jex.Var]:
     return [v for v in eqn.invars if not isinstance(v, jex.Literal)]
 
 
-def _is_bias(frame: Frame, other: Any, product: Any) -> bool:
-    """Whether it is fewer numbers than the product, repeated: no stream."""
-    if isinstance(other, jex.Literal) or other.aval.size < product.aval.size:
+def _is_bias(frame: Frame, other: jex.Var | jex.Literal, product: jex.Var) -> bool:
+    """Whether it has fewer entries than the product before it is broadcast, so it is no stream."""
+    if isinstance(other, jex.Literal) or compat.aval(other).size < compat.aval(product).size:
         return True
     for eqn in frame.jaxpr.eqns:
         if other in eqn.outvars:
-            repeated = eqn.primitive is p.broadcast_in_dim_p
-            return repeated and eqn.invars[0].aval.size < other.aval.size
+            is_broadcast = eqn.primitive is p.broadcast_in_dim_p
+            return is_broadcast and compat.aval(eqn.invars[0]).size < compat.aval(other).size
     return False
 
 

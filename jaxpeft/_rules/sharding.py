@@ -7,35 +7,40 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft import _compat as compat
-from jaxpeft._axes import Dim
+from jaxpeft._axes import with_axis_size
 from jaxpeft._composite import is_composite
-from jaxpeft._rules.registry import rule
+from jaxpeft._rules.registry import ArrayOrView, RuleContext, Value, rule
 from jaxpeft._view import Axis, View, is_view
 from jaxpeft._weight import IN, OUT, chain_of
+
+AnyMesh = Mesh | AbstractMesh
+#: The mesh axes that divide a dimension, as an entry of a PartitionSpec.
+AxisNames = str | tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards(Axis):
-    """An axis inside `shard_map` of which each device has a part: `size` of it.
+    """An axis inside `shard_map` of which each device has a shard of length `size`.
 
     Fields that run over the axis are divided likewise, and all others are the same on every
-    device: what an `all_gather` may rely on.
+    device; `all_gather` relies on that.
     """
 
     names: tuple[str, ...]  # the mesh axes that divide it, as in a PartitionSpec
 
 
-def _names(names: Any) -> tuple[str, ...]:
+def _names(names: AxisNames) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _spec_by_axis(view: View, spec: Any) -> dict[int, Any] | None:
+def _spec_by_axis(view: View, spec: PartitionSpec) -> dict[int, AxisNames] | None:
     """Mesh axes per axis of a refined view, or `None` where a shard would not be contiguous."""
-    by_axis: dict[int, Any] = {}
+    by_axis: dict[int, AxisNames] = {}
     for dim, names in zip(view.dims, spec, strict=False):
         if names is None or names == ():
             continue
@@ -50,19 +55,19 @@ def _spec_by_axis(view: View, spec: Any) -> dict[int, Any] | None:
     return by_axis
 
 
-def _parts(mesh: Any, names: Any) -> int:
-    """In how many parts an axis lies that is divided over these mesh axes."""
+def _parts(mesh: AnyMesh, names: Any) -> int:
+    """The number of shards of an axis that is divided over these mesh axes."""
     known = _names(names) if isinstance(names, (str, tuple)) else ()  # else: left to the compiler
     return math.prod(mesh.shape[name] for name in known)
 
 
-def _divides(view: View, by_axis: dict[int, Any], mesh: Any) -> bool:
-    """Whether every field can be cut where the devices cut the array it stands for."""
+def _divides(view: View, by_axis: dict[int, AxisNames], mesh: AnyMesh) -> bool:
+    """Whether every field can be cut where the devices cut the array that the view stands for."""
     return all(view.divides(axis, _parts(mesh, names)) for axis, names in by_axis.items())
 
 
-def field_specs(view: View, spec: Any) -> list[PartitionSpec] | None:
-    """Per leaf of a refined view's weight, its spec when the array it stands for has `spec`."""
+def field_specs(view: View, spec: PartitionSpec) -> list[PartitionSpec] | None:
+    """Per leaf of a refined view's weight, its spec where the replaced array has `spec`."""
     by_axis = _spec_by_axis(view, spec)
     if by_axis is None:
         return None
@@ -75,9 +80,10 @@ def field_specs(view: View, spec: Any) -> list[PartitionSpec] | None:
 def followed(view: View, sharding: NamedSharding) -> list[PartitionSpec]:
     """Per leaf of a view's weight, a spec that divides it as the array it stands for is divided.
 
-    For where fields lie, not for `shard_map`: shards may end inside a block, since the compiler
-    moves what a device lacks. A dimension that does not divide evenly is whole; one of the
-    weight's own, such as the pairs of a flat layout, is divided by whatever is left.
+    This is for the placement of fields, not for `shard_map`: shards may end inside a block, since
+    the compiler moves what a device lacks. A dimension that does not divide evenly is replicated;
+    an axis of the weight's own, such as the blocks of a flat layout, is divided over the mesh axes
+    that are left.
     """
     view = view.refined()
     divided: dict[int, tuple[str, ...]] = {}
@@ -97,7 +103,7 @@ def followed(view: View, sharding: NamedSharding) -> list[PartitionSpec]:
         spec: list[tuple[str, ...]] = []
         for size, run in zip(leaf.shape, runs, strict=True):
             names = tuple(name for axis in run for name in divided.get(axis, ()))
-            # Where a side of several axes is cut into these again, the first has to divide, too.
+            # A side of several axes may be cut into these again, so the first has to divide, too.
             first = next((view.axes[i].size for i in run if view.axes[i].size > 1), size)
             spec.append(dividing(names, size, first))
         for at in (at for at, run in enumerate(runs) if not run):
@@ -107,13 +113,13 @@ def followed(view: View, sharding: NamedSharding) -> list[PartitionSpec]:
     return specs
 
 
-def parts_of(mesh: Any, spec: PartitionSpec) -> int:
-    """In how many parts an array lies on a mesh."""
+def parts_of(mesh: AnyMesh, spec: PartitionSpec) -> int:
+    """The number of shards of an array with this spec on a mesh."""
     return math.prod(_parts(mesh, names) for names in spec if names is not None)
 
 
-def constrain(x: Any, sharding: Any) -> Any:
-    """x under a sharding constraint, if there is one; a view's fields each get their part."""
+def constrain(x: Value, sharding: Any) -> Value:
+    """x under a sharding constraint, if there is one; each field of a view gets its own."""
     if not isinstance(sharding, NamedSharding) or is_composite(x):
         return x
     if not is_view(x):
@@ -121,7 +127,7 @@ def constrain(x: Any, sharding: Any) -> Any:
     view = x.refined()
     specs, by_axis = field_specs(view, sharding.spec), _spec_by_axis(view, sharding.spec)
     if specs is None or by_axis is None or not _divides(view, by_axis, sharding.mesh):
-        return x  # a hint that no field can follow
+        return x  # the constraint is a hint, and some field cannot follow it
     leaves, treedef = jax.tree.flatten(view.weight)
     placed = [
         lax.with_sharding_constraint(leaf, NamedSharding(sharding.mesh, spec))
@@ -131,8 +137,8 @@ def constrain(x: Any, sharding: Any) -> Any:
 
 
 @rule(p.sharding_constraint_p)
-def sharding_constraint(run: Any, eqn: Any, view: View) -> list:
-    """Each field gets its part of the sharding; one that none can follow is dropped."""
+def sharding_constraint(ctx: RuleContext, eqn: JaxprEqn, view: View) -> list[Value]:
+    """Each field gets its own constraint; one that some field cannot follow is dropped."""
     return [constrain(view, eqn.params["sharding"])]
 
 
@@ -140,41 +146,36 @@ _UNFIT = " with a sharding that the weight cannot follow"
 
 
 def acts_on_parts(view: View, roles: Iterable[str]) -> bool:
-    """Whether the weight is right on a device's part of the sides with these roles."""
+    """Whether the weight is exact on a device's shard of the sides with these roles."""
     return all(
         (IN not in roles or w.local_in) and (OUT not in roles or w.local_out)
         for w in chain_of(view.weight)
     )
 
 
-def refuse_parts(run: Any, view: View, eqn: Any) -> None:
-    """Raises where a weight that needs its whole sides meets an activation with parts of them."""
+def refuse_parts(ctx: RuleContext, view: View, eqn: JaxprEqn) -> None:
+    """Raises where a weight that needs its whole sides meets an activation with shards of them."""
     if not acts_on_parts(view, {a.role for a in view.axes if isinstance(a, Shards)}):
-        run.dense(view, eqn, _UNFIT)
-
-
-def _resized(dims: tuple[Dim, ...], axis: int, size: int) -> tuple[Dim, ...]:
-    """The dimensions of a refined view after an axis has become shorter or longer."""
-    return tuple(tuple(d._replace(size=size) if d.axis == axis else d for d in dim) for dim in dims)
+        ctx.dense(view, eqn, _UNFIT)
 
 
 def _entering(
-    run: Any, eqn: Any, x: Any, spec: PartitionSpec, mesh: Any
+    ctx: RuleContext, eqn: JaxprEqn, x: ArrayOrView, spec: PartitionSpec, mesh: AnyMesh
 ) -> tuple[list, list[PartitionSpec], Callable[[list], Any]]:
-    """An operand of a shard_map as leaves, their specs, and the local view of them."""
+    """An operand of a shard_map as leaves, their specs, and the view of their shards."""
     if not is_view(x):
         return [x], [spec], lambda leaves: leaves[0]
     view = x.refined()
     specs, by_axis = field_specs(view, spec), _spec_by_axis(view, spec)
     if by_axis is not None and not _divides(view, by_axis, mesh):
-        # Codes that the devices would cut inside a block: what is put on them still divides.
-        view = run.dequantized(view, eqn, _UNFIT)
+        # The devices would cut quantized values inside a block; an adapter's fields still divide.
+        view = ctx.dequantized(view, eqn, _UNFIT)
         specs = field_specs(view, spec)
     roles = {view.axes[axis].role for axis in by_axis or ()}
-    # What is no matrix may be gathered before its use: `refuse_parts` asks again there.
+    # A weight that is not mergeable may be gathered before its use: `refuse_parts` asks again.
     fits = acts_on_parts(view, roles) or not view.is_mergeable
     if specs is None or by_axis is None or not fits or not _divides(view, by_axis, mesh):
-        return [run.dense(x, eqn, _UNFIT)], [spec], lambda leaves: leaves[0]
+        return [ctx.dense(x, eqn, _UNFIT)], [spec], lambda leaves: leaves[0]
     leaves, treedef = jax.tree.flatten(view.weight)
 
     def part(axis: int) -> Axis:
@@ -187,7 +188,7 @@ def _entering(
     axes = tuple(map(part, range(len(view.axes))))
     dims = view.dims
     for axis in by_axis:
-        dims = _resized(dims, axis, axes[axis].size)
+        dims = with_axis_size(dims, axis, axes[axis].size)
 
     def local_view(leaves: list) -> View:
         weight = jax.tree.unflatten(treedef, leaves)
@@ -197,19 +198,19 @@ def _entering(
 
 
 @rule(compat.shard_map_p)
-def shard_map(run: Any, eqn: Any, *args: Any) -> list:
-    """Each field enters with a spec of its own, and the body sees views of the parts."""
+def shard_map(ctx: RuleContext, eqn: JaxprEqn, *args: ArrayOrView) -> list[jax.Array]:
+    """Each field enters with a spec of its own, and the body sees views of the shards."""
     params = eqn.params
     entering = [
-        _entering(run, eqn, x, spec, params["mesh"])
+        _entering(ctx, eqn, x, spec, params["mesh"])
         for x, spec in zip(args, params["in_specs"], strict=True)
     ]
 
     def body(*groups: list) -> tuple:
-        inner = run.inner()
+        inner = ctx.new_scope()
         locals_ = [view(list(group)) for (_, _, view), group in zip(entering, groups, strict=True)]
         outs = [inner.dense(x, eqn, " out of it") for x in inner.run(params["jaxpr"], locals_)]
-        inner.closed("a shard_map")
+        inner.close_scope("a shard_map")
         return tuple(outs)
 
     mapped = jax.shard_map(
@@ -224,8 +225,8 @@ def shard_map(run: Any, eqn: Any, *args: Any) -> list:
 
 
 @rule(p.all_gather_p)
-def all_gather(run: Any, eqn: Any, view: View) -> list | None:
-    """Fields that run over the divided axis are gathered along it; the others are whole."""
+def all_gather(ctx: RuleContext, eqn: JaxprEqn, view: View) -> list[View] | None:
+    """Fields that run over the divided axis are gathered along it; the others are replicated."""
     params, view = eqn.params, view.refined()
     names, dim = _names(params["axis_name"]), params["all_gather_dimension"]
     if not params["tiled"] or params["axis_index_groups"] is not None or not view.dims[dim]:
@@ -233,10 +234,10 @@ def all_gather(run: Any, eqn: Any, view: View) -> list | None:
     axis = view.dims[dim][0].axis
     part = view.axes[axis]
     if not isinstance(part, Shards) or part.names[-len(names) :] != names:
-        return None  # copies of one array, end to end
+        return None  # a concatenation of copies of one array
     leaves, treedef = jax.tree.flatten(view.weight)
     for i, runs in enumerate(view.field_axes()):
-        # A divided axis is the first of its side, so parts of a field lie end to end.
+        # A divided axis is the first of its side, so the shards of a field are contiguous.
         for at in (at for at, axes in enumerate(runs) if axis in axes):
             leaves[i] = lax.all_gather(leaves[i], names, axis=at, tiled=True)
     size, left = part.size * params["axis_size"], part.names[: -len(names)]
@@ -246,6 +247,6 @@ def all_gather(run: Any, eqn: Any, view: View) -> list | None:
             view,
             weight=jax.tree.unflatten(treedef, leaves),
             axes=(*view.axes[:axis], whole, *view.axes[axis + 1 :]),
-            dims=_resized(view.dims, axis, size),
+            dims=with_axis_size(view.dims, axis, size),
         )
     ]

@@ -2,64 +2,48 @@
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
 
-from jaxpeft import _axes as digits
 from jaxpeft import _compat as compat
+from jaxpeft._dimensions import after_layout, cut_dims
 from jaxpeft._rules.composites import repeated
-from jaxpeft._rules.registry import cut_dims, rule
-from jaxpeft._view import Axis, View, is_view
+from jaxpeft._rules.registry import ArrayOrView, RuleContext, rule
+from jaxpeft._view import Axis, View
 from jaxpeft._weight import IN, OUT, STACK, chain_of
 
 
-def _one(view: View | None) -> list | None:
+def _one(view: View | None) -> list[View] | None:
     return None if view is None else [view]
 
 
-@rule(p.transpose_p)
-def transpose(run: Any, eqn: Any, view: View) -> list | None:
-    """The dimensions in another order."""
-    return _one(view.redim([view.dims[i] for i in eqn.params["permutation"]]))
-
-
-@rule(p.reshape_p)
-def reshape(run: Any, eqn: Any, view: View) -> list | None:
-    """Dimensions cut and joined, where no axis is cut unevenly."""
-    return _one(view.redim(digits.reshape(view.dims, view.shape, eqn.outvars[0].aval.shape)))
-
-
-@rule(p.squeeze_p)
-def squeeze(run: Any, eqn: Any, view: View) -> list | None:
-    """Dimensions of size 1 go."""
-    gone = eqn.params["dimensions"]
-    return _one(view.redim([dim for i, dim in enumerate(view.dims) if i not in gone]))
+@rule(p.transpose_p, p.reshape_p, p.squeeze_p)
+def rearrange(ctx: RuleContext, eqn: JaxprEqn, view: View) -> list[View] | None:
+    """The weight stays as it is, unless an axis is cut unevenly."""
+    return _one(view.redim(after_layout(eqn, view.dims)))
 
 
 @rule(p.broadcast_in_dim_p)
-def expand_dims(run: Any, eqn: Any, view: View) -> list | None:
-    """Dimensions of size 1 come; a broadcast that repeats entries makes a composite."""
-    shape = eqn.params["shape"]
-    if math.prod(shape) != math.prod(view.shape):
+def broadcast(ctx: RuleContext, eqn: JaxprEqn, view: View) -> Sequence | None:
+    """New dimensions of length 1; a broadcast that repeats entries makes a composite."""
+    if math.prod(eqn.params["shape"]) != math.prod(view.shape):
         return repeated(eqn, view)
-    dims: list = [()] * len(shape)
-    for i, j in enumerate(eqn.params["broadcast_dimensions"]):
-        dims[j] = view.dims[i]
-    return _one(view.redim(dims))
+    return rearrange(ctx, eqn, view)
 
 
 @rule(p.convert_element_type_p)
-def astype(run: Any, eqn: Any, view: View) -> list | None:
-    """What products are taken in, and no copy, where that does not show a rounding."""
+def astype(ctx: RuleContext, eqn: JaxprEqn, view: View) -> list[View] | None:
+    """Another dtype for products, without a copy, where that does not show a rounding."""
     return _one(view.cast(eqn.params["new_dtype"]))
 
 
 @rule(p.reduce_precision_p)
-def reduce_precision(run: Any, eqn: Any, view: View) -> list | None:
+def reduce_precision(ctx: RuleContext, eqn: JaxprEqn, view: View) -> list[View] | None:
     """Nothing, where as many bits are kept as the dtype has."""
     bits, params = jnp.finfo(view.dtype), eqn.params
     whole = params["exponent_bits"] >= bits.nexp and params["mantissa_bits"] >= bits.nmant
@@ -67,24 +51,26 @@ def reduce_precision(run: Any, eqn: Any, view: View) -> list | None:
 
 
 @rule(p.copy_p, p.name_p)
-def keep(run: Any, eqn: Any, view: View) -> list:
-    """What copies or names a value leaves it as it is."""
+def identity(ctx: RuleContext, eqn: JaxprEqn, view: View) -> list[View]:
+    """A copy or a name changes nothing."""
     return [view]
 
 
 @rule(p.stop_gradient_p)
-def stop_gradient(run: Any, eqn: Any, view: View) -> list:
-    """On every field."""
+def stop_gradient(ctx: RuleContext, eqn: JaxprEqn, view: View) -> list[View]:
+    """No field gets a gradient."""
     return [lax.stop_gradient(view)]
 
 
 @rule(compat.optimization_barrier_p)
-def optimization_barrier(run: Any, eqn: Any, *values: Any) -> list:
-    """On every field."""
+def optimization_barrier(
+    ctx: RuleContext, eqn: JaxprEqn, *values: ArrayOrView
+) -> list[ArrayOrView]:
+    """Every field passes the barrier."""
     return list(lax.optimization_barrier(values))
 
 
-def _sliceable(view: View, axis: int) -> bool:
+def _can_be_cut(view: View, axis: int) -> bool:
     """Whether a part of an axis of a weight is a weight of the same kind."""
     role = view.axes[axis].role
     flag = {IN: "local_in", OUT: "local_out"}.get(role)
@@ -92,75 +78,75 @@ def _sliceable(view: View, axis: int) -> bool:
 
 
 def _cut(view: View, dim: int, start: int, stop: int) -> View | None:
-    """The view of `start:stop` along a dimension that is one axis, or led by one."""
+    """The view of `start:stop` along a dimension that is one axis, or is led by one."""
     view = view.refined()
     lead = [d for d in view.dims[dim] if d.size > 1]
     if not lead:
         return None
     unit = math.prod(d.size for d in lead[1:])
-    if start % unit or stop % unit or not _sliceable(view, lead[0].axis):
+    if start % unit or stop % unit or not _can_be_cut(view, lead[0].axis):
         return None
     first, last = start // unit, stop // unit
     return view.cut(lead[0].axis, first, last)
 
 
-def _pick(view: View, dim: int, index: Any) -> View | None:
-    """The view of one index along a dimension that is a stack axis; the dimension has size 1."""
+def _select(view: View, dim: int, index: int | jax.Array) -> View | None:
+    """The view of one index along a dimension that is a stack axis; the dimension has length 1."""
     view = view.refined()
     stack = [d for d in view.dims[dim] if view.axes[d.axis].role == STACK]
     if len(stack) != 1 or len(view.dims[dim]) != 1:
         return None
     axis = stack[0].axis
     leaves, treedef = jax.tree.flatten(view.weight)
-    picked = [
+    selected = [
         x if at is None else lax.dynamic_index_in_dim(x, index, at, keepdims=False)
         for x, at in zip(leaves, view.stack_positions(axis), strict=True)
     ]
     if isinstance(index, jax.core.Tracer):
-        # Each device of a shard_map may choose another: parts of one array they are no more.
+        # Each device of a shard_map may select another one, so these are no shards of one array.
         view = dataclasses.replace(view, axes=tuple(Axis(a.size, a.role) for a in view.axes))
-    return view.without(axis, jax.tree.unflatten(treedef, picked), view.dims)
+    return view.without(axis, jax.tree.unflatten(treedef, selected), view.dims)
 
 
 @rule(p.slice_p)
-def static_slice(run: Any, eqn: Any, view: View) -> list | None:
-    """One of a stack, or a run along a side where a part of the weight is one."""
+def static_slice(ctx: RuleContext, eqn: JaxprEqn, view: View) -> list[View] | None:
+    """One weight of a stack, or a range along a side where a part of the weight is a weight."""
     if eqn.params["strides"] is not None and any(s != 1 for s in eqn.params["strides"]):
         return None
     for dim in cut_dims(eqn):
         start, stop = eqn.params["start_indices"][dim], eqn.params["limit_indices"][dim]
-        picked = _pick(view, dim, start) if stop - start == 1 else None
-        cut = picked if picked is not None else _cut(view, dim, start, stop)
-        if cut is None:
+        selected = _select(view, dim, start) if stop - start == 1 else None
+        part = selected if selected is not None else _cut(view, dim, start, stop)
+        if part is None:
             return None
-        view = cut
+        view = part
     return [view]
 
 
 @rule(compat.split_p)
-def split(run: Any, eqn: Any, view: View) -> list | None:
-    """Runs along a side, each a part of the weight."""
-    axis, start, parts = eqn.params["axis"], 0, []
+def split(ctx: RuleContext, eqn: JaxprEqn, view: View) -> list[View] | None:
+    """Ranges along a side, each of which is a weight."""
+    start, parts = 0, []
     for size in eqn.params["sizes"]:
-        parts.append(_cut(view, axis, start, start + size))
+        part = _cut(view, eqn.params["axis"], start, start + size)
+        if part is None:
+            return None
+        parts.append(part)
         start += size
-    return None if any(part is None for part in parts) else parts
+    return parts
 
 
-@rule(p.dynamic_slice_p)
-def dynamic_slice(run: Any, eqn: Any, view: Any, *starts: Any) -> list | None:
-    """One of a stack, at an index known at run time."""
-    if not is_view(view):
-        return None
+def one_of_stack(eqn: JaxprEqn, view: View, starts: Sequence[jax.Array]) -> View | None:
+    """What a `dynamic_slice` takes of a stack: one weight, at an index known at run time."""
     cut = cut_dims(eqn)
-    if len(cut) != 1 or eqn.outvars[0].aval.shape[cut[0]] != 1:
+    if len(cut) != 1 or compat.aval(eqn.outvars[0]).shape[cut[0]] != 1:
         return None
-    return _one(_pick(view, cut[0], starts[cut[0]]))
+    return _select(view, cut[0], starts[cut[0]])
 
 
 @rule(compat.pcast_p)
-def pcast(run: Any, eqn: Any, view: View) -> list:
-    """Every field varies over these mesh axes from here on."""
+def pcast(ctx: RuleContext, eqn: JaxprEqn, view: View) -> list[View]:
+    """From here on every field varies over these mesh axes."""
     names = eqn.params["axes"]
 
     def cast(x: jax.Array) -> jax.Array:

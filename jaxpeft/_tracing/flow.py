@@ -1,37 +1,44 @@
-"""What a value is made of: where it comes from, beside the labels of its dimensions.
+"""Where a value comes from, beside the labels of its dimensions.
 
-The walk asks it which tables are read by a number that the caller gives, which product goes on to
-the result, what is computed of parameters alone, and which axes are experts rather than outputs.
+The flow of a value says which tables are read by integers that the caller gives, which product
+reaches the result, what is computed from parameters alone, and which axes are experts rather than
+outputs.
 """
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
+from jax.extend.core import JaxprEqn, Primitive
 from jax.extend.core import primitives as p
 
 from jaxpeft import _axes as digits
 from jaxpeft._axes import Digit, Dim
 
+if TYPE_CHECKING:
+    from jaxpeft._tracing.values import Value
+
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
-    """What is known of the way of a value.
+    """What is known about the origin of a value.
 
     Attributes:
-      live: Depends on the caller's data. What does not is computed of parameters and numbers.
-      ids: Whole numbers that the caller gives, at most moved, shifted, chosen among and clamped.
-      made: The weights whose product this is, or whose rows, with no weight after them:
+      live: Whether it depends on data: on arguments, or on arrays that the function closes over.
+        All else is computed from parameters and scalars. See `ancestry.FIXED` for the difference.
+      ids: Whether it is integers that the caller gives, at most moved, shifted, selected and
+        clamped.
+      made: The weights of which it is the product, or rows, with no weight after them:
         (path, whether it was looked up).
-      mixed: Two activations were multiplied on the way from the last weight.
-      weights: The parameters that it is computed of, if it is not live.
-      entries: Those of them that it is computed of entry by entry.
-      deviation: Of these, what a root was taken of.
-      times: A parameter that a deviation was multiplied with last.
-      minus: A parameter that was subtracted last.
-      powers: It is exp of something.
-      total: The dimension over which such powers were summed.
-      shares: The dimension along which it sums to one.
+      mixed: Whether two activations were multiplied since the last weight.
+      weights: The parameters that it is computed from, if it is not live.
+      entries: Those of them from which it is computed entry by entry.
+      deviation: Those of `entries` of which a square root was taken.
+      times: The parameter that was multiplied by a deviation last.
+      minus: The parameter that was subtracted last.
+      is_exp: Whether it is exp of something.
+      exp_sum_dim: The dimension over which exponentials were summed.
+      softmax_dim: The dimension along which it is a softmax, so that it sums to one.
     """
 
     live: bool = False
@@ -43,13 +50,13 @@ class Flow:
     deviation: frozenset[str] = frozenset()
     times: str | None = None
     minus: str | None = None
-    powers: bool = False
-    total: Dim = ()
-    shares: Dim = ()
+    is_exp: bool = False
+    exp_sum_dim: Dim = ()
+    softmax_dim: Dim = ()
 
 
 def parameter(path: str) -> Flow:
-    """The flow of a parameter."""
+    """The flow of a parameter itself."""
     return Flow(weights=frozenset([path]), entries=frozenset([path]))
 
 
@@ -58,8 +65,8 @@ _SHIFTS = {p.add_p, p.mul_p, p.min_p, p.max_p, p.rem_p, p.concatenate_p, p.clamp
 _PICKS = {p.gather_p, p.dynamic_slice_p, p.pad_p, p.rev_p}
 
 
-def merged(eqn: Any, flows: Sequence[Flow]) -> Flow:
-    """The flow of what a primitive makes of values with these flows."""
+def merged(eqn: JaxprEqn, flows: Sequence[Flow]) -> Flow:
+    """The flow of the results of an equation whose operands have these flows."""
     primitive = eqn.primitive
     live = any(f.live for f in flows)
     weights = frozenset() if live else frozenset().union(*(f.weights for f in flows))
@@ -67,9 +74,9 @@ def merged(eqn: Any, flows: Sequence[Flow]) -> Flow:
     if "axes" in eqn.params:
         entries = frozenset()
     deviation = frozenset().union(*(f.deviation for f in flows if not f.live))
-    shares = next((f.shares for f in flows if f.shares), ())
-    if primitive is p.div_p and flows[0].powers and flows[1].total:
-        shares = flows[1].total
+    softmax_dim = next((f.softmax_dim for f in flows if f.softmax_dim), ())
+    if primitive is p.div_p and flows[0].is_exp and flows[1].exp_sum_dim:
+        softmax_dim = flows[1].exp_sum_dim
     return Flow(
         live=live,
         ids=_ids(primitive, flows),
@@ -78,13 +85,13 @@ def merged(eqn: Any, flows: Sequence[Flow]) -> Flow:
         weights=weights,
         entries=entries,
         deviation=frozenset() if live else entries if primitive in _ROOTS else deviation,
-        powers=primitive is p.exp_p,
-        shares=shares,
+        is_exp=primitive is p.exp_p,
+        softmax_dim=softmax_dim,
     )
 
 
-def _ids(primitive: Any, flows: Sequence[Flow]) -> bool:
-    """Whether ids stay ids: a comparison, a distance or a sum of them is something else."""
+def _ids(primitive: Primitive, flows: Sequence[Flow]) -> bool:
+    """Whether the result is ids: a comparison of ids, their difference or their sum is not."""
     if primitive is p.select_n_p:
         return any(f.ids for f in flows[1:])
     if primitive is p.sub_p:
@@ -95,7 +102,7 @@ def _ids(primitive: Any, flows: Sequence[Flow]) -> bool:
 
 
 def together(flows: Iterable[Flow]) -> Flow:
-    """The flow of a value that is one of several."""
+    """The flow of a value that is one of several, such as the result of a branch."""
     found = list(flows)
     made = frozenset().union(*(f.made for f in found))
     return dataclasses.replace(found[0], live=any(f.live for f in found), made=made)
@@ -112,7 +119,7 @@ def of_product(flows: Sequence[Flow], paths: Sequence[str]) -> Flow:
 
 
 def of_rows(flow: Flow, path: str) -> Flow:
-    """The flow of rows that were looked up in a table by something with this flow."""
+    """The flow of rows of a table that ids with this flow have looked up."""
     return Flow(live=flow.live, made=frozenset([(path, True)]))
 
 
@@ -120,11 +127,11 @@ def of_rows(flow: Flow, path: str) -> Flow:
 
 
 class Stacks:
-    """Which digits run along each other, and which of them choose a matrix rather than a number.
+    """Which digits are aligned with each other, and which of them select a matrix.
 
-    In `einsum("td,edf->tef")` nothing tells experts from heads; what comes next does. A second
-    weight takes e one by one (`einsum("tef,efd->ted")`), or shares of a softmax over e weigh
-    what the experts give before it is summed.
+    Nothing in `einsum("td,edf->tef")` tells experts from heads; what follows does. Either a second
+    weight is batched over e (`einsum("tef,efd->ted")`), or the outputs of the experts are weighted
+    by a softmax over e and summed.
     """
 
     def __init__(self) -> None:
@@ -137,7 +144,7 @@ class Stacks:
         return digit
 
     def align(self, a: Dim | None, b: Dim | None) -> None:
-        """Two dimensions are one in the result of an equation."""
+        """Records that two dimensions become one in the result of an equation."""
         a, b = tuple(digits.significant(a or ())), tuple(digits.significant(b or ()))
         if [d.size for d in a] != [d.size for d in b]:
             return
@@ -146,29 +153,30 @@ class Stacks:
                 self._parent[left] = right
 
     def note(self, dim: Dim | None) -> None:
-        """A dimension chooses a matrix."""
+        """Records that a dimension selects a matrix."""
         self._found += digits.significant(dim or ())
 
     def __iter__(self) -> Iterator[tuple[Digit, list[Digit]]]:
-        """What was noted, each with all that runs along it."""
+        """The digits that select a matrix, each with all digits that are aligned with it."""
         for seed in dict.fromkeys(self._found):
             every = {*self._parent, *self._parent.values(), seed}
             yield seed, [d for d in every if self._root(d) == self._root(seed)]
 
 
-def weighted(value: Any, shares: Any, pairs: Iterable[tuple[int, int]]) -> list[Dim]:
-    """Dimensions of a product of one weight that meet the shares of a softmax over them.
+def weighted(value: "Value", routing: "Value", pairs: Iterable[tuple[int, int]]) -> list[Dim]:
+    """Dimensions of the output of a weight along which a softmax weights it.
 
     Args:
-      value, shares: With `dims` and `flow`.
+      value: The output of one weight.
+      routing: What it is multiplied by; nothing is found where that is no softmax.
       pairs: Which of their dimensions meet.
     """
-    along = shares.flow.shares
+    along = routing.flow.softmax_dim
     if not along or value.flow.mixed:
         return []
     pairs = list(pairs)
     constant = [i for i, dim in enumerate(value.dims) if i not in dict(pairs)]
-    constant += [i for i, j in pairs if not shares.dims[j]]
+    constant += [i for i, j in pairs if not routing.dims[j]]
     inner = {d.of for i in constant for d in digits.significant(value.dims[i] or ())}
-    met = [value.dims[i] or () for i, j in pairs if shares.dims[j] == along]
+    met = [value.dims[i] or () for i, j in pairs if routing.dims[j] == along]
     return [dim for dim in met if any(d.of in inner for d in dim)]

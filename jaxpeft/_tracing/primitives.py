@@ -1,40 +1,43 @@
 """What each primitive does with a parameter, and what is known of its results.
 
-Each is called with the walk under way, the equation, and what is known of its operands.
+Each function here is called with the walk, the equation, and what is known of its operands.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from jax.extend.core import JaxprEqn, Primitive
 from jax.extend.core import primitives as p
 
-from jaxpeft import _axes as digits
 from jaxpeft import _compat as compat
+from jaxpeft import _dimensions as dimensions
 from jaxpeft._axes import Dim
-from jaxpeft._rules.registry import cut_dims, row_dims
 from jaxpeft._tracing import ancestry, flow
 from jaxpeft._tracing.ancestry import ACTIVE
 from jaxpeft._tracing.values import Value, unknown
 
+if TYPE_CHECKING:
+    from jaxpeft._tracing.walk import Walk
+
 
 def _product(
-    walk: Any,
-    eqn: Any,
+    walk: "Walk",
+    eqn: JaxprEqn,
     pair: list[Value],
-    contracted: tuple[Sequence[int], Sequence[int]],
-    batch: tuple[Sequence[int], Sequence[int]],
+    contracted: dimensions.Pair,
+    batch: dimensions.Pair,
     groups: Sequence[int] = (),
 ) -> list[Value]:
-    after: list[str] = []
-    free = []
-    for side, value in enumerate(pair):
-        mine = [*batch[side], *(groups if side else ())]
-        free.append(
-            [i for i in range(len(value.dims)) if i not in contracted[side] and i not in mine]
-        )
-    dims = [pair[0].dims[i] or pair[1].dims[j] for i, j in zip(*batch, strict=True)]
-    dims += [pair[side].dims[i] for side in (0, 1) for i in free[side]]
+    """A product; `groups` are dimensions of the second operand of which each row selects one."""
+    # A group dimension is no dimension of the result, so it counts as contracted.
+    gone = (contracted[0], [*contracted[1], *groups])
+    positions = dimensions.product_positions(gone, batch, (len(pair[0].dims), len(pair[1].dims)))
+    free = [[i for i in positions[side] if i not in batch[side]] for side in (0, 1)]
+    dims: list[Dim | None] = [None] * (len(positions[0]) + len(free[1]))
+    for value, where in zip(pair, positions, strict=True):
+        for i, k in where.items():
+            dims[k] = dims[k] or value.dims[i]
     for side, value in enumerate(pair):
         other, sides = pair[1 - side], [*contracted[side], *free[side]]
         if value.param and not other.param and batch[side] and not sides and not value.stack:
@@ -42,21 +45,22 @@ def _product(
             scaled = walk.scale(eqn, value, other, cols=value.digits(batch[side]))
             made = flow.merged(eqn, [v.flow for v in pair])
             return [dataclasses.replace(scaled, dims=tuple(dims), flow=made)]
+    after: list[str] = []
     for side, value in enumerate(pair):
         if value.param is None:
             continue
         other = pair[1 - side]
-        mine = [*batch[side], *(groups if side else ())]
+        selecting = [*batch[side], *(groups if side else ())]
         rows, cols = value.digits(contracted[side]), value.digits(free[side])
-        stack = value.digits(mine) | value.stack
-        shape = eqn.invars[1 - side].aval.shape
-        where: dict[str, Any] = {"rows": rows, "cols": cols, "stack": stack}
-        where["free"] = tuple(shape[i] for i in free[1 - side])
-        walk.note(value, "other" if other.param else "linear", eqn, **where)
+        stack = value.digits(selecting) | value.stack
+        shape = compat.shape_of(eqn.invars[1 - side])
+        use: dict[str, Any] = {"rows": rows, "cols": cols, "stack": stack}
+        use["free"] = tuple(shape[i] for i in free[1 - side])
+        walk.note(value, "other" if other.param else "linear", eqn, **use)
         if stack:
             walk.note(value, "expert", eqn, stack=stack)
         if other.one_hot:
-            walk.note(value, "one-hot", eqn, **where)
+            walk.note(value, "one-hot", eqn, **use)
         after.append(value.param)
         walk.products[value.param].append(rows)
         walk.consumed |= {w for w, lookup in other.flow.made if not lookup}
@@ -64,13 +68,15 @@ def _product(
     made = flow.of_product([v.flow for v in pair], after)
     mixture = None
     for value, other in (pair, pair[::-1]):
-        if value.param and len(after) == 1 and (other.one_hot or other.flow.shares):
+        if value.param and len(after) == 1 and (other.one_hot or other.flow.softmax_dim):
             mixture = value.param, value.digits(contracted[pair.index(value)])
     return [Value(tuple(dims), after=tuple(after), mixture=mixture, flow=made)]
 
 
-def _experts(walk: Any, pair: list[Value], contracted: Any, batch: Any) -> None:
-    """What a product tells of experts: see `flow.Stacks`."""
+def _experts(
+    walk: "Walk", pair: list[Value], contracted: dimensions.Pair, batch: dimensions.Pair
+) -> None:
+    """What a product reveals about experts: see `flow.Stacks`."""
     batched, summed = list(zip(*batch, strict=True)), list(zip(*contracted, strict=True))
     params = [v for v in pair if v.param]
     if len(params) == 1:
@@ -83,21 +89,21 @@ def _experts(walk: Any, pair: list[Value], contracted: Any, batch: Any) -> None:
         for side, pairs in enumerate(([*batched, *summed], [ji[::-1] for ji in batched + summed])):
             for dim in flow.weighted(pair[side], pair[1 - side], pairs):
                 walk.stacks.note(dim)
-                walk.stacks.align(dim, pair[1 - side].flow.shares)
+                walk.stacks.align(dim, pair[1 - side].flow.softmax_dim)
 
 
-def _dot_general(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
+def _dot_general(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     contracted, batch = eqn.params["dimension_numbers"]
     return _product(walk, eqn, values, contracted, batch)
 
 
-def _ragged_dot(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
+def _ragged_dot(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     contracted, batch = numbers.dot_dimension_numbers
     return _product(walk, eqn, values[:2], contracted, batch, numbers.rhs_group_dimensions)
 
 
-def _convolution(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
+def _convolution(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     x, kernel = values
     numbers = eqn.params["dimension_numbers"]
     out, *rows = numbers.rhs_spec
@@ -114,15 +120,14 @@ def _convolution(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     return [Value(tuple(dims), after=after, flow=flow.of_product([x.flow, kernel.flow], after))]
 
 
-def _gather(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
+def _gather(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     table, ids = values
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    rows, batch = row_dims(eqn), numbers.operand_batching_dims
+    sizes, shape = eqn.params["slice_sizes"], compat.shape_of(eqn.invars[0])
+    rows, batch = dimensions.row_dims(eqn), eqn.params["dimension_numbers"].operand_batching_dims
     keep = [i for i in range(len(table.dims)) if i not in rows and i not in batch]
-    shape = eqn.invars[0].aval.shape
     whole = all(sizes[i] == shape[i] for i in keep)
     lookup = len(rows) == 1 and sizes[rows[0]] == 1 and whole
-    free = tuple(eqn.invars[1].aval.shape[:-1])
+    free = compat.shape_of(eqn.invars[1])[:-1]
     where: dict[str, Any] = {"free": free, "by_id": ids.flow.ids}
     if lookup:
         cols, stack = table.digits(keep), table.digits(batch)
@@ -133,26 +138,16 @@ def _gather(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
             lookup = False
     else:
         walk.note(table, "other", eqn)
-    # Dimensions of the slice keep what they were, the others come from the ids.
-    offsets = iter(
-        [
-            i
-            for i in range(len(table.dims))
-            if i not in numbers.collapsed_slice_dims and i not in batch
-        ]
-    )
-    index = iter(ids.dims)
     dims: list[Dim | None] = []
-    for i in range(len(eqn.outvars[0].aval.shape)):
-        if i in numbers.offset_dims:
-            source = next(offsets)
-            dims.append(table.dims[source] if sizes[source] == shape[source] else None)
+    for operand, i in dimensions.gather_sources(eqn):
+        if operand == "ids":
+            dims.append(ids.dims[i])
         else:
-            dims.append(next(index))
-    if lookup and table.param:  # rows of a table, or matrices of a stack: the next use tells
-        chosen = table.digits(rows)
-        dims = [() if any(d in chosen for d in dim or ()) else dim for dim in dims]
-        what: dict[str, Any] = {"chosen": chosen, "ids": free, "by_id": ids.flow.ids}
+            dims.append(table.dims[i] if sizes[i] == shape[i] else None)
+    if lookup and table.param:  # rows of a table or matrices of a stack: the next use decides
+        selected = table.digits(rows)
+        dims = [() if any(d in selected for d in dim or ()) else dim for dim in dims]
+        what: dict[str, Any] = {"selected": selected, "ids": free, "by_id": ids.flow.ids}
         what["depends"] = ACTIVE
         made = flow.of_rows(dataclasses.replace(ids.flow, live=True), table.param)
         return [Value(tuple(dims), table.param, flow=made, **what)]
@@ -161,48 +156,29 @@ def _gather(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     return [Value(tuple(dims), after=(table.param,), flow=flow.of_rows(ids.flow, table.param))]
 
 
-def _transpose(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    dims = tuple(values[0].dims[i] for i in eqn.params["permutation"])
-    return [dataclasses.replace(values[0], dims=dims)]
-
-
-def _reshape(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    value, old, new = values[0], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    if value.param is None or value.ids or None not in value.dims:
-        return [dataclasses.replace(value, dims=digits.reshape(value.dims, old, new))]
-    # Entries are repeated: a dimension of copies and of the parameter's own is known in part.
-    dims = ancestry.reshaped(walk.ancestors(value, eqn.invars[0].aval)[0], old, new)
+def _layout(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    value = values[0]
+    if eqn.primitive is p.reshape_p and value.param and not value.ids and None in value.dims:
+        # Entries are repeated: a dimension of copies and of the parameter's own is known in part.
+        dims = ancestry.reshaped(walk.ancestors(value, compat.aval(eqn.invars[0]))[0], eqn)
+    else:
+        dims = dimensions.after_layout(eqn, value.dims)
     return [dataclasses.replace(value, dims=dims)]
 
 
-def _squeeze(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    gone = eqn.params["dimensions"]
-    dims = tuple(dim for i, dim in enumerate(values[0].dims) if i not in gone)
-    return [dataclasses.replace(values[0], dims=dims)]
-
-
-def _broadcast(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    value, shape = values[0], eqn.params["shape"]
-    dims: list[Dim | None] = [() if n == 1 else None for n in shape]
-    for i, j in enumerate(eqn.params["broadcast_dimensions"]):
-        if eqn.invars[0].aval.shape[i] == shape[j]:
-            dims[j] = value.dims[i]
-    return [dataclasses.replace(value, dims=tuple(dims))]
-
-
-def _reverse(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
+def _reverse(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """An activation in another order is still the product of its weight."""
     if values[0].param is not None:
         return walk.elementwise(eqn, values)
-    turned = eqn.params["dimensions"]
-    dims = tuple(None if i in turned else dim for i, dim in enumerate(values[0].dims))
+    reversed_ = eqn.params["dimensions"]
+    dims = tuple(None if i in reversed_ else dim for i, dim in enumerate(values[0].dims))
     return [dataclasses.replace(values[0], dims=dims)]
 
 
-def _slice(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    """One slice of a stack, a part of a side, or a run of rows of a table."""
-    value, cut = values[0], cut_dims(eqn)
-    shape, old = eqn.outvars[0].aval.shape, eqn.invars[0].aval.shape
+def _slice(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    """One slice of a stack, a part of a side, or a range of rows of a table."""
+    value, cut = values[0], dimensions.cut_dims(eqn)
+    shape, old = compat.shape_of(eqn.outvars[0]), compat.shape_of(eqn.invars[0])
     dims = tuple(None if i in cut else dim for i, dim in enumerate(value.dims))
     if value.param is None or not cut:
         return [dataclasses.replace(value, dims=dims)]
@@ -215,43 +191,30 @@ def _slice(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
     if len(cut) == len(one) == len(rest) == 1:
         kept = tuple(() if i in one else dim for i, dim in enumerate(value.dims))
         what: dict[str, Any] = {
-            "fixed": eqn.primitive is p.slice_p,
+            "static_index": eqn.primitive is p.slice_p,
             "by_id": any(v.flow.ids for v in values[1:]),
         }
-        return [dataclasses.replace(value, dims=kept, chosen=value.digits(one), **what)]
+        return [dataclasses.replace(value, dims=kept, selected=value.digits(one), **what)]
     if eqn.primitive is p.dynamic_slice_p and len(cut) == 1 and len(rest) == 1:
         where: dict[str, Any] = {"rows": value.digits(cut), "cols": value.digits(rest)}
         by_id = any(v.flow.ids for v in values[1:])
         walk.note(value, "embedding", eqn, free=(shape[cut[0]],), by_id=by_id, **where)
         rows = flow.of_rows(dataclasses.replace(value.flow, live=True), value.param)
-        return [value.data(dims=dims, after=(value.param,), flow=rows)]
-    return [dataclasses.replace(value, dims=_shortened(value, old, shape))]
+        return [value.as_activation(dims=dims, after=(value.param,), flow=rows)]
+    return [_resized(value, old, shape)]
 
 
-def _shortened(value: Value, old: Sequence[int], new: Sequence[int]) -> tuple[Dim | None, ...]:
-    """Dimensions of which a part is left: the same labels, shorter."""
-    dims: list[Dim | None] = []
-    for dim, before, after in zip(value.dims, old, new, strict=True):
-        if dim and before != after:
-            lead = next((i for i, d in enumerate(dim) if d.size > 1), 0)
-            size = dim[lead].size * after // before
-            short = dim[lead]._replace(size=size)
-            whole = size * before == dim[lead].size * after
-            dims.append((*dim[:lead], short, *dim[lead + 1 :]) if whole else None)
-        else:
-            dims.append(dim)
-    return tuple(dims)
+def _resized(value: Value, old: Sequence[int], new: Sequence[int]) -> Value:
+    """A value of which a part is left, or of which parts are put together: the same labels."""
+    return dataclasses.replace(value, dims=dimensions.resized_dims(value.dims, old, new))
 
 
-def _split(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    old = eqn.invars[0].aval.shape
-    return [
-        dataclasses.replace(values[0], dims=_shortened(values[0], old, out.aval.shape))
-        for out in eqn.outvars
-    ]
+def _split(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    old = compat.shape_of(eqn.invars[0])
+    return [_resized(values[0], old, compat.shape_of(out)) for out in eqn.outvars]
 
 
-def _scan(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
+def _scan(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     body, _ = compat.open_jaxpr(eqn.params["jaxpr"])
     n_const, n_carry, _ = compat.scan_counts(eqn)
     consts, carry = values[:n_const], values[n_const : n_const + n_carry]
@@ -272,8 +235,8 @@ def _scan(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
             start.append(value)
         else:
             walk.note(value, "other", eqn)
-            made = walk.ancestors(value, eqn.invars[n_const + i].aval)
-            start.append(value.data(after=(), ancestors=made))
+            made = walk.ancestors(value, compat.aval(eqn.invars[n_const + i]))
+            start.append(value.as_activation(after=(), ancestors=made))
     outs = [walk.settled(eqn, v) for v in walk.run(body, [*consts, *start, *slices])]
     stacked = []
     for i in range(n_carry, len(outs)):
@@ -282,26 +245,27 @@ def _scan(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
         if known:
             stacked.append(known)
             continue
-        made = walk.ancestors(outs[i], body.outvars[i].aval)
-        made = tuple(a.moved(((), *a.dims)).resized(eqn.outvars[i].aval.shape) for a in made)
+        made = walk.ancestors(outs[i], compat.aval(body.outvars[i]))
+        shape = compat.shape_of(eqn.outvars[i])
+        made = tuple(a.moved(dimensions.stacked(a.dims, 0)).resized(shape) for a in made)
         dims = (None, *outs[i].dims)
-        stacked.append(outs[i].data(dims=dims, after=(), ancestors=made))
+        stacked.append(outs[i].as_activation(dims=dims, after=(), ancestors=made))
     return [*outs[:n_carry], *stacked]
 
 
-def _while(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
+def _while(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     params = eqn.params
     body, _ = compat.open_jaxpr(params["body_jaxpr"])
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     consts, carry = values[n_cond : n_cond + n_body], []
     for i, value in enumerate(values[n_cond + n_body :]):
         fixed = body.outvars[i] is body.invars[n_body + i]
-        carry.append(value if fixed else value.data(after=()))
+        carry.append(value if fixed else value.as_activation(after=()))
     walk.run(params["cond_jaxpr"], [*values[:n_cond], *carry])
     return walk.run(body, [*consts, *carry])
 
 
-def _cond(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
+def _cond(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     outs = [walk.run(branch, values[1:]) for branch in eqn.params["branches"]]
     results = []
     for each, v in zip(zip(*outs, strict=True), eqn.outvars, strict=True):
@@ -310,50 +274,49 @@ def _cond(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
         if any(x != result for x in bare):
             for value in each:
                 walk.note(value, "other", eqn)
-            depends, made = ancestry.either(each, v.aval, walk.shapes)
-            result = dataclasses.replace(unknown(v.aval), depends=depends, ancestors=made)
+            depends, made = ancestry.either(each, compat.aval(v), walk.shapes)
+            result = dataclasses.replace(unknown(v), depends=depends, ancestors=made)
         results.append(dataclasses.replace(result, flow=flow.together(x.flow for x in each)))
     return results
 
 
-def _shard_map(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
+def _shard_map(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """Inside, a dimension that is split over devices keeps its label and is shorter."""
     body, _ = compat.open_jaxpr(eqn.params["jaxpr"])
     local = [
-        dataclasses.replace(value, dims=_shortened(value, outer.aval.shape, inner.aval.shape))
+        _resized(value, compat.shape_of(outer), compat.shape_of(inner))
         for value, outer, inner in zip(values, eqn.invars, body.invars, strict=True)
     ]
-    return [out.data() for out in walk.run(body, local)]
+    return [out.as_activation() for out in walk.run(body, local)]
 
 
-def _all_gather(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
+def _all_gather(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """A dimension that is split over devices is as long as before the split."""
-    old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    old, new = compat.shape_of(eqn.invars[0]), compat.shape_of(eqn.outvars[0])
     if not eqn.params["tiled"]:
         return walk.elementwise(eqn, values)
-    return [dataclasses.replace(values[0], dims=_shortened(values[0], old, new))]
+    return [_resized(values[0], old, new)]
 
 
-def _reduce(walk: Any, eqn: Any, values: list[Value]) -> list[Value]:
+def _reduce(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     walk.note(values[0], "other", eqn)
     gone = eqn.params["axes"]
-    dims = tuple(dim for i, dim in enumerate(values[0].dims) if i not in gone)
+    dims = dimensions.without(values[0].dims, gone)
     made = flow.merged(eqn, [values[0].flow])
-    if eqn.primitive is p.reduce_sum_p and values[0].flow.powers and len(gone) == 1:
-        made = dataclasses.replace(made, total=values[0].dims[gone[0]] or ())
+    if eqn.primitive is p.reduce_sum_p and values[0].flow.is_exp and len(gone) == 1:
+        made = dataclasses.replace(made, exp_sum_dim=values[0].dims[gone[0]] or ())
     return [Value(dims, normed=values[0].normed, flow=made)]
 
 
-#: By primitive; those that are not here only compute, see `Walk.elementwise`.
-STEPS: dict[Any, Callable[[Any, Any, list[Value]], list[Value]]] = {
+Step = Callable[["Walk", JaxprEqn, list[Value]], list[Value]]
+
+#: By primitive; all others only compute, see `Walk.elementwise`.
+STEPS: dict[Primitive, Step] = {
     p.dot_general_p: _dot_general,
     compat.ragged_dot_p: _ragged_dot,
     p.conv_general_dilated_p: _convolution,
     p.gather_p: _gather,
-    p.transpose_p: _transpose,
-    p.reshape_p: _reshape,
-    p.squeeze_p: _squeeze,
-    p.broadcast_in_dim_p: _broadcast,
+    **dict.fromkeys(dimensions.LAYOUT, _layout),
     p.rev_p: _reverse,
     p.slice_p: _slice,
     p.dynamic_slice_p: _slice,

@@ -1,28 +1,28 @@
-"""What only the whole of a program tells: which weights are heads, statistics or experts, and to
-which products something else is added than one bias."""
+"""Roles that only the whole program reveals: which weights are heads, statistics or experts, and
+to which products the program adds something else than one bias."""
 
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from jaxpeft import _axes as digits
 from jaxpeft._axes import Digit, Dim
+from jaxpeft._tracing.values import Use, Value
 
-Uses = dict[str, list[Any]]
+Uses = Mapping[str, list[Use]]
 
 
-def heads(uses: Uses, results: Iterable[Any], consumed: set[str]) -> None:
-    """Notes as "head" the weights whose product is the scores of a vocabulary.
+def heads(uses: Uses, results: Iterable[Value], consumed: set[str]) -> None:
+    """Adds the use "head" to the weights whose product is the logits of a vocabulary.
 
-    A head has as many outputs as a table has rows that is read by numbers which the caller gives,
-    and its product goes on to the result (a loss is one, too) with no other weight after it. What
-    is added to the stream that begins with the rows of a table are hidden states.
+    A head has as many outputs as some table that is read by integers of the caller has rows, and
+    its product reaches the result (or a loss) with no other weight after it. What is added to the
+    residual stream that begins with the rows of a table is a hidden state.
 
     Args:
       uses: Of each parameter.
       results: Of the function.
-      consumed: The weights that another weight comes after.
+      consumed: The weights whose output another weight reads.
     """
     read = [use for every in uses.values() for use in every if use.by_id]
     vocabularies = {size(use.rows) for use in read}
@@ -35,11 +35,11 @@ def heads(uses: Uses, results: Iterable[Any], consumed: set[str]) -> None:
                 break
 
 
-def statistics(uses: Uses, found: Iterable[str]) -> None:
-    """Notes as "statistic" what a program subtracts and divides by but counts, not trains.
+def statistics(uses: dict[str, list[Use]], found: Iterable[str]) -> None:
+    """Turns the uses of running statistics into "statistic": they are accumulated, not trained.
 
-    The mean and the variance of a batch normalization that runs on averages: a mean that is
-    subtracted before a product with the root of a parameter.
+    They are the mean and the variance of a batch normalization in evaluation mode: a parameter
+    that is subtracted before a product with the square root of another.
     """
     vectors = ("bias", "added", "norm", "scale", "other")
     for path in found:
@@ -49,22 +49,26 @@ def statistics(uses: Uses, found: Iterable[str]) -> None:
         ]
 
 
-def experts(uses: Uses, stacks: Iterable[tuple[Digit, list[Digit]]], dims: Mapping) -> None:
-    """Notes as "expert" the weights of which an axis chooses a matrix, and their vectors.
+def experts(
+    uses: Uses,
+    stacks: Iterable[tuple[Digit, list[Digit]]],
+    dims: Mapping[str, Sequence[Dim | None]],
+) -> None:
+    """Adds the use "expert" to weights of which an axis selects a matrix, and to their vectors.
 
-    Only a whole axis in front of the inputs can be one: (heads, head_dim) outputs of one kernel
-    are as often multiplied head by head.
+    Only a whole axis in front of the inputs counts, since the (heads, head_dim) outputs of one
+    kernel are often multiplied head by head, too.
 
     Args:
       uses: Of each parameter.
-      stacks: Digits that choose a matrix in some product, each with all that run along it.
+      stacks: Digits that select a matrix in some product, each with all that are aligned with it.
       dims: Of each parameter.
     """
     for seed, along in stacks:
         if not _leads(seed, uses, dims):
             continue
         for digit in along:
-            path = digit.of
+            path = str(digit.of)
             if path not in uses or any(digit in use.stack for use in uses[path]):
                 continue
             if _leads(digit, uses, dims):
@@ -81,7 +85,7 @@ def experts(uses: Uses, stacks: Iterable[tuple[Digit, list[Digit]]], dims: Mappi
             uses[path].append(use)
 
 
-def _leads(digit: Digit, uses: Uses, dims: Mapping[str, Sequence[Dim]]) -> bool:
+def _leads(digit: Digit, uses: Uses, dims: Mapping[str, Sequence[Dim | None]]) -> bool:
     """Whether a digit is a whole axis of a weight that comes before its inputs."""
     linear = [use for use in uses.get(str(digit.of), ()) if use.kind == "linear"]
     if not linear or (digit,) not in dims[str(digit.of)]:
@@ -92,32 +96,32 @@ def _leads(digit: Digit, uses: Uses, dims: Mapping[str, Sequence[Dim]]) -> bool:
 
 def unlike(
     uses: Uses,
-    sums: Sequence[tuple[tuple[str, ...], Any, str]],
+    sums: Sequence[tuple[tuple[str, ...], Use, str]],
     products: Mapping[str, Sequence[frozenset[Digit]]],
 ) -> dict[str, str]:
-    """What a program adds to a weight's product, where that is not one bias as it is.
+    """What a program adds to the product of a weight, where that is not one unchanged bias.
 
     Args:
       uses: Of each parameter.
       sums: Each bias that is added to a product: (weights, use, bias).
-      products: How often a weight is multiplied, by the digits that it is contracted over.
+      products: Per weight and product, the digits that it is contracted over.
 
     Returns:
-      For a message, by the path of the weight: what is done, and where.
+      For a message, by the path of the weight: what the program does, and where.
     """
     out: dict[str, str] = {}
-    by_weight: dict[str, list[tuple[Any, str]]] = {}
+    by_weight: dict[str, list[tuple[Use, str]]] = {}
     for weights, use, bias in sums:
         if len(weights) == 1 and any(u.kind in ("bias", "added") for u in uses[bias]):
             by_weight.setdefault(weights[0], []).append((use, bias))
     for path, found in by_weight.items():
         names = list(dict.fromkeys(bias for _, bias in found))
-        turned = [(use, bias) for use, bias in found if not use.plain]
+        changed = [(use, bias) for use, bias in found if not use.plain]
         cut = [(use, bias) for use, bias in found if use.kind == "added"]
         rows = [tuple(sorted(r)) for r in products[path]]
         times = max((rows.count(r) for r in rows), default=0)
-        if turned:
-            use, bias = turned[0]
+        if changed:
+            use, bias = changed[0]
             out[path] = f"subtracts or scales '{bias}' ({use.source})"
         elif cut:
             use, bias = cut[0]
@@ -134,5 +138,5 @@ def unlike(
 
 
 def size(side: Iterable[Digit]) -> int:
-    """Length of a side."""
+    """Length of a side: the product of the sizes of its digits."""
     return math.prod(d.size for d in side)

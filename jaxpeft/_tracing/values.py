@@ -1,9 +1,12 @@
-"""What the walk knows: of a value, and of one use of a parameter."""
+"""What the walk knows about a value, and about one use of a parameter."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from jax.extend.core import Literal, Var
+
+from jaxpeft import _compat as compat
 from jaxpeft._axes import Digit, Dim
 from jaxpeft._tracing.ancestry import FIXED, Ancestor
 from jaxpeft._tracing.flow import Flow
@@ -14,17 +17,17 @@ class Use:
     """One thing that a program does with a parameter.
 
     Attributes:
-      kind: "linear", "embedding", "conv", "expert", "bias", "norm", "scale", "added", "tied"
-        (a table multiplied by its output side), "one-hot" (a table multiplied by something
-        that is compared to ids), "head" (its product is the scores of a vocabulary),
-        "statistic" (a mean or variance that was counted, not trained), or "other".
+      kind: "linear", "embedding", "conv", "expert", "bias", "norm", "scale", "added", "stack"
+        (it is scanned over), "slice" (one slice of it is taken), "one-hot" (a table multiplied by
+        the result of a comparison with ids), "head" (its product is the logits of a vocabulary),
+        "statistic" (a mean or variance that is accumulated, not trained), or "other".
       rows, cols, stack: Digits of the parameter that are summed over or looked up, that
         remain, and that select one slice.
       of: For a bias or a scale, the weights whose product it acts on.
       plain: Whether a bias is added as it is, neither subtracted nor multiplied.
-      by_id: Whether a table is read by whole numbers that the caller gives.
-      free: Shape of what the activation keeps, such as (batch, time).
-      source: Where in the model.
+      by_id: Whether a table is read by integers that the caller gives.
+      free: Shape of the free dimensions of the activation, such as (batch, time).
+      source: `file:line (function)` of the model.
     """
 
     kind: str
@@ -40,27 +43,28 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """What is known of a value.
+    """What is known about a value.
 
     Attributes:
       dims: Per dimension the digits it is made of, or `None`.
-      param: The parameter that this is a rearrangement of.
-      after: The weights whose product this is, to which no bias has been added yet.
-      summed: Something else was added to that product.
-      chosen: Digits of the parameter of which one index was chosen: a row of a table, or one
-        slice of a stack of vectors. What it meets next tells which.
-      fixed: The index was part of the program (`w[0]`), so it is no lookup.
-      scaled: The parameter that this was multiplied with last, entry by entry.
-      normed: Was divided by a standard deviation since the last product.
-      one_hot: Comes from a comparison.
-      depends: On what: `ancestry.FIXED`, `GIVEN` or `ACTIVE`.
-      ancestors: The parameters that this is computed from, if it is no activation.
-      plain: A parameter as it is, neither negated nor multiplied.
-      biased: The weights whose product, with a bias and nothing else added, this is.
-      stack: Digits of the parameter that a gather has chosen by, one slice for each id.
+      param: The parameter that it is, in another layout.
+      after: The weights whose product it is, to which no bias has been added yet.
+      summed: Whether something else was added to that product.
+      selected: Digits of the parameter of which one index was selected: a row of a table, or one
+        slice of a stack of vectors. Its next use decides which of the two it is.
+      static_index: Whether that index is part of the program (`w[0]`), so that it is no lookup.
+      scaled: The parameter by which it was multiplied last, entry by entry.
+      normed: Whether it was divided by a standard deviation since the last product.
+      one_hot: Whether it is the result of a comparison.
+      depends: What it depends on: `ancestry.FIXED`, `GIVEN` or `ACTIVE`.
+      ancestors: The parameters that it is computed from, if it is no activation.
+      plain: Whether it is the parameter itself, neither negated nor multiplied.
+      biased: The weights of which it is the product plus a bias and nothing else.
+      stack: Digits of the parameter along which a gather has selected one slice for each id.
       ids: Shape of these ids.
-      mixture: The weight of whose slices along these digits this is a sum, one-hot or by shares.
-      by_id: Whether what was chosen was chosen by numbers that the caller gives.
+      mixture: A weight and digits of it, where this is a sum of the weight's slices along them,
+        one-hot or weighted by a softmax.
+      by_id: Whether the caller gives the integers by which rows were selected.
       flow: Where it comes from; `None` where that follows from the operands.
     """
 
@@ -68,8 +72,8 @@ class Value:
     param: str | None = None
     after: tuple[str, ...] = ()
     summed: bool = False
-    chosen: frozenset[Digit] = frozenset()
-    fixed: bool = False
+    selected: frozenset[Digit] = frozenset()
+    static_index: bool = False
     scaled: str | None = None
     normed: bool = False
     one_hot: bool = False
@@ -84,14 +88,14 @@ class Value:
     flow: Flow = None  # type: ignore[assignment]  # filled in by `Walk.step`
 
     def digits(self, dims: Sequence[int]) -> frozenset[Digit]:
-        """The digits of some dimensions."""
+        """The digits of the dimensions at these positions."""
         return frozenset(d for i in dims for d in self.dims[i] or ())
 
-    def data(self, **changes: Any) -> "Value":
-        """The same value as an activation, no longer a parameter."""
+    def as_activation(self, **changes: Any) -> "Value":
+        """The same value, as an activation and no longer a parameter."""
         return dataclasses.replace(self, param=None, **changes)
 
 
-def unknown(aval: Any) -> Value:
-    """A value of which nothing is known."""
-    return Value((None,) * len(getattr(aval, "shape", ())))
+def unknown(v: Var | Literal) -> Value:
+    """The value of a variable of which nothing is known."""
+    return Value((None,) * len(compat.shape_of(v)))

@@ -1,4 +1,4 @@
-"""Walks a jaxpr with labelled dimensions and notes every use of a parameter."""
+"""Walks a jaxpr with labelled dimensions and records every use of a parameter."""
 
 import collections
 import dataclasses
@@ -6,13 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend import core as jex
+from jax.extend.core import JaxprEqn, Primitive
 from jax.extend.core import primitives as p
 
 from jaxpeft import _axes as digits
 from jaxpeft import _compat as compat
 from jaxpeft._axes import Digit
+from jaxpeft._dimensions import IDENTITIES, LAYOUT, free_dims
 from jaxpeft._tracing import ancestry, flow, roles
 from jaxpeft._tracing.ancestry import FIXED, GIVEN, Ancestor
 from jaxpeft._tracing.flow import Flow
@@ -21,31 +25,31 @@ from jaxpeft._tracing.values import Use, Value, unknown
 
 
 def trace(
-    program: Any, paths: Sequence[str], shapes: Sequence[Any]
+    program: jex.ClosedJaxpr, paths: Sequence[str], shapes: Sequence[jax.ShapeDtypeStruct]
 ) -> tuple[dict[str, list[Use]], dict[str, str]]:
     """The uses of each parameter in a program.
 
     Args:
-      program: Its jaxpr; the parameters are its first arguments.
+      program: The jaxpr, of which the parameters are the first arguments.
       paths, shapes: Of the parameters.
 
     Returns:
-      Them by path; and for weights to whose product the program adds something else than one
-      bias as it is, what it does instead.
+      The uses by path; and, by path too, what the program does with the product of a weight where
+      it does not add one unchanged bias to it.
     """
     jaxpr, _ = compat.open_jaxpr(program)
     others = jaxpr.invars[len(paths) :]
-    # A program that has its data closed over gives no argument that could be ids.
+    # Where no argument could be ids, the function closes over its data.
     walk = Walk(
         {path: tuple(x.shape) for path, x in zip(paths, shapes, strict=True)},
-        ids_are_constants=not any(map(_is_whole, others)),
+        ids_are_constants=not any(map(_is_integer, others)),
     )
     params = [
         Value(digits.whole(path, x.shape), path, flow=flow.parameter(path))
         for path, x in zip(paths, shapes, strict=True)
     ]
     given = [
-        dataclasses.replace(unknown(v.aval), depends=GIVEN, flow=Flow(True, _is_whole(v)))
+        dataclasses.replace(unknown(v), depends=GIVEN, flow=Flow(True, _is_integer(v)))
         for v in others
     ]
     results = walk.run(jaxpr, [*params, *given])
@@ -58,43 +62,34 @@ def trace(
     return uses, roles.unlike(uses, walk.sums, walk.products)
 
 
-def _is_whole(v: Any) -> bool:
-    """Whether a variable holds whole numbers."""
-    return jnp.issubdtype(v.aval.dtype, jnp.integer)
+def _is_integer(v: jex.Var | jex.Literal) -> bool:
+    """Whether a variable holds integers."""
+    return jnp.issubdtype(compat.aval(v).dtype, jnp.integer)
 
 
-#: Primitives that hand a value on as it is.
-_KEEP = {
-    p.neg_p,
-    p.convert_element_type_p,
-    p.copy_p,
-    p.name_p,
-    p.stop_gradient_p,
-    p.sharding_constraint_p,
-    p.reduce_precision_p,
-    p.device_put_p,
-    compat.optimization_barrier_p,
-    compat.pcast_p,
-}
-#: Primitives that only rearrange, so that a chosen row stays one.
-_LAYOUT = {p.reshape_p, p.squeeze_p, p.transpose_p, p.broadcast_in_dim_p}
-#: Primitives that hand their operands on to a jaxpr, where it shows what a chosen row is for.
+#: Primitives whose results have the dimensions of their operands, and come from where they do.
+_KEEP = IDENTITIES | {p.neg_p}
+#: Primitives that pass their operands to a jaxpr, which shows what a selected row is used for.
 _CALLS = {p.jit_p, p.remat_p, p.cond_p, p.custom_jvp_call_p, p.custom_vjp_call_p}
+#: Elementwise sums and products.
 _SUMS = {p.add_p, p.sub_p, p.add_jaxvals_p}
 _PRODUCTS = {p.mul_p, p.div_p}
+#: Primitives that do not decide what a selected row is: it may still be a row or a vector.
+_UNDECIDED = _SUMS | _PRODUCTS | _KEEP | LAYOUT | _CALLS
 
 
 class Walk:
-    """One walk.
+    """One walk through a program.
 
     Attributes:
       shapes: Of each parameter.
       uses: Of each parameter.
-      stacks: Dimensions that run along each other, and those that choose a matrix.
-      statistics: Parameters that were subtracted or under the root in a normalization.
-      consumed: Weights that another weight comes after.
-      sums: Each bias that was added to a product: (weights, use, bias).
-      products: How often a weight was multiplied, by the digits that it was contracted over.
+      ids_are_constants: Whether integers that the function closes over may be ids.
+      stacks: Dimensions that are aligned with each other, and those that select a matrix.
+      statistics: Parameters that a normalization subtracts or takes the square root of.
+      consumed: Weights whose output another weight reads.
+      sums: Each bias that is added to a product: (weights, use, bias).
+      products: Per weight and product, the digits that it is contracted over.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], ids_are_constants: bool = False) -> None:
@@ -107,14 +102,15 @@ class Walk:
         self.sums: list[tuple[tuple[str, ...], Use, str]] = []
         self.products: dict[str, list[frozenset[Digit]]] = collections.defaultdict(list)
 
-    def run(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
-        jaxpr, _ = compat.open_jaxpr(jaxpr)
-        env: dict[Any, Value] = {v: self.constant(v) for v in jaxpr.constvars}
+    def run(self, closed: jex.Jaxpr | jex.ClosedJaxpr, args: Sequence[Value]) -> list[Value]:
+        """What is known about the results of a jaxpr with these arguments."""
+        jaxpr, _ = compat.open_jaxpr(closed)
+        env: dict[jex.Var, Value] = {v: self.constant(v) for v in jaxpr.constvars}
         env.update(zip(jaxpr.invars, args, strict=True))
 
-        def read(v: Any) -> Value:
+        def read(v: jex.Var | jex.Literal) -> Value:
             if isinstance(v, jex.Literal):
-                return dataclasses.replace(unknown(v.aval), flow=Flow())
+                return dataclasses.replace(unknown(v), flow=Flow())
             return env[v]
 
         for eqn in jaxpr.eqns:
@@ -126,37 +122,38 @@ class Walk:
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def constant(self, v: Any) -> Value:
-        """A closed-over array is data as an argument is; a closed-over number is a number."""
-        live = bool(v.aval.shape)
-        ids = live and self.ids_are_constants and _is_whole(v)
-        return dataclasses.replace(unknown(v.aval), flow=Flow(live, ids))
+    def constant(self, v: jex.Var) -> Value:
+        """An array that the function closes over counts as data, a scalar does not."""
+        live = bool(compat.shape_of(v))
+        ids = live and self.ids_are_constants and _is_integer(v)
+        return dataclasses.replace(unknown(v), flow=Flow(live, ids))
 
-    def note(self, value: Value, kind: str, eqn: Any, **what: Any) -> None:
-        """Records a use, once."""
+    def note(self, value: Value, kind: str, eqn: JaxprEqn | None, **what: Any) -> None:
+        """Records a use of a parameter, once."""
         if value.param is None:
             return
-        for name in ("rows", "cols", "stack"):  # in part of copies
+        for name in ("rows", "cols", "stack"):  # without digits that count copies
             what[name] = frozenset(d for d in what.get(name, ()) if d.of == value.param)
-        use = Use(kind, source=compat.source(eqn), **what)
+        use = Use(kind, source=compat.source(eqn) if eqn is not None else "", **what)
         if use not in self.uses[value.param]:
             self.uses[value.param].append(use)
 
-    def ancestors(self, value: Value, aval: Any) -> tuple[Ancestor, ...]:
+    def ancestors(self, value: Value, aval: ShapedArray) -> tuple[Ancestor, ...]:
         """The parameters that a value of this type is computed from."""
         return ancestry.ancestors_of(value, getattr(aval, "shape", ()), self.shapes)
 
-    def step(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def step(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+        """What is known about the results of an equation, their ancestors included."""
         if any(isinstance(x, (jex.Jaxpr, jex.ClosedJaxpr)) for x in _parameters(eqn)):
             return self.equation(eqn, values)
         self.computed(eqn, values)
         return ancestry.inherited(eqn, values, self.equation(eqn, values), self.shapes)
 
-    def computed(self, eqn: Any, values: list[Value]) -> None:
-        """Records what parameters are whose descendants meet a product or a sum here."""
+    def computed(self, eqn: JaxprEqn, values: list[Value]) -> None:
+        """Records the uses of parameters whose descendants meet a product or a sum here."""
         if eqn.primitive in _SUMS:
             for ancestor in ancestry.added(values):
-                # What scales or shifts a normalization may be folded into a sum that follows.
+                # The scale and shift of a normalization may be folded into a sum that follows.
                 kinds = {use.kind for use in self.uses[ancestor.param]}
                 cols = ancestry.own(ancestor, self.shapes)
                 if cols and not kinds & {"norm", "scale", "bias"}:
@@ -165,26 +162,26 @@ class Walk:
             for value, other in (values[:2], values[1::-1]):
                 alone = value.param is None and other.param is None and not other.ancestors
                 for ancestor in value.ancestors if alone else ():
-                    # What its parameter would do in its place.
+                    # The uses that its parameter would have in its place.
                     walk = Walk(self.shapes)
-                    stand = Value(ancestor.dims, ancestor.param, flow=value.flow)
-                    stands = [stand if v is value else v for v in values]
-                    for out in STEPS[eqn.primitive](walk, eqn, stands):
+                    substitute = Value(ancestor.dims, ancestor.param, flow=value.flow)
+                    substituted = [substitute if v is value else v for v in values]
+                    for out in STEPS[eqn.primitive](walk, eqn, substituted):
                         walk.settled(eqn, out)
                     ancestry.adopt(ancestor, self.shapes, self.uses, walk.uses)
                     self.consumed |= walk.consumed
 
-    def equation(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """One equation: what it does with parameters, and what is known of its results."""
+    def equation(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+        """Records what an equation does with parameters; returns what is known of its results."""
         primitive = eqn.primitive
         if primitive is p.dot_general_p:
             values = [self.as_matrices(eqn, side, v) for side, v in enumerate(values)]
-        if primitive not in _SUMS | _PRODUCTS | _KEEP | _LAYOUT | _CALLS:
+        if primitive not in _UNDECIDED:
             values = [self.settled(eqn, v) for v in values]
         if primitive in STEPS:
             return STEPS[primitive](self, eqn, values)
         if primitive in _KEEP:
-            if primitive is p.neg_p:  # a bias that is added to -(x @ w) is none of x @ w
+            if primitive is p.neg_p:  # a bias that is added to -(x @ w) is no bias of x @ w
                 return [dataclasses.replace(values[0], plain=False, after=(), biased=())]
             return list(values[: len(eqn.outvars)])
         for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
@@ -194,28 +191,29 @@ class Walk:
                     return self.run(inner, values)
         return self.elementwise(eqn, values)
 
-    def settled(self, eqn: Any, value: Value) -> Value:
-        """A chosen row that is used like an activation was a row of a table."""
-        if not value.chosen:
+    def settled(self, eqn: JaxprEqn | None, value: Value) -> Value:
+        """The value as an activation: a selected row that is used like one is a row of a table."""
+        if not value.selected:
             return value
-        if value.fixed:
-            return dataclasses.replace(value, chosen=frozenset(), fixed=False)
+        if value.static_index:
+            return dataclasses.replace(value, selected=frozenset(), static_index=False)
         cols = value.digits(range(len(value.dims)))
-        where: dict[str, Any] = {"rows": value.chosen, "cols": cols, "free": value.ids or (1,)}
+        where: dict[str, Any] = {"rows": value.selected, "cols": cols, "free": value.ids or (1,)}
         self.note(value, "embedding", eqn, by_id=value.by_id, **where)
         if not value.param:
-            return value.data(chosen=frozenset())
+            return value.as_activation(selected=frozenset())
         rows = flow.of_rows(dataclasses.replace(value.flow, live=True), value.param)
-        return value.data(after=(value.param,), chosen=frozenset(), flow=rows)
+        return value.as_activation(after=(value.param,), selected=frozenset(), flow=rows)
 
-    def as_matrices(self, eqn: Any, side: int, value: Value) -> Value:
-        """Slices of a weight, chosen by a gather or a one-hot product, that this takes as matrices.
+    def as_matrices(self, eqn: JaxprEqn, side: int, value: Value) -> Value:
+        """A value that this product takes as matrices that a gather or a one-hot product selected.
 
-        Of a row that was looked up, a product takes all or nothing.
+        It is one where the product contracts some of its dimensions and keeps others; of a row of
+        a table, a product contracts all or none.
         """
         contracted, batch = (pair[side] for pair in eqn.params["dimension_numbers"])
-        free = [i for i in range(len(value.dims)) if i not in contracted and i not in batch]
-        path, stack = value.mixture or (value.param, value.chosen)
+        free = free_dims(len(value.dims), contracted, batch)
+        path, stack = value.mixture or (value.param, value.selected)
         rows, cols = (
             frozenset(d for d in digits.significant(value.digits(dims)) if d.of == path)
             for dims in (contracted, free)
@@ -223,7 +221,7 @@ class Walk:
         if not (rows and cols and (value.mixture or value.ids and stack)):
             return value
         if not value.mixture:
-            return dataclasses.replace(value, chosen=frozenset(), stack=stack)
+            return dataclasses.replace(value, selected=frozenset(), stack=stack)
         kinds = ("linear", "one-hot")
         uses = self.uses[str(path)]
         uses[:] = [use for use in uses if use.kind not in kinds or use.rows != stack]
@@ -232,18 +230,18 @@ class Walk:
         self.note(owner, "expert", eqn, stack=stack)
         return value
 
-    def elementwise(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """Sums and products with a parameter have a meaning; everything else is `other`."""
+    def elementwise(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+        """Interprets sums and products with a parameter; every other use is `other`."""
         primitive = eqn.primitive
         if len(eqn.outvars) != 1:
             for value in values:
                 self.note(value, "other", eqn)
-            return [unknown(v.aval) for v in eqn.outvars]
-        shape = getattr(eqn.outvars[0].aval, "shape", ())
+            return [unknown(v) for v in eqn.outvars]
+        shape = compat.shape_of(eqn.outvars[0])
         if primitive in _SUMS | _PRODUCTS and len(values) == 2:
             scalar = [not v.dims for v in values]
             if any(scalar) and values[not scalar.index(True)].param:
-                return [self.times_number(*sorted(values, key=lambda v: not v.dims))]
+                return [self.times_scalar(*sorted(values, key=lambda v: not v.dims))]
             values = [
                 v if v.param is None or self.is_vector_use(v, w) else self.settled(eqn, v)
                 for v, w in zip(values, values[::-1], strict=True)
@@ -255,7 +253,7 @@ class Walk:
                     return [_as_wide(self.meet(eqn, values, found[0], other), shape)]
         for value in values:
             self.note(value, "other", eqn, cols=value.digits(range(len(value.dims))))
-        shapes = [getattr(x.aval, "shape", None) for x in eqn.invars]
+        shapes = [compat.shape_of(x) for x in eqn.invars]
         same = [v for v, s in zip(values, shapes, strict=True) if s == shape]
         normed = primitive in (p.rsqrt_p, p.sqrt_p) or any(v.normed for v in values)
         dims = tuple(next((v.dims[i] for v in same if v.dims[i]), None) for i in range(len(shape)))
@@ -269,7 +267,7 @@ class Walk:
             products = [v for v in products if not v.summed] or products
             after = tuple(dict.fromkeys(w for v in products for w in v.after))
             if primitive is p.sub_p and after and not values[0].after:
-                after = ()  # y - x @ w has the product's sign turned
+                after = ()  # y - x @ w changes the sign of the product
         one_hot = primitive is p.eq_p
         out = Value(dims, after=after, summed=bool(after), normed=normed, one_hot=one_hot)
         if primitive in _SUMS and len(same) == 2:
@@ -278,21 +276,25 @@ class Walk:
         return [out]
 
     def is_vector_use(self, value: Value, other: Value) -> bool:
-        """Whether what meets `other` is a bias or the scale of a normalization.
+        """Whether `value` acts on `other` as a bias or as the scale of a normalization.
 
-        Of rows that a gather has chosen, only those that go with the matrices of experts.
+        Rows that a gather has selected do so only beside matrices of as many experts.
         """
-        if not value.ids or not value.chosen:
+        if not value.ids or not value.selected:
             return bool(other.after) or other.normed
-        count = roles.size(value.chosen)
+        count = roles.size(value.selected)
         return bool(other.after) and all(
             any(use.kind == "expert" and roles.size(use.stack) == count for use in self.uses[path])
             for path in other.after
         )
 
-    def times_number(self, param: Value, number: Value) -> Value:
-        """A weight times a number is a weight; if the number was made of it, to scale it only."""
-        if number.flow.live and (param.param, False) in number.flow.made:
+    def times_scalar(self, param: Value, scalar: Value) -> Value:
+        """A weight times a scalar is the weight.
+
+        A scalar that is computed from the weight's own product only scales it, so what was
+        recorded of that product is no use as a matrix.
+        """
+        if scalar.flow.live and (param.param, False) in scalar.flow.made:
             path = str(param.param)
             self.uses[path] = [
                 dataclasses.replace(use, kind="other") if use.kind in ("linear", "expert") else use
@@ -301,8 +303,8 @@ class Walk:
             self.products[path] = []
         return dataclasses.replace(param, plain=False)
 
-    def observe(self, primitive: Any, values: list[Value]) -> None:
-        """What a sum or a product of activations tells of the parameters in them."""
+    def observe(self, primitive: Primitive, values: list[Value]) -> None:
+        """Records what a sum or a product of activations reveals about their parameters."""
         first, second = values
         if len(first.dims) == len(second.dims):
             pairs = list(zip(first.dims, second.dims, strict=True))
@@ -316,7 +318,7 @@ class Walk:
         if primitive in _PRODUCTS:
             for value, other in ((first, second), (second, first)):
                 if value.scaled and other.normed and other.flow.live and not value.normed:
-                    # scale * x / deviation: the scale came before the division.
+                    # scale * x / deviation: the model scales before it divides.
                     uses = self.uses[value.scaled]
                     uses[:] = [
                         dataclasses.replace(use, kind="norm", of=()) if use.kind == "scale" else use
@@ -331,11 +333,11 @@ class Walk:
             # x * inv - mean * inv, where inv is 1 / deviation.
             self.statistics |= {second.flow.times, *second.flow.deviation}
 
-    def meet(self, eqn: Any, values: list[Value], param: Value, other: Value) -> Value:
-        """A parameter is added to an activation, or multiplied with it."""
+    def meet(self, eqn: JaxprEqn, values: list[Value], param: Value, other: Value) -> Value:
+        """A parameter that is added to an activation, or multiplied with it."""
         second = values[1] is param
         cols = param.digits(range(len(param.dims)))
-        stack = frozenset(_stack_of(param, other, self.uses)) | param.chosen
+        stack = frozenset(_stack_of(param, other, self.uses)) | param.selected
         pairs = list(zip(param.dims, other.dims, strict=False))
         aligned = [theirs for mine, theirs in pairs if digits.significant(mine or ())]
         for mine, theirs in pairs:
@@ -343,8 +345,8 @@ class Walk:
         where: dict[str, Any] = {"cols": cols - stack, "stack": stack}
         flows = [flow.parameter(str(v.param)) if v is param else v.flow for v in values]
         made = flow.merged(eqn, flows)
-        normed, met = _is_normed(other), other.data(after=(), biased=(), scaled=None)
-        if param.param in other.flow.weights:  # computed of the parameter, to scale it
+        normed, met = _is_normed(other), other.as_activation(after=(), biased=(), scaled=None)
+        if param.param in other.flow.weights:  # computed from the parameter itself, to scale it
             self.note(param, "other", eqn, **where)
         elif eqn.primitive not in _SUMS:
             met = self.scale(eqn, param, other, **where)
@@ -364,7 +366,8 @@ class Walk:
                 self.note(param, "bias", eqn, **where)
                 use = Use("bias", source=compat.source(eqn), **where)
                 self.sums.append((product, use, str(param.param)))
-                # A second one makes the first not the only one, unless a stream came between.
+                # After a second bias the first is not the only one, unless the residual stream was
+                # added in between.
                 biased = () if other.summed else product
                 return dataclasses.replace(met, biased=biased, flow=made)
             if product and not normed and _lost(param, other, product):
@@ -374,26 +377,26 @@ class Walk:
                 self.note(param, kind, eqn, **where)
         return dataclasses.replace(met, flow=made)
 
-    def scale(self, eqn: Any, param: Value, other: Value, **where: Any) -> Value:
-        """A parameter multiplies an activation entry by entry."""
+    def scale(self, eqn: JaxprEqn, param: Value, other: Value, **where: Any) -> Value:
+        """A parameter that multiplies an activation entry by entry."""
         normed = _is_normed(other)
         kind, of = ("norm", ()) if normed else ("scale", other.after)
         self.note(param, kind, eqn, of=of, **where)
-        return other.data(after=(), biased=(), scaled=None if normed else param.param)
+        return other.as_activation(after=(), biased=(), scaled=None if normed else param.param)
 
 
 def _is_normed(value: Value) -> bool:
-    """Whether it was divided by a standard deviation, of activations or one that was counted.
+    """Whether it was divided by a standard deviation of activations, or by a running one.
 
-    What weight normalization divides by is neither.
+    Weight normalization divides by neither.
     """
     return value.normed and (value.flow.live or bool(value.flow.deviation))
 
 
 def _lost(param: Value, other: Value, product: Sequence[str]) -> bool:
-    """Whether a vector is added to a part of a product, or to it in another order.
+    """Whether a vector is added to a part of a product, or to the product in another order.
 
-    Nothing of the product's own sides is left in the dimensions of what it is added to.
+    The dimensions of what it is added to have no digits of the product's own sides left.
     """
     wide = [dim for dim in param.dims if dim is None or digits.significant(dim)]
     left = {d.of for dim in other.dims for d in digits.significant(dim or ())}
@@ -401,7 +404,10 @@ def _lost(param: Value, other: Value, product: Sequence[str]) -> bool:
 
 
 def _stream(pair: list[Value]) -> frozenset[tuple[str, bool]]:
-    """What a sum is made of: a product that joins the stream that began with rows is no result."""
+    """`Flow.made` of a sum: a product that joins a residual stream is not what the sum is made of.
+
+    A residual stream begins with the rows of a table.
+    """
     out: set[tuple[str, bool]] = set()
     for value, other in zip(pair, pair[::-1], strict=True):
         own = {d.of for dim in value.dims for d in dim or ()}
@@ -410,20 +416,20 @@ def _stream(pair: list[Value]) -> frozenset[tuple[str, bool]]:
     return frozenset(out)
 
 
-def _parameters(eqn: Any) -> list:
-    """The parameters of an equation, those in tuples too."""
+def _parameters(eqn: JaxprEqn) -> list[Any]:
+    """The parameters of an equation, including those inside tuples."""
     nested = [x if isinstance(x, (tuple, list)) else (x,) for x in eqn.params.values()]
     return [x for some in nested for x in some]
 
 
 def _is_computed(param: Value, other: Value) -> bool:
-    """Whether a matrix meets what is no activation: the result is another matrix."""
+    """Whether a matrix meets a value that is no activation: the result is another matrix."""
     wide = [dim for dim in param.dims if dim is None or digits.significant(dim)]
     return len(wide) > 1 and other.depends == FIXED
 
 
 def _as_wide(value: Value, shape: Sequence[int]) -> Value:
-    """The value, of which nothing is known where it was as long as 1 and is longer now."""
+    """The value; nothing is known of a dimension whose digits do not make up its length."""
     dims = tuple(
         None if dim is not None and math.prod(d.size for d in dim) != n else dim
         for dim, n in zip(value.dims, shape, strict=True)
@@ -432,7 +438,7 @@ def _as_wide(value: Value, shape: Sequence[int]) -> Value:
 
 
 def _stack_of(param: Value, other: Value, uses: dict[Any, list[Use]]) -> set[Digit]:
-    """Digits of a bias that line up with stack digits of the weight it follows."""
+    """Digits of a bias that are aligned with stack digits of the weight that it follows."""
     out: set[Digit] = set()
     for mine, theirs in zip(param.dims, other.dims, strict=False):
         for digit in theirs or ():

@@ -16,8 +16,7 @@ from flax import nnx
 from jax import Array
 
 from jaxpeft.io import _safetensors as safetensors
-from jaxpeft.io._stacked import Formats
-from jaxpeft.io._stacked import Stack
+from jaxpeft.io._stacked import Formats, Stack
 from jaxpeft.models import _config
 from jaxpeft.models import _hf_folder as folders
 

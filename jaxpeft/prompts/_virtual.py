@@ -20,8 +20,8 @@ def prepend_virtual_tokens(
     Packed rows (several examples in one), and models with a sliding window, need segment ids:
     virtual tokens are in segment -1, to which every segment of `jaxpeft.models.decoder` attends
     at any distance, so that each example gets what it gets alone in its row. For a model without
-    segment -1, `jaxpeft.data.Batches(..., virtual_tokens=...)` gives each example virtual tokens of its
-    own.
+    segment -1, `jaxpeft.data.Batches(..., virtual_tokens=...)` gives each example virtual tokens of
+    its own.
 
     Args:
       tokens: (batch, time).

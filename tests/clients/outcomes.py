@@ -38,7 +38,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("Tunix Gemma 3", "prefix"): _BOTH,
     ("Haiku LSTM", "prefix"): _BOTH,
     # The two halves of this kernel are multiplied apart from each other.
-    ("Haiku GRU", "prefix"): "Prefix at 'gru/w_h' is no matrix, .* applies `split`",
+    ("Haiku GRU", "prefix"): "Prefix at 'gru/w_h' has no dense equivalent, .* applies `split`",
 }
 
 #: Wrong today; the test is a strict expected failure with this reason.

@@ -1,4 +1,4 @@
-"""Models of the table written once more, by hand, for methods whose weights are no matrices.
+"""Models of the table written by hand, for methods whose weights have no dense equivalent.
 
 Nothing here goes through the library: loops are unrolled, layers are read off by index, and
 every product of a weight is a call `product(path, h, w, b, layer)`, which is `h @ w + b` with
@@ -30,7 +30,7 @@ def fields(adapter, path, layer, *names):
 
 
 def bottleneck(adapter, given):
-    """Behind each product and its bias."""
+    """An adapter after each product and its bias."""
 
     def product(path, h, w, b=0.0, layer=None, around=None):
         y = h @ w + b
@@ -41,7 +41,7 @@ def bottleneck(adapter, given):
 
 
 def on_the_sum(adapter, given):
-    """Behind a product, reading its sum with the stream."""
+    """An adapter after a product that reads its sum with the residual stream."""
 
     def product(path, h, w, b=0.0, layer=None, around=None):
         y = h @ w + b
@@ -55,7 +55,7 @@ def on_the_sum(adapter, given):
 
 
 def parallel(adapter, given):
-    """From the input of `up` to the output of `down`."""
+    """An adapter from the input of `up` to the output of `down`."""
     inputs = {}
 
     def product(path, h, w, b=0.0, layer=None, around=None):
@@ -88,7 +88,7 @@ def prefix(adapter, given):
 
 
 def encoded_prefix(adapter, given):
-    """A prefix whose rows a network makes of a table."""
+    """A prefix whose rows a network computes from a table."""
     (start,) = {name.removesuffix("/table") for name in adapter if name.endswith("/table")}
     hidden = adapter[f"{start}/table"] @ adapter[f"{start}/down"] + adapter[f"{start}/down_bias"]
     ups = [name for name in adapter if name.endswith("/up")]
@@ -145,7 +145,7 @@ def unipelt(adapter, given):
 
 
 def moelora(adapter, given):
-    """Two experts of rank 2, weighed by the task."""
+    """Two experts of rank 2, weighted by the task."""
     (start,) = {name.removesuffix("/tasks") for name in adapter if name.endswith("/tasks")}
     weights = jnp.exp(adapter[f"{start}/tasks"][given["task"]] @ adapter[f"{start}/gate"])
     weights = weights / weights.sum()
@@ -162,7 +162,7 @@ def moelora(adapter, given):
 
 
 def poly(adapter, given):
-    """Four skills of rank 2, of which the task has weighed means."""
+    """Four skills of rank 2, of which a task uses a weighted mean."""
 
     def product(path, h, w, b=0.0, layer=None, around=None):
         y = h @ w + b
@@ -194,12 +194,12 @@ def xlora(adapter, given):
 
 
 def prompt(adapter, given):
-    """Trained rows behind those of the table."""
+    """Trainable rows after those of the table."""
     return lambda path, table: jnp.concatenate([table, adapter[f"{path}/rows"]])
 
 
 def p_tuning(adapter, given):
-    """Rows behind those of the table that an LSTM and a linear network make of trained ones."""
+    """Rows after those of the table that an LSTM and a linear network compute."""
     (table,) = {name.removesuffix("/rows") for name in adapter if name.endswith("/rows")}
     network = {
         name.removeprefix(f"{table}/encoder/"): v
@@ -278,7 +278,7 @@ def on_mesh(p, product, x):
 
 
 def on_explicit_mesh(p, product, x):
-    """With every weight whole on every device."""
+    """A model with every weight replicated on every device."""
     whole = lambda w: jax.NamedSharding(jax.typeof(w).sharding.mesh, PartitionSpec())  # noqa: E731
     return on_mesh({k: jax.reshard(w, whole(w)) for k, w in p.items()}, product, x)
 

@@ -24,13 +24,13 @@ class Method:
       make: From the model's sites and the adapter's dtype to the method.
       roles: The kinds of weight it takes: "linear", "embedding", "conv".
       factored: Whether it never forms an array of a weight's size. False only where the
-        method's own formula does (a norm over the columns of the sum, codes to decode).
+        method's own formula does (a norm over the columns of the sum, values to dequantize).
       coarse: Rows whose sizes its blocks do not fit: cut, or as large as the weight, so that
         dense arrays may be formed.
       keeps_base: Whether the base's arrays stay what they were.
       on_trained: Whether it can be put on a weight that another method trains.
       rows: The rows of the everyday suite, by role; the others run in the full product.
-      by_hand: For a method whose weight is no matrix: from (adapter, given) to what a model
+      by_hand: Where a weight has no dense equivalent: from (adapter, given) to what a model
         in by_hand.py calls in the place of a product or a table. `None`: merge says it.
       models: Its rows, each with the model written by hand; the others are not its own.
       refused: Rows that it cannot be right on, and a pattern of what the error says.
@@ -118,7 +118,7 @@ def _loha(sites, dtype):
 
 
 def _lokr(sites, dtype):
-    """In blocks that stay whole where a row cuts a weight: inputs of `down`, outputs of `qkv`."""
+    """OFT in blocks that no row cuts where it cuts a weight: inputs of `down`, outputs of `qkv`."""
     chosen = sites.matrices - sites.conv
     blocks = {
         path: (F if site.size("in") == F else None, 3 if site.size("out") == 3 * N * H else None)
@@ -132,7 +132,7 @@ def _miss(sites, dtype):
 
 
 def _largest_prime(site, side):
-    """Of the prime factors of a side: the parts that devices have of it divide by it, too."""
+    """A prime factor of a side, by which the shards that devices have of the side divide, too."""
     n, p = site.size(side), 2
     while p < n:
         n, p = (n // p, p) if n % p == 0 else (n, p + 1)
@@ -145,7 +145,7 @@ def _oft(sites, dtype):
 
 
 def _boft(sites, dtype):
-    """One factor: no side of the rows is even. test_rotations.py has more."""
+    """BOFT with one factor, since no side of the rows is even. test_rotations.py has more."""
     blocks = {path: _largest_prime(site, "in") for path, site in sites.linear.items()}
     return jp.boft(blocks, sites.linear, n_butterfly_factors=1, dtype=dtype)
 
@@ -164,7 +164,7 @@ def _bottleneck(sites, dtype):
 
 
 def _on_the_sum(sites, dtype):
-    """Behind what ends a feed-forward block, with the norm of the sum where there is one."""
+    """An adapter after the feed-forward block, with the norm of the sum where there is one."""
     down = sites.linear.match(re.compile(r"\bdown\b"))
     names = ("mlp_scale", "mlp_bias")
     norms = sites.match(*names) if "mlp_scale" in sites else None
@@ -180,7 +180,7 @@ def _parallel(sites, dtype):
 
 
 def _prefix(sites, dtype):
-    """On keys and values; in a model that has none, on what keeps batch and time apart."""
+    """A prefix at keys and values; in a model without them, where batch and time stay apart."""
     keys = sites.linear.match(re.compile(r"(^|/)(up|[kv]|(key|value)/kernel)\b"))
     return jp.prefix_tuning(2, keys, keys - keys, dtype=dtype)
 
@@ -250,7 +250,7 @@ def _xlora(sites, dtype):
 
 
 def _experts(args):
-    """Factors of two experts on the two weights of the row, and what the gates read."""
+    """Factors of two experts at the two weights of the row, and the input of the gates."""
     arrays = {
         f"{path}/experts/{name}": random(*shape, seed=20 + i, scale=0.5)
         for path, sides in (("up", (D, F)), ("down", (F, D)))
@@ -264,7 +264,7 @@ def _one_task(args):
 
 
 def _virtual_positions(args):
-    """Two in each of the first two examples, at different places; none in the others."""
+    """Two virtual positions in each of the first two examples, at different places; no others."""
     x = next((a for a in args if getattr(a, "ndim", 0) == 3), args[-1])  # or ids
     virtual_positions = np.full(x.shape[:2], -1)
     virtual_positions[0, :2] = virtual_positions[1, 1:3] = (0, 1)
@@ -294,7 +294,7 @@ def _virtual_ids(args, sites):
 
 _LINEAR = ("linear",)
 
-# What a weight that is no matrix cannot follow, wherever it stands.
+# Uses of a weight that one without a dense equivalent cannot follow, wherever it stands.
 _DENSE_ONLY = {
     "a weight and its transpose in one layer": r"'w'.*dot_general",
     "contraction written backwards": r"'[wu]'.*dot_general",
@@ -342,7 +342,7 @@ _COARSE = (
     "linen OptimizedLSTMCell under nn.RNN",
 )
 
-# Where weights lie in parts, and what numbers their entries would have to be told.
+# Rows in which a weight lies in parts, whose entries would need to know their positions in it.
 _CUT = (
     *_PARTS,
     "shard_map with a gathered output",
@@ -356,7 +356,7 @@ _CUT = (
 # With 4 outputs, a factor of rank 2 * 2 is as large as the weight.
 _FOUR_OUTPUTS = (
     "all experts on all tokens",
-    "all experts on all tokens, weighed before they are summed",
+    "all experts on all tokens, weighted before they are summed",
     "experts gathered for each token",
     "experts gathered under vmap",
     "convolution of joined kernels",

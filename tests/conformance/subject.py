@@ -69,7 +69,7 @@ class Subject:
 
     @functools.cached_property
     def others(self) -> dict[str, Any]:
-        """What is differentiated besides the adapter: plain parameters that are no matrices."""
+        """Other parameters that are differentiated: plain ones that are no matrices of the row."""
         fixed, plain = set(matrices(self.row, self.case)), paths(self.frozen)
         params = paths(self.case.params)
         return {n: w for n, w in params.items() if n not in fixed and n in plain}
@@ -258,7 +258,7 @@ def weight_sized_results(s: Subject) -> tuple[list[Result], list[Result]]:
 
 def pulled_back(s: Subject, weights: dict[str, Any]) -> list[Result]:
     """What it takes to get from the gradients of dense weights, whole or of a layer, to the
-    adapter's: a custom rule speaks of dense weights only."""
+    adapter's: a custom rule covers dense weights only."""
 
     def pull(adapter, gradients):
         def dense(adapter):

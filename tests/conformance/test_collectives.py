@@ -65,7 +65,7 @@ def test_a_forward_pass_has_the_collectives_of_the_dense_program(row):
     extra, adapters = more_than(lifted, dense), shapes(s.adapter.values())
     weights = shapes(paths(s.case.params)[n] for n in s.covered)
     if any(name == "all-gather" and found <= weights for name, found in dense):
-        # A model that gathers its weights before use gathers with each what belongs to it.
+        # A model that gathers its weights before use gathers the adapter's arrays with them.
         extra["all-gather"] -= sum(found <= adapters for _, found in lifted)
     assert not +extra, lifted
 

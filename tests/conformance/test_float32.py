@@ -1,7 +1,7 @@
 """Every method in float32, compiled, at sizes as models have them, against itself in float64.
 
 The other laws are of float64 and of sizes below thirty. There XLA never takes the kernels that
-it has for float32 on CPU, nor the threads that it gives to large products: 0.10 puts a weighed
+it has for float32 on CPU, nor the threads that it gives to large products: 0.10 puts a weighted
 sum, the products around it and its broadcast in one of them, whose numbers are wrong.
 """
 
@@ -34,7 +34,7 @@ def model(p, x, ids):
 
 
 def to(dtype):
-    """A cast of the real numbers of a tree."""
+    """A cast of the floating arrays of a tree."""
     return lambda tree: jax.tree.map(lambda x: x.astype(dtype) if is_real(x) else x, tree)
 
 
@@ -52,12 +52,12 @@ def given(method, sites, args):
     return {**experts, "hidden": activations(5)}
 
 
-def outputs(frozen, adapter, args, told):
-    return jp.lift(model)(jp.combine(frozen, adapter, **told), *args)
+def outputs(frozen, adapter, args, values):
+    return jp.lift(model)(jp.combine(frozen, adapter, **values), *args)
 
 
-def gradients(frozen, adapter, args, told):
-    return jax.grad(lambda a: jnp.sum(outputs(frozen, a, args, told) ** 2))(adapter)
+def gradients(frozen, adapter, args, values):
+    return jax.grad(lambda a: jnp.sum(outputs(frozen, a, args, values) ** 2))(adapter)
 
 
 @pytest.mark.parametrize("call", [outputs, pytest.param(gradients, marks=pytest.mark.conformance)])
@@ -72,11 +72,11 @@ def test_it_is_what_it_is_in_float64(method, call):
         k: v + random(*v.shape, seed=i, scale=0.1).astype(v.dtype)
         for i, (k, v) in enumerate(start.items())
     }
-    told = given(method, sites, args)
+    values = given(method, sites, args)
 
     def run(cast):
-        # What is told stays a constant of the program, like the number of a task in training.
-        return real(jax.jit(lambda *x: call(*x, cast(told)))(*map(cast, (frozen, adapter, args))))
+        # Values of the call stay constants of the program, like the index of a task in training.
+        return real(jax.jit(lambda *x: call(*x, cast(values)))(*map(cast, (frozen, adapter, args))))
 
     exact, found = run(wide), run(narrow)
     total = np.sqrt(sum(np.linalg.norm(y) ** 2 for y in exact))

@@ -1,7 +1,7 @@
-"""Every format under every method: a method over quantized values is the method over the dequantized ones.
+"""Every format under every method: over quantized values it acts as over their dequantization.
 
 Both sides are lifted; that a method over plain arrays is right is what test_laws.py shows. With
-the method left out, the quantized model is the plain model with decoded weights.
+the method left out, the quantized model is the plain model with dequantized weights.
 """
 
 import dataclasses
@@ -66,8 +66,8 @@ def pairs(methods):
     return listed
 
 
-def coded(s, format):
-    """(quantized, dequantized): the row's parameters with its matrices in a format."""
+def quantized(s, format):
+    """(quantize, dequantized): the row's parameters with its matrices in a format."""
     chosen = s.sites.matrices
     quantize = jp.quantize(sites=chosen, **FORMATS[format])
     tree = quantize(jax.random.key(0), s.case.params)
@@ -90,9 +90,11 @@ def same(s, sides):
 @pytest.mark.parametrize(
     ("row", "method", "format"), pairs([m for m in METHODS if m.name != "lora on nf4"])
 )
-def test_a_method_over_quantized_values_is_the_method_over_dequantized_ones(row, method, format):
+def test_a_method_over_quantized_values_is_the_method_over_the_dequantized_ones(
+    row, method, format
+):
     s = subject(row, method)
-    quantize, dequantized, _ = coded(s, format)
+    quantize, dequantized, _ = quantized(s, format)
     make = method.make(s.sites, jnp.float64)
     sides = []
     key = jax.random.key(1)  # what a method draws and freezes is the same on both sides
@@ -103,9 +105,9 @@ def test_a_method_over_quantized_values_is_the_method_over_dequantized_ones(row,
 
 
 @pytest.mark.parametrize(("row", "method", "format"), pairs(METHODS[:1]))
-def test_quantized_values_alone_are_the_model_with_dequantized_ones(row, method, format):
+def test_a_quantized_model_is_the_model_with_dequantized_weights(row, method, format):
     s = subject(row, method)
-    _, dequantized, tree = coded(s, format)
+    _, dequantized, tree = quantized(s, format)
     for fn, args in s.programs:
         with in_mesh(s.case.mesh):
             got = jax.jit(lambda t, fn=fn, args=args: score(jp.lift(fn)(t, *args)))(tree)

@@ -1,7 +1,7 @@
-"""The table has teeth: rule files broken by hand, three or more each, and each one is caught.
+"""The laws catch broken rules: each rule file is broken by hand in three or more ways.
 
-A mutant is a rule file with one fragment replaced. It is loaded beside the real one, its rules
-take the place of the real ones for one test, and the law of one row has to fail.
+A mutant is a rule file with one fragment replaced. Its rules take the place of the real ones for
+one test, and the law of one row has to fail.
 """
 
 import dataclasses
@@ -115,8 +115,8 @@ MUTANTS = [
     Mutant(
         "swapped axes: rows left behind the ids",
         gathers,
-        "y = permute(y, [place.index(i) for i in range(aval.ndim)])",
-        "y = y",
+        "return [permute(y, place)]",
+        "return [y]",
         "take along the last axis",
     ),
     # views
@@ -130,15 +130,15 @@ MUTANTS = [
     Mutant(
         "wrong batch axis: every slice is the first slice",
         views,
-        "picked = _pick(view, dim, start) if",
-        "picked = _pick(view, dim, 0) if",
+        "selected = _select(view, dim, start) if",
+        "selected = _select(view, dim, 0) if",
         "two weights stacked in one array",
     ),
     Mutant(
         "swapped axes: a transpose that does nothing",
         views,
-        '[view.dims[i] for i in eqn.params["permutation"]]',
-        "list(view.dims)",
+        "view.redim(after_layout(eqn, view.dims))",
+        "view if eqn.primitive is p.transpose_p else view.redim(after_layout(eqn, view.dims))",
         "a weight and its transpose in one layer",
     ),
     # sharding
@@ -172,7 +172,7 @@ MUTANTS = [
     ),
     # numbers
     Mutant(
-        "dropped scale: a weight times a number without the number",
+        "dropped scale: a weight times a scalar without the scalar",
         scaling,
         "return self._times(x @ self.w)",
         "return x @ self.w",

@@ -238,7 +238,7 @@ def _follow(jaxpr, owners, seen):
 
 
 def _is_constant_along_a_side(eqn) -> bool:
-    """Whether a weight comes first and what scales it is smaller: a number, or one for each row."""
+    """Whether a weight comes first and is scaled by a scalar or by one factor for each row."""
     weight, factor = (v.aval.shape for v in eqn.invars)
     return factor == () or len(factor) == len(weight) and factor != weight
 

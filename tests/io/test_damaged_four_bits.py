@@ -26,7 +26,7 @@ def whole(request, tmp_path_factory):
     """The config and the tensors of a folder, by name, and what it loads as."""
     folder = tmp_path_factory.mktemp("whole")
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    sites = jp.sites(decoder.pure(CONFIG), decoder.shapes(CONFIG), tokens)
+    sites = jp.sites(decoder.apply_fn(CONFIG), decoder.shapes(CONFIG), tokens)
     dense = decoder.init(CONFIG, jax.random.key(0))
     quantize = jp.quantize(request.param, sites.match("*up*"), block=8, layout="flat")
     decoder.save(folder, CONFIG, quantize(jax.random.key(0), dense))

@@ -460,7 +460,7 @@ def test_a_method_survives_its_description(structure, start):
             lambda: jp.chain(
                 jp.moelora(2, SITES.match("*q"), experts=1, tasks=2), gates(SITES.match("*q"))
             )(KEY, PARAMS),
-            r"structure='entry'\)`: 'layers/q' holds TaskGatedExperts, which has no dense equivalent",
+            r"structure='entry'\)`: 'layers/q' holds TaskGatedExperts, which has no dense equivale",
         ),
         (
             lambda: gate_masks(jp.prune({}, SITES - SITES), {}),

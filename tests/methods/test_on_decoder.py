@@ -80,7 +80,7 @@ def test_a_prefix_holds_keys_after_the_rotation(sites, params, ids):
     frozen, adapter = jp.split(method(jax.random.key(0), params))
     adapter = toy.perturbed(adapter, 0.5)
     virtual, virtual_positions = jp.prompts.prepend_virtual_tokens(ids, N)
-    lifted = jp.lift(decoder.pure(CONFIG))
+    lifted = jp.lift(decoder.apply_fn(CONFIG))
     out = lifted(jp.combine(frozen, adapter, virtual_positions=virtual_positions), virtual)
     out = jp.prompts.drop_virtual_positions(out, N)
 

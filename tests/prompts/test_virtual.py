@@ -208,7 +208,7 @@ def test_decoding_after_a_windowed_prefill_still_sees_the_virtual_tokens(name):
         ids, N, tuned(name)[2], jnp.ones_like(ids)
     )
     whole = run(name, WINDOWED, longer, virtual_positions, shown)
-    forward = jax.jit(jp.lift(decoder.pure(WINDOWED)))
+    forward = jax.jit(jp.lift(decoder.apply_fn(WINDOWED)))
     cache = decoder.init_cache(WINDOWED, 2, 12, F8)
     cut = N + 6
     first, cache = forward(
@@ -230,14 +230,14 @@ def test_groups_of_tokens_that_do_not_see_the_prefix_are_refused():
     longer, virtual_positions, shown = jp.prompts.prepend_virtual_tokens(
         ids, N, segment_ids=jnp.ones_like(ids)
     )
-    model = jp.lift(decoder.pure(CONFIG, attention_fn=shifted_sparse(4)))
+    model = jp.lift(decoder.apply_fn(CONFIG, attention_fn=shifted_sparse(4)))
     out = jax.jit(model)(tree_of("prefix", virtual_positions), longer, segment_ids=shown)
     assert jnp.isnan(out).all()
     where = decoder.TokenPositions(jnp.arange(12)[None], shown)
     q = jnp.ones((1, 12, 2, 6))
-    with pytest.raises(ValueError, match="group alone, but 3 tokens are virtual"):
-        shifted_sparse(4)(q, q, q, queries=place, keys=place, window=None)
-    within = jp.lift(decoder.pure(CONFIG, attention_fn=shifted_sparse(12)))
+    with pytest.raises(ValueError, match="own group only, but 3 tokens are virtual"):
+        shifted_sparse(4)(q, q, q, query_positions=where, key_positions=where, window=None)
+    within = jp.lift(decoder.apply_fn(CONFIG, attention_fn=shifted_sparse(12)))
     got = jax.jit(within)(tree_of("prefix", virtual_positions), longer, segment_ids=shown)
     np.testing.assert_allclose(
         got, run("prefix", CONFIG, longer, virtual_positions, shown), atol=1e-10
@@ -374,7 +374,7 @@ def test_segment_ids_make_a_prefix_visible_beyond_the_window_and_in_packed_rows(
     longer, virtual_positions, shown = jp.prompts.prepend_virtual_tokens(
         ids, N, segment_ids=jnp.where(segments == 2, 2, 1)[:, :9]
     )
-    forward, tree = decoder.pure(WINDOWED), tree_of("prefix", virtual_positions)
+    forward, tree = decoder.apply_fn(WINDOWED), tree_of("prefix", virtual_positions)
     jp.prompts.check_prefix(forward, tree, longer, virtual_positions, segment_ids=shown)
     at = "example 0, position 6, .* does not depend on the prefix at 'layers/attn/k/kernel'"
     with pytest.raises(ValueError, match=at):
@@ -382,7 +382,7 @@ def test_segment_ids_make_a_prefix_visible_beyond_the_window_and_in_packed_rows(
     with pytest.raises(ValueError, match="output at example 0, position 10, one of"):
         first = jnp.where(shown == -1, 1, shown)
         jp.prompts.check_prefix(
-            decoder.pure(CONFIG), tree, longer, virtual_positions, segment_ids=first
+            decoder.apply_fn(CONFIG), tree, longer, virtual_positions, segment_ids=first
         )
 
 
@@ -404,7 +404,7 @@ def test_an_encoder_pools_its_first_token_behind_virtual_ones():
     with pytest.raises(ValueError, match=r"output 0 of shape \(3, 12\) depends on a placeholder"):
         jp.prompts.check_prefix(forward, tree, longer, virtual_positions)
     jp.prompts.check_prefix(forward, tree, longer, virtual_positions, virtual=2)
-    x = jax.jit(jp.lift(encoder.pure(config)))(tree, longer)[:, 2]
+    x = jax.jit(jp.lift(encoder.apply_fn(config)))(tree, longer)[:, 2]
     got = jax.jit(lambda *given: jp.lift(forward)(*given, virtual=2))(tree, longer)
     want = jnp.tanh(x @ p["pooler"]["kernel"] + p["pooler"]["bias"])
     np.testing.assert_allclose(got, want, atol=1e-12)
@@ -521,7 +521,7 @@ def test_fit_refuses_packed_rows_of_which_the_first_examples_alone_have_virtual_
             adapter,
             **({"virtual_positions": virtual_positions} if name == "prefix" else {}),
         )
-        out = jp.lift(decoder.pure(CONFIG))(tree, ids, segment_ids=shown[0] if mind else None)
+        out = jp.lift(decoder.apply_fn(CONFIG))(tree, ids, segment_ids=shown[0] if mind else None)
         return train.cross_entropy(out[:, N:], batch["targets"], batch["weights"])
 
     def go(mind):

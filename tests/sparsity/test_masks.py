@@ -285,7 +285,9 @@ def test_what_cannot_be_is_refused(call, message):
     ],
 )
 def test_entries_of_a_weight_without_dense_equivalent_are_refused(second, name):
-    with pytest.raises(ValueError, match=rf"{name}.*: 'head' holds TaskGatedExperts, .*behind `{name}"):
+    with pytest.raises(
+        ValueError, match=rf"{name}.*: 'head' holds TaskGatedExperts, .*behind `{name}"
+    ):
         jp.chain(jp.moelora(2, SITES, experts=2, tasks=2), second)(KEY, PARAMS)
 
 

@@ -174,7 +174,7 @@ def fori_dynamic():
 
 @row("a weight carried through a loop", linear=("w", "u"), materializes=("w",))
 def carried():
-    """The body hands the weight on changed: no rule can say what a factored one would become."""
+    """The body returns a changed weight: no rule can say what a factored one would become."""
 
     def fn(p, x):
         def body(c, _):

@@ -321,8 +321,8 @@ def experts_on_all_tokens():
     return Case(fn, params(**shapes), (x3(),))
 
 
-@row("all experts on all tokens, weighed before they are summed", linear=("router", "up", "down"))
-def experts_weighed_inside():
+@row("all experts on all tokens, weighted before they are summed", linear=("router", "up", "down"))
+def experts_weighted_inside():
     def fn(p, x):
         h = jnp.tanh(jnp.einsum("btd,edf->btef", x, p["up"])) * _shares(p, x)[..., None]
         return jnp.einsum("btef,efd->btd", h, p["down"])
@@ -375,7 +375,7 @@ def experts_one_hot():
 
 
 @row("a bias subtracted, a bias times two", linear=("up", "down"))
-def turned_biases():
+def biases_with_a_changed_sign_or_scale():
     def fn(p, x):
         return jnp.tanh(x @ p["up"] - p["up_bias"]) @ p["down"] + 2 * p["down_bias"]
 

@@ -48,13 +48,13 @@ def remat():
 
 @row("layers with time before batch, as many of both", **_ALL)
 def time_first():
-    """A shape does not tell batch and time apart here, so what is told of positions must ask."""
+    """The shapes do not tell batch and time apart, so a weight with positions has to check them."""
 
-    def turned(*qkv):
+    def time_before_batch(*qkv):
         return jnp.swapaxes(attend(*(jnp.swapaxes(x, 0, 1) for x in qkv)), 0, 1)
 
     def fn(p, x):
-        step = lambda x, p: (_layer(x, p, turned), None)  # noqa: E731
+        step = lambda x, p: (_layer(x, p, time_before_batch), None)  # noqa: E731
         return jnp.swapaxes(jax.lax.scan(step, jnp.swapaxes(x, 0, 1), p)[0], 0, 1)
 
     return Case(fn, _params(L), (activations(T, T, D),))
