@@ -296,7 +296,7 @@ def check_loss(loss_fn: Callable, frozen: Any, adapter: Any, batch: Any, key: An
             row, count = packed
             raise ValueError(
                 f"Row {row} of the batch packs {count} examples, but the loss puts virtual tokens "
-                "in front of the first only. Pass the `segment_ids` to `prepend_virtual_tokens` (or "
+                "in front of the first. Pass the `segment_ids` to `prepend_virtual_tokens` (or "
                 "`prepend_prefixes`) where the model is `jaxpeft.models.decoder`; for another "
                 "model, give each example virtual tokens of its own: "
                 "`Batches(..., virtual_tokens=...)`."

@@ -15,7 +15,15 @@ from jaxpeft.io import _safetensors as safetensors
 from jaxpeft.models import decoder
 from tests.io.test_damage import JUNK
 
-CONFIG = decoder.Config(vocab=11, width=8, mlp_width=12, layers=2, heads=2, kv_heads=1, head_dim=4)
+CONFIG = decoder.Config(
+    vocab_size=11,
+    hidden_size=8,
+    intermediate_size=12,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+)
 UP = "model.layers.{}.mlp.up_proj.weight"
 FORMATS = ["nf4", "nf4+dq", "fp4+dq"]
 DTYPES = [np.uint8, np.int8, np.float16, np.float32, np.float64, np.int64, np.bool_]

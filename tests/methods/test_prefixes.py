@@ -157,7 +157,7 @@ def test_generation_reads_the_prefixes_out_of_the_cache():
         )
 
     cache = functools.partial(decoder.init_cache, CONFIG, dtype=F8)
-    write = generator(forward, cache, max_new=4)
+    write = generator(forward, cache, max_new_tokens=4)
     frozen, adapter, tokens, virtual_positions, mask = mixed()
     got = np.asarray(write((frozen, adapter, virtual_positions), tokens, mask).tokens)
     # The whole sequence again without a cache: what was written is what is likeliest there.
