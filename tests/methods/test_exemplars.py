@@ -267,7 +267,7 @@ def test_int8_is_within_half_a_step_of_the_weight_and_under_lora(sites):
         (lambda s: jp.quantize("int3", s.linear), r"int3.*'fp4', .*'nf4'"),
         (
             lambda s: jp.chain(jp.quantize("int8", s.linear), jp.quantize("int8", s.linear)),
-            "is Columns already",
+            "is PerChannel already",
         ),
         (lambda s: jp.chain(jp.full_finetuning(s), jp.quantize("int8", s.linear)), "is trained"),
         (
