@@ -258,7 +258,7 @@ def test_invalid_arguments_are_refused_by_name(call, message):
 def test_a_slice_of_the_outputs_is_refused(name):
     _, sites = base()
     with pytest.raises(
-        ValueError, match=rf"`{name}`.*columns of 'up' .*\OutputSlice(index=1, of=2"
+        ValueError, match=rf"`{name}`.*columns of 'up' .*\(OutputSlice\(index=1, of=2"
     ):
         getattr(jp, name)(2, sites.match("up").output_slice(1, 2))
 
