@@ -257,14 +257,8 @@ def test_invalid_arguments_are_refused_by_name(call, message):
 @pytest.mark.parametrize("name", ["vera", "loha", "lokr", "miss"])
 def test_a_slice_of_the_outputs_is_refused(name):
     _, sites = base()
-<<<<<<< HEAD
     part = r"OutputSlice\(index=1, of=2"
     with pytest.raises(ValueError, match=rf"`{name}`.*columns of 'up' .*\({part}"):
-=======
-    with pytest.raises(
-        ValueError, match=rf"`{name}`.*columns of 'up' .*\(OutputSlice\(index=1, of=2"
-    ):
->>>>>>> wt-methods
         getattr(jp, name)(2, sites.match("up").output_slice(1, 2))
 
 
