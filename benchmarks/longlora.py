@@ -183,7 +183,7 @@ class Base(NamedTuple):
         """The configuration for `multiple` times the context, positions interpolated."""
         if multiple == 1:
             return self.config
-        rope = dataclasses.replace(self.config.rope, kind="linear", factor=float(multiple))
+        rope = dataclasses.replace(self.config.rope, rope_type="linear", factor=float(multiple))
         return dataclasses.replace(
             self.config,
             rope=rope,

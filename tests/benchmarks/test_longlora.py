@@ -100,7 +100,7 @@ def test_the_blocked_step_that_tunes_computes_what_the_measured_one_does():
 def test_positions_are_interpolated_by_the_multiple():
     assert base().at(1) == CONFIG
     config = base().at(4)
-    assert config.max_position_embeddings == 32 and (config.rope.kind, config.rope.factor) == (
+    assert config.max_position_embeddings == 32 and (config.rope.rope_type, config.rope.factor) == (
         "linear",
         4.0,
     )

@@ -108,7 +108,7 @@ def alone(name, config):
     longer, virtual_positions, shown = jp.prompts.prepend_virtual_tokens(
         ids, N, tuned(name)[2], segments
     )
-    shown = shown if config.window else None  # without a window no segments are needed
+    shown = shown if config.sliding_window else None  # without a window no segments are needed
     return losses(run(name, config, longer, virtual_positions, shown)[:, N:], ids, segments)
 
 
