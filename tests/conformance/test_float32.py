@@ -49,7 +49,7 @@ def given(method, sites, args):
         **{f"{p}/experts/a": (s.size("in"), 3) for p, s in sites.linear.items()},
         **{f"{p}/experts/b": (3, s.size("out")) for p, s in sites.linear.items()},
     )
-    return {**experts, "hidden": activations(5)}
+    return {**experts, "hidden_states": activations(5)}
 
 
 def outputs(frozen, adapter, args, values):
