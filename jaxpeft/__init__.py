@@ -200,4 +200,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_NAMESPACES])
+    return sorted([*__all__, *_NAMESPACES, "__version__"])

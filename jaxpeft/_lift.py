@@ -97,7 +97,7 @@ def lift(
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:
         check_filled((args, kwargs), "lift")
-        program = _Program.of(fn, args, kwargs)
+        program = _TracedCall.of(fn, args, kwargs)
         _check_positions(fn, args, kwargs)
         return program.evaluate(report)
 
@@ -105,7 +105,7 @@ def lift(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Program:
+class _TracedCall:
     """A call of a function, traced with dense arrays in the place of its structured weights.
 
     Attributes:
@@ -121,7 +121,7 @@ class _Program:
     tree: Any
 
     @classmethod
-    def of(cls, fn: Callable, args: tuple, kwargs: dict[str, Any]) -> "_Program":
+    def of(cls, fn: Callable, args: tuple, kwargs: dict[str, Any]) -> "_TracedCall":
         """Only structured weights are traced; every other argument is closed over."""
         flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_view)
         # A vector costs no more to compute than the sum or the product that it is used in.
@@ -203,7 +203,7 @@ def _check_positions(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
             values[i] = x
         args, kwargs = jax.tree.unflatten(treedef, values)
         try:
-            program = _Program.of(fn, args, kwargs)
+            program = _TracedCall.of(fn, args, kwargs)
         except Exception as error:  # whatever the model raises for another number of examples
             refused.append(error)
             return

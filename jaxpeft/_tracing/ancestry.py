@@ -19,69 +19,18 @@ from jaxpeft import _axes as digits
 from jaxpeft import _compat as compat
 from jaxpeft import _dimensions as dimensions
 from jaxpeft._axes import Digit, Dim
+from jaxpeft._tracing.values import ACTIVE, FIXED, GIVEN, Ancestor, Shape, Use, Value
+from jaxpeft._tracing.values import resized as _resized
+from jaxpeft._tracing.values import unlabelled as _unlabelled
 
 if TYPE_CHECKING:
     from jax.core import ShapedArray
 
-    from jaxpeft._tracing.values import Use, Value
-
-Shape = Sequence[int]
 #: The shapes of all parameters, by path.
 Shapes = Mapping[str, tuple[int, ...]]
 
-#: What a value depends on: parameters and constants alone, the arguments alone, or both.
-#: An array that the function closes over is a constant here, since models close over masks and
-#: frozen deltas of their weights; `flow.Flow.live` takes it for data, since they also close over
-#: batches. So neither of the two follows from the other.
-FIXED, GIVEN, ACTIVE = 0, 1, 2
 
-
-@dataclasses.dataclass(frozen=True)
-class Ancestor:
-    """A parameter that a value is computed from.
-
-    Attributes:
-      param: Its path.
-      dims: Per dimension of the value, its digits; those of no parameter have `of=None`.
-      whole: Whether none of it was cut away or summed over on the way.
-    """
-
-    param: str
-    dims: tuple[Dim, ...]
-    whole: bool = True
-
-    @property
-    def known(self) -> int:
-        """How many of its entries the dimensions tell apart."""
-        return math.prod(d.size for dim in self.dims for d in dim if d.of == self.param)
-
-    def moved(self, dims: Sequence[Dim], whole: bool = True) -> "Ancestor":
-        """The same parameter in other dimensions."""
-        return dataclasses.replace(self, dims=tuple(dims), whole=self.whole and whole)
-
-    def resized(self, shape: Shape) -> "Ancestor":
-        """The same parameter in a value of which some dimensions are longer or shorter."""
-        return self.moved(tuple(map(_resized, self.dims, shape)))
-
-
-def _unlabelled(axis: int, size: int) -> Dim:
-    """A dimension that belongs to no parameter."""
-    return (Digit(None, axis, 1, size),) if size > 1 else ()
-
-
-def _resized(dim: Dim, size: int) -> Dim:
-    """A dimension of another length of which a part has the same labels."""
-    old = math.prod(d.size for d in dim)
-    if old == size:
-        return dim
-    lead = next((d for d in dim if d.size > 1), None)
-    if lead is None:
-        return _unlabelled(0, size)
-    found = dimensions.resized(dim, old, size)
-    return (lead._replace(stride=1, size=size),) if found is None else found
-
-
-def ancestors_of(value: "Value", shape: Shape, shapes: Shapes) -> tuple[Ancestor, ...]:
+def ancestors_of(value: Value, shape: Shape, shapes: Shapes) -> tuple[Ancestor, ...]:
     """The ancestors of a value of this shape; a parameter in another layout is its own."""
     if value.ids:
         return ()  # rows or matrices that the data has selected
@@ -123,9 +72,7 @@ _MASKING = {p.mul_p, p.div_p, p.select_n_p}
 _EXTENDING = {p.concatenate_p, p.pad_p, p.dynamic_update_slice_p, p.all_gather_p}
 
 
-def inherited(
-    eqn: JaxprEqn, values: list["Value"], outs: list["Value"], shapes: Shapes
-) -> list["Value"]:
+def inherited(eqn: JaxprEqn, values: list[Value], outs: list[Value], shapes: Shapes) -> list[Value]:
     """The results of an equation, with what they depend on and their ancestors."""
     if not outs:
         return outs
@@ -147,7 +94,7 @@ def inherited(
     ]
 
 
-def _depends(eqn: JaxprEqn, values: Sequence["Value"], mine: Sequence[Sequence[Ancestor]]) -> int:
+def _depends(eqn: JaxprEqn, values: Sequence[Value], mine: Sequence[Sequence[Ancestor]]) -> int:
     """What the results depend on: FIXED, GIVEN or ACTIVE."""
     primitive, shape = eqn.primitive, compat.shape_of(eqn.outvars[0])
     counted: Sequence[Value]
@@ -245,7 +192,7 @@ def _through_product(eqn: JaxprEqn, side: int, some: Sequence[Ancestor]) -> list
 
 
 def either(
-    values: Sequence["Value"], aval: "ShapedArray", shapes: Shapes
+    values: Sequence[Value], aval: "ShapedArray", shapes: Shapes
 ) -> tuple[int, tuple[Ancestor, ...]]:
     """What a value depends on that is one of several, such as the result of a branch."""
     depends = max(v.depends for v in values)
@@ -253,7 +200,7 @@ def either(
     return depends, () if depends == ACTIVE else merged(several)
 
 
-def added(values: Sequence["Value"]) -> list[Ancestor]:
+def added(values: Sequence[Value]) -> list[Ancestor]:
     """The ancestors of what a sum adds to an activation."""
     if len(values) != 2 or not any(v.depends == ACTIVE for v in values):
         return []
@@ -282,7 +229,7 @@ def adopt(
 
 
 def _sides(
-    ancestor: Ancestor, shape: Shape, use: "Use", stacked: set[int]
+    ancestor: Ancestor, shape: Shape, use: Use, stacked: set[int]
 ) -> tuple[frozenset[Digit], frozenset[Digit]] | None:
     """(rows, cols) of a parameter with this use of its descendant; `None` where it has not both.
 

@@ -7,52 +7,13 @@ outputs.
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from jax.extend.core import JaxprEqn, Primitive
 from jax.extend.core import primitives as p
 
 from jaxpeft import _axes as digits
 from jaxpeft._axes import Digit, Dim
-
-if TYPE_CHECKING:
-    from jaxpeft._tracing.values import Value
-
-
-@dataclasses.dataclass(frozen=True)
-class Flow:
-    """What is known about the origin of a value.
-
-    Attributes:
-      live: Whether it depends on data: on arguments, or on arrays that the function closes over.
-        All else is computed from parameters and scalars. See `ancestry.FIXED` for the difference.
-      ids: Whether it is integers that the caller gives, at most moved, shifted, selected and
-        clamped.
-      made: The weights of which it is the product, or rows, with no weight after them:
-        (path, whether it was looked up).
-      mixed: Whether two activations were multiplied since the last weight.
-      weights: The parameters that it is computed from, if it is not live.
-      entries: Those of them from which it is computed entry by entry.
-      deviation: Those of `entries` of which a square root was taken.
-      times: The parameter that was multiplied by a deviation last.
-      minus: The parameter that was subtracted last.
-      is_exp: Whether it is exp of something.
-      exp_sum_dim: The dimension over which exponentials were summed.
-      softmax_dim: The dimension along which it is a softmax, so that it sums to one.
-    """
-
-    live: bool = False
-    ids: bool = False
-    made: frozenset[tuple[str, bool]] = frozenset()
-    mixed: bool = False
-    weights: frozenset[str] = frozenset()
-    entries: frozenset[str] = frozenset()
-    deviation: frozenset[str] = frozenset()
-    times: str | None = None
-    minus: str | None = None
-    is_exp: bool = False
-    exp_sum_dim: Dim = ()
-    softmax_dim: Dim = ()
+from jaxpeft._tracing.values import Flow, Value
 
 
 def parameter(path: str) -> Flow:
@@ -163,7 +124,7 @@ class Stacks:
             yield seed, [d for d in every if self._root(d) == self._root(seed)]
 
 
-def weighted(value: "Value", routing: "Value", pairs: Iterable[tuple[int, int]]) -> list[Dim]:
+def weighted(value: Value, routing: Value, pairs: Iterable[tuple[int, int]]) -> list[Dim]:
     """Dimensions of the output of a weight along which a softmax weights it.
 
     Args:

@@ -5,24 +5,44 @@ Each function here is called with the walk, the equation, and what is known of i
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from jax.extend.core import JaxprEqn, Primitive
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Primitive
 from jax.extend.core import primitives as p
 
 from jaxpeft import _compat as compat
 from jaxpeft import _dimensions as dimensions
-from jaxpeft._axes import Dim
+from jaxpeft._axes import Digit, Dim
 from jaxpeft._tracing import ancestry, flow
-from jaxpeft._tracing.ancestry import ACTIVE
-from jaxpeft._tracing.values import Value, unknown
+from jaxpeft._tracing.values import ACTIVE, Ancestor, Value, unknown
 
 if TYPE_CHECKING:
-    from jaxpeft._tracing.walk import Walk
+    from jax.core import ShapedArray
+
+
+class WalkContext(Protocol):
+    """What a function here may ask of the walk that calls it; see `walk.Walk`."""
+
+    shapes: dict[str, tuple[int, ...]]
+    stacks: flow.Stacks
+    consumed: set[str]
+    products: dict[str, list[frozenset[Digit]]]
+
+    def run(self, closed: Jaxpr | ClosedJaxpr, args: Sequence[Value]) -> list[Value]: ...
+
+    def note(self, value: Value, kind: str, eqn: JaxprEqn | None, **what: Any) -> None: ...
+
+    def ancestors(self, value: Value, aval: "ShapedArray") -> tuple[Ancestor, ...]: ...
+
+    def settled(self, eqn: JaxprEqn | None, value: Value) -> Value: ...
+
+    def elementwise(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]: ...
+
+    def scale(self, eqn: JaxprEqn, param: Value, other: Value, **where: Any) -> Value: ...
 
 
 def _product(
-    walk: "Walk",
+    walk: WalkContext,
     eqn: JaxprEqn,
     pair: list[Value],
     contracted: dimensions.Pair,
@@ -74,7 +94,7 @@ def _product(
 
 
 def _experts(
-    walk: "Walk", pair: list[Value], contracted: dimensions.Pair, batch: dimensions.Pair
+    walk: WalkContext, pair: list[Value], contracted: dimensions.Pair, batch: dimensions.Pair
 ) -> None:
     """What a product reveals about experts: see `flow.Stacks`."""
     batched, summed = list(zip(*batch, strict=True)), list(zip(*contracted, strict=True))
@@ -92,18 +112,18 @@ def _experts(
                 walk.stacks.align(dim, pair[1 - side].flow.softmax_dim)
 
 
-def _dot_general(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+def _dot_general(walk: WalkContext, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     contracted, batch = eqn.params["dimension_numbers"]
     return _product(walk, eqn, values, contracted, batch)
 
 
-def _ragged_dot(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+def _ragged_dot(walk: WalkContext, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     contracted, batch = numbers.dot_dimension_numbers
     return _product(walk, eqn, values[:2], contracted, batch, numbers.rhs_group_dimensions)
 
 
-def _convolution(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+def _convolution(walk: WalkContext, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     x, kernel = values
     numbers = eqn.params["dimension_numbers"]
     out, *rows = numbers.rhs_spec
@@ -120,7 +140,7 @@ def _convolution(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value
     return [Value(tuple(dims), after=after, flow=flow.of_product([x.flow, kernel.flow], after))]
 
 
-def _gather(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+def _gather(walk: WalkContext, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     table, ids = values
     sizes, shape = eqn.params["slice_sizes"], compat.shape_of(eqn.invars[0])
     rows, batch = dimensions.row_dims(eqn), eqn.params["dimension_numbers"].operand_batching_dims
@@ -156,7 +176,7 @@ def _gather(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     return [Value(tuple(dims), after=(table.param,), flow=flow.of_rows(ids.flow, table.param))]
 
 
-def _layout(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+def _layout(walk: WalkContext, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     value = values[0]
     if eqn.primitive is p.reshape_p and value.param and not value.ids and None in value.dims:
         # Entries are repeated: a dimension of copies and of the parameter's own is known in part.
@@ -166,7 +186,7 @@ def _layout(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     return [dataclasses.replace(value, dims=dims)]
 
 
-def _reverse(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+def _reverse(walk: WalkContext, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """An activation in another order is still the product of its weight."""
     if values[0].param is not None:
         return walk.elementwise(eqn, values)
@@ -175,7 +195,7 @@ def _reverse(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     return [dataclasses.replace(values[0], dims=dims)]
 
 
-def _slice(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+def _slice(walk: WalkContext, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """One slice of a stack, a part of a side, or a range of rows of a table."""
     value, cut = values[0], dimensions.cut_dims(eqn)
     shape, old = compat.shape_of(eqn.outvars[0]), compat.shape_of(eqn.invars[0])
@@ -209,12 +229,12 @@ def _resized(value: Value, old: Sequence[int], new: Sequence[int]) -> Value:
     return dataclasses.replace(value, dims=dimensions.resized_dims(value.dims, old, new))
 
 
-def _split(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+def _split(walk: WalkContext, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     old = compat.shape_of(eqn.invars[0])
     return [_resized(values[0], old, compat.shape_of(out)) for out in eqn.outvars]
 
 
-def _scan(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+def _scan(walk: WalkContext, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     body, _ = compat.open_jaxpr(eqn.params["jaxpr"])
     n_const, n_carry, _ = compat.scan_counts(eqn)
     consts, carry = values[:n_const], values[n_const : n_const + n_carry]
@@ -253,7 +273,7 @@ def _scan(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     return [*outs[:n_carry], *stacked]
 
 
-def _while(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+def _while(walk: WalkContext, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     params = eqn.params
     body, _ = compat.open_jaxpr(params["body_jaxpr"])
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
@@ -265,7 +285,7 @@ def _while(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     return walk.run(body, [*consts, *carry])
 
 
-def _cond(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+def _cond(walk: WalkContext, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     outs = [walk.run(branch, values[1:]) for branch in eqn.params["branches"]]
     results = []
     for each, v in zip(zip(*outs, strict=True), eqn.outvars, strict=True):
@@ -280,7 +300,7 @@ def _cond(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     return results
 
 
-def _shard_map(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+def _shard_map(walk: WalkContext, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """Inside, a dimension that is split over devices keeps its label and is shorter."""
     body, _ = compat.open_jaxpr(eqn.params["jaxpr"])
     local = [
@@ -290,7 +310,7 @@ def _shard_map(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     return [out.as_activation() for out in walk.run(body, local)]
 
 
-def _all_gather(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+def _all_gather(walk: WalkContext, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """A dimension that is split over devices is as long as before the split."""
     old, new = compat.shape_of(eqn.invars[0]), compat.shape_of(eqn.outvars[0])
     if not eqn.params["tiled"]:
@@ -298,7 +318,7 @@ def _all_gather(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]
     return [_resized(values[0], old, new)]
 
 
-def _reduce(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+def _reduce(walk: WalkContext, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     walk.note(values[0], "other", eqn)
     gone = eqn.params["axes"]
     dims = dimensions.without(values[0].dims, gone)
@@ -308,7 +328,7 @@ def _reduce(walk: "Walk", eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     return [Value(dims, normed=values[0].normed, flow=made)]
 
 
-Step = Callable[["Walk", JaxprEqn, list[Value]], list[Value]]
+Step = Callable[[WalkContext, JaxprEqn, list[Value]], list[Value]]
 
 #: By primitive; all others only compute, see `Walk.elementwise`.
 STEPS: dict[Primitive, Step] = {

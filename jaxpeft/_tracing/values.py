@@ -1,15 +1,104 @@
-"""What the walk knows about a value, and about one use of a parameter."""
+"""What the walk knows about a value, where it comes from, and about one use of a parameter."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from jax.extend.core import Literal, Var
 
 from jaxpeft import _compat as compat
+from jaxpeft import _dimensions as dimensions
 from jaxpeft._axes import Digit, Dim
-from jaxpeft._tracing.ancestry import FIXED, Ancestor
-from jaxpeft._tracing.flow import Flow
+
+Shape = Sequence[int]
+
+#: What a value depends on: parameters and constants alone, the arguments alone, or both.
+#: An array that the function closes over is a constant here, since models close over masks and
+#: frozen deltas of their weights; `Flow.live` takes it for data, since they also close over
+#: batches. So neither of the two follows from the other.
+FIXED, GIVEN, ACTIVE = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Ancestor:
+    """A parameter that a value is computed from.
+
+    Attributes:
+      param: Its path.
+      dims: Per dimension of the value, its digits; those of no parameter have `of=None`.
+      whole: Whether none of it was cut away or summed over on the way.
+    """
+
+    param: str
+    dims: tuple[Dim, ...]
+    whole: bool = True
+
+    @property
+    def known(self) -> int:
+        """How many of its entries the dimensions tell apart."""
+        return math.prod(d.size for dim in self.dims for d in dim if d.of == self.param)
+
+    def moved(self, dims: Sequence[Dim], whole: bool = True) -> "Ancestor":
+        """The same parameter in other dimensions."""
+        return dataclasses.replace(self, dims=tuple(dims), whole=self.whole and whole)
+
+    def resized(self, shape: Shape) -> "Ancestor":
+        """The same parameter in a value of which some dimensions are longer or shorter."""
+        return self.moved(tuple(map(resized, self.dims, shape)))
+
+
+def unlabelled(axis: int, size: int) -> Dim:
+    """A dimension that belongs to no parameter."""
+    return (Digit(None, axis, 1, size),) if size > 1 else ()
+
+
+def resized(dim: Dim, size: int) -> Dim:
+    """A dimension of another length of which a part has the same labels."""
+    old = math.prod(d.size for d in dim)
+    if old == size:
+        return dim
+    lead = next((d for d in dim if d.size > 1), None)
+    if lead is None:
+        return unlabelled(0, size)
+    found = dimensions.resized(dim, old, size)
+    return (lead._replace(stride=1, size=size),) if found is None else found
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """What is known about the origin of a value.
+
+    Attributes:
+      live: Whether it depends on data: on arguments, or on arrays that the function closes over.
+        All else is computed from parameters and scalars. See `FIXED` for the difference.
+      ids: Whether it is integers that the caller gives, at most moved, shifted, selected and
+        clamped.
+      made: The weights of which it is the product, or rows, with no weight after them:
+        (path, whether it was looked up).
+      mixed: Whether two activations were multiplied since the last weight.
+      weights: The parameters that it is computed from, if it is not live.
+      entries: Those of them from which it is computed entry by entry.
+      deviation: Those of `entries` of which a square root was taken.
+      times: The parameter that was multiplied by a deviation last.
+      minus: The parameter that was subtracted last.
+      is_exp: Whether it is exp of something.
+      exp_sum_dim: The dimension over which exponentials were summed.
+      softmax_dim: The dimension along which it is a softmax, so that it sums to one.
+    """
+
+    live: bool = False
+    ids: bool = False
+    made: frozenset[tuple[str, bool]] = frozenset()
+    mixed: bool = False
+    weights: frozenset[str] = frozenset()
+    entries: frozenset[str] = frozenset()
+    deviation: frozenset[str] = frozenset()
+    times: str | None = None
+    minus: str | None = None
+    is_exp: bool = False
+    exp_sum_dim: Dim = ()
+    softmax_dim: Dim = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +145,7 @@ class Value:
       scaled: The parameter by which it was multiplied last, entry by entry.
       normed: Whether it was divided by a standard deviation since the last product.
       one_hot: Whether it is the result of a comparison.
-      depends: What it depends on: `ancestry.FIXED`, `GIVEN` or `ACTIVE`.
+      depends: What it depends on: `FIXED`, `GIVEN` or `ACTIVE`.
       ancestors: The parameters that it is computed from, if it is no activation.
       plain: Whether it is the parameter itself, neither negated nor multiplied.
       biased: The weights of which it is the product plus a bias and nothing else.

@@ -18,10 +18,8 @@ from jaxpeft import _compat as compat
 from jaxpeft._axes import Digit
 from jaxpeft._dimensions import IDENTITIES, LAYOUT, free_dims
 from jaxpeft._tracing import ancestry, flow, roles
-from jaxpeft._tracing.ancestry import FIXED, GIVEN, Ancestor
-from jaxpeft._tracing.flow import Flow
 from jaxpeft._tracing.primitives import STEPS
-from jaxpeft._tracing.values import Use, Value, unknown
+from jaxpeft._tracing.values import FIXED, GIVEN, Ancestor, Flow, Use, Value, unknown
 
 
 def trace(

@@ -58,7 +58,7 @@ def test_experts_share_a_bias_or_have_one_each(shape):
 
 def test_a_bias_shared_by_heads_is_refused():
     p, x = {"w": toy.normal(0, 5, 2, 3), "b": toy.normal(1, 3)}, toy.normal(2, 4, 5)
-    message = r"adds 'b' of shape \(3,\) to the product of 'w'.*3 numbers for 6 outputs"
+    message = r"adds 'b' of shape \(3,\) to the product of 'w'.*3 entries for 6 outputs"
     with pytest.raises(ValueError, match=message):
         adapted(lambda p, x: jnp.einsum("td,dnh->tnh", x, p["w"]) + p["b"], p, x)
 

@@ -219,7 +219,7 @@ def test_no_method_is_missing_here():
         ),
         (
             lambda: jp.prefix_tuning(2, MIDDLE, W.output_slice(2, 3)),
-            "`prefix`: ['w'] are among the keys and among the values",
+            "`prefix_tuning`: ['w'] are among the keys and among the values",
         ),
     ],
 )
