@@ -15,8 +15,9 @@ from jax import lax
 
 from jaxpeft import _axes as digits
 from jaxpeft._axes import Digit, Dim
+from jaxpeft._layout import Axis, owners
 from jaxpeft._operand import permute, refold
-from jaxpeft._view import Axis, View, is_view
+from jaxpeft._view import View, is_view
 from jaxpeft._weight import STACK
 
 if TYPE_CHECKING:
@@ -108,12 +109,11 @@ class Concatenation(Composite):
         }
         if len(kinds) > 1:
             return None
-        marks = nameless[0]._stack_marks()
         stacked = []
-        for mark, *leaves in zip(marks, *rows, strict=True):
-            if mark is None and any(leaf is not leaves[0] for leaf in leaves):
+        for owner, *leaves in zip(owners(nameless[0].weight), *rows, strict=True):
+            if owner == "shared" and any(leaf is not leaves[0] for leaf in leaves):
                 return None  # a shared field is one array for a whole stack, but these differ
-            stacked.append(leaves[0] if mark is None else jnp.stack(leaves))
+            stacked.append(leaves[0] if owner == "shared" else jnp.stack(leaves))
         count = len(self.pieces)
         dims: list[Dim] = [
             tuple(d._replace(axis=d.axis + 1) for d in dim) for dim in nameless[0].dims

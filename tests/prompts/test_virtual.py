@@ -161,7 +161,7 @@ def test_rows_of_several_tasks_are_packed_behind_the_prefix_of_their_own():
 
 def test_batches_without_virtual_tokens_are_as_they_were():
     tokens = [data.Tokens(x.astype(np.int32), np.ones(len(x), bool)) for x in EXAMPLES]
-    batch = data.Batches(data.Examples(tokens, context=12), batch_size=2)[0]
+    batch = data.Batches(data.Examples(tokens, max_length=12), batch_size=2)[0]
     assert "virtual_positions" not in batch and batch["tokens"].shape == (2, 12)
 
 
@@ -176,7 +176,7 @@ def test_a_window_leaves_the_prefix_in_sight_as_in_a_model_written_by_hand():
     longer, virtual_positions, shown = jp.prompts.prepend_virtual_tokens(
         ids, N, segment_ids=jnp.ones_like(ids)
     )
-    config = decoder.dataclasses.replace(WINDOWED, layers=1)
+    config = dataclasses.replace(WINDOWED, num_layers=1)
     tree = tree_of("unturned prefix", virtual_positions, 1)
     out = lifted(config, tree, longer, shown, None)
 
@@ -257,8 +257,8 @@ def test_segment_ids_that_do_not_fit_the_tokens_are_refused(segments, message):
 
 
 @pytest.mark.parametrize("virtual", [-2, [[1]]])
-def test_batches_refuse_wrong_virtual_tokens(virtual):
-    examples = data.Examples([data.Tokens(np.arange(4), np.ones(4, bool))], context=4)
+def test_batches_say_what_virtual_tokens_are(virtual):
+    examples = data.Examples([data.Tokens(np.arange(4), np.ones(4, bool))], max_length=4)
     with pytest.raises(ValueError, match=re.escape(f"sequence of ids; got {virtual!r}.")):
         data.Batches(examples, batch_size=1, virtual_tokens=virtual)
 
@@ -487,7 +487,7 @@ def test_fit_refuses_a_loss_that_reads_a_placeholder(at, jitted):
         jp.prefix_tuning(2, found.match("k"), found.match("v"), dtype=F8)(KEY, P)
     )
 
-    def loss(adapter, frozen, batch, key):
+    def loss(frozen, adapter, batch, key):
         ids, virtual_positions = jp.prompts.prepend_virtual_tokens(batch, 2)
         out = jp.lift(fn)(jp.combine(frozen, adapter, virtual_positions=virtual_positions), ids)
         return jnp.sum(out**2), jnp.float32(3)

@@ -92,9 +92,9 @@ def test_the_first_pattern_that_matches_decides_and_the_rest_stays(folder):
     }
     assert kinds == {
         "embed/embedding": "Codebook",
-        "layers/attn/k/kernel": "Columns",
-        "layers/attn/o/kernel": "Columns",
-        "layers/attn/v/kernel": "Columns",
+        "layers/attn/k/kernel": "PerChannel",
+        "layers/attn/o/kernel": "PerChannel",
+        "layers/attn/v/kernel": "PerChannel",
         "layers/mlp/up/kernel": "Codebook",
     }
     sites = found(got["norm"]["scale"].dtype)
