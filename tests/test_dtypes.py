@@ -399,7 +399,7 @@ def test_complex_weights_are_refused_by_name(name):
 
 
 def test_a_format_refuses_complex_numbers():
-    with pytest.raises(ValueError, match=r"complex64, of shape \(8, 6\), cannot be quantized"):
+    with pytest.raises(ValueError, match=r"complex64 and shape \(8, 6\) cannot be quantized"):
         nf4(W["w"].astype(jnp.complex64))
 
 

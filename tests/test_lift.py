@@ -269,7 +269,7 @@ def test_a_model_of_one_batch_size_runs_with_a_warning_that_its_axes_are_uncheck
 
     tree = tree_with_positions(fn, params, x)
     told = (
-        rf"shape \(4, 4\), and could not check .* 3 examples \({kind.__name__}: four examples only"
+        rf"shape \(4, 4\) and could not check .* 3 examples \({kind.__name__}: four examples only"
     )
     with pytest.warns(UserWarning, match=told):
         out = jp.lift(fn)(tree, x)

@@ -29,7 +29,7 @@ def test_a_view_prints_its_weights_and_the_shape_and_dtype_that_a_program_sees()
 
 def test_a_weight_prints_the_shapes_of_its_fields_and_what_is_not_a_default():
     weight = jp.combine(*jp.split(qlora()))["w"].weight
-    assert repr(weight).startswith("LowRank(w=Codebook(codes=uint8[64,96], scales=float32[2,96], ")
+    assert repr(weight).startswith("LowRank(w=Codebook(values=uint8[64,96], scales=float32[2,96], ")
     assert repr(weight).endswith("a=float32[128,2], b=float32[2,96])")
     # Under a transformation, and with shapes in the place of arrays, they print alike.
     assert repr(jax.eval_shape(lambda: weight)) == repr(weight)

@@ -64,8 +64,10 @@ def test_quantized_values_are_sharded_as_the_array_was(format, place, kind):
     sites = jp.sites(MODELS[model], {"w": w}, jnp.ones((4, 256), jnp.float32)).linear
     method = jp.quantize(name, sites, **options)
     tree = method(jax.random.key(0), {"w": placed})
-    # A quarter of the dense shard in 4 bits with their scales, less than half of it in 8.
-    assert bytes_of_one_device(tree) <= placed.nbytes / 8 * (0.25 if "4" in name else 0.4)
+    # A quarter of the dense shard in 4 bits with their scales, 1/32 more with zero points (those of
+    # blocks that end beyond an edge are whole on each device), less than half in 8.
+    most = 0.25 + 1 / 32 * name.endswith("asym") if "4" in name else 0.4
+    assert bytes_of_one_device(tree) <= placed.nbytes / 8 * most
     whole = method(jax.random.key(0), {"w": w})
     merged = jp.merge(tree)["w"]
     assert (np.asarray(merged) == np.asarray(jp.merge(whole)["w"])).all()
@@ -98,6 +100,6 @@ def test_it_is_right_in_a_program_and_can_be_rounded_anew():
 def test_what_cannot_be_divided_is_warned_of_by_name():
     w, placed = on_mesh((24, 64), ("x", None), AxisType.Explicit)
     sites = jp.sites(MODELS["matrix"], {"w": w}, jnp.ones((4, 24), jnp.float32)).linear
-    message = r"quantized values of .w., uint8 of shape \(12, 64\), are in 1 shards, .* \(24, 64\) is in 8"
+    message = r"values of .w., uint8 of shape \(12, 64\), are in 1 shards, .* \(24, 64\) is in 8"
     with pytest.warns(UserWarning, match=message):
         jp.quantize("nf4", sites)(jax.random.key(0), {"w": placed})

@@ -446,7 +446,7 @@ def test_a_loss_that_takes_the_adapter_before_the_frozen_tree_is_an_error():
             call(other)
     # Names that say nothing: it is `combine` that refuses the frozen tree as an adapter.
     unnamed = lambda a, f, b, k: (jp.combine(f, a), 1.0)  # noqa: E731
-    with pytest.raises(KeyError, match="Is it the frozen tree. It comes first"):
+    with pytest.raises(KeyError, match="Is it the frozen tree. That comes first"):
         train.evaluate(unnamed, frozen, adapter, [x])
 
 

@@ -424,7 +424,9 @@ def test_a_head_of_the_wrong_size_at_load_is_named_with_what_would_work(tmp_path
             load_adapter(tmp_path, base)
         message = str(info.value)
         assert "'head/bias'" in message and found in message
-        assert "Give one of shape [4] in float64, with any values: the adapter brings" in message
+        assert (
+            "Give an array of shape [4] in float64 with any values: the adapter replaces" in message
+        )
 
 
 @pytest.mark.parametrize("name", HEADS)
