@@ -25,8 +25,8 @@ from comparison.source import program, programs
 from jaxpeft import optim
 
 #: The core, in the order of its names.
-_CORE = "axes compat composite computed errors export lift losses marks method misuse operand"
-_CORE += " schema sites tree view weight"
+_CORE = "axes compat composite computed dimensions errors export find_sites interpreter layout lift"
+_CORE += " losses marks method misuse operand schema site sites tree view weight"
 
 #: What every row depends on.
 COMMON = (
@@ -40,7 +40,8 @@ COMMON = (
     "jaxpeft/prompts/_tokens.py",
     "jaxpeft/extend/_apply.py",
     "jaxpeft/adapters/_reparameterization.py",
-    "jaxpeft/models/_layers.py",
+    *(f"jaxpeft/models/_{name}.py" for name in ("architecture", "config", "layers")),
+    *(f"jaxpeft/models/_{name}_config.py" for name in ("encoder", "decoder")),
     *(f"jaxpeft/models/{name}.py" for name in ("encoder", "decoder", "heads")),
     "jaxpeft/serve/_generate.py",
     "jaxpeft/optim/_finite.py",

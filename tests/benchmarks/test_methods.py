@@ -634,10 +634,10 @@ def test_a_line_that_comes_between_is_neither_lost_nor_another_taken_twice(tmp_p
     mine, theirs = sharing.SharedResults(path), sharing.SharedResults(path)
     write = records.Results.add
 
-    def interrupted(self, line):
+    def interrupted(self, line, outcomes=None):
         if self is mine:
             theirs.add({"number": 0})
-        return write(self, line)
+        return write(self, line, outcomes)
 
     monkeypatch.setattr(records.Results, "add", interrupted)
     mine.add({"number": 1})

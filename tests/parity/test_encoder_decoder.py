@@ -134,12 +134,13 @@ def test_steps_through_the_cache_agree(pair):
     mask = padding(INPUTS, (0, 9), "right")
     want = theirs(model, inputs, targets, attention_mask=mask)
     decode, got = compiled(config, "decode"), []
-    memory = {"memory": compiled(config, "encode")(params, inputs, mask=mask), "mask": mask}
+    encoded = compiled(config, "encode")(params, inputs, mask=mask)
+    given = {"encoder_output": encoded, "mask": mask}
     cache = encoder_decoder.init_cache(config, 2, TARGETS + 2)
     for part in np.split(np.arange(TARGETS), [1, 20, *range(21, TARGETS)]):
-        logits, cache = decode(params, targets[:, part], cache=cache, **memory)
+        logits, cache = decode(params, targets[:, part], cache=cache, **given)
         got.append(np.asarray(logits))
-        memory = {}
+        given = {}
     check(np.concatenate(got, axis=1), want)
 
 
