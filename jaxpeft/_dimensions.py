@@ -70,7 +70,7 @@ def after_layout(
 
     Args:
       eqn: The equation.
-      dims: Of its operand.
+      dims: Dimensions of its operand.
       new_dim: What a dimension is made of that a broadcast adds or in which it repeats entries.
     """
     primitive, params = eqn.primitive, eqn.params
@@ -106,7 +106,7 @@ def stacked(dims: Sequence[Dim], axis: int) -> tuple[Dim, ...]:
 def resized(dim: Dim, old: int, new: int) -> Dim | None:
     """A dimension of length `old` of which a part of length `new` is left, or the other way round.
 
-    Its leading digit becomes shorter or longer. `None` where the new length is no whole number of
+    Its leading digit becomes shorter or longer. `None` where the new length is not a multiple of
     what that digit counts.
     """
     if old == new:

@@ -31,7 +31,7 @@ class Materialized:
     """One place where a weight was, or would be, turned into a dense array.
 
     Attributes:
-      path: Of the parameter.
+      path: Path of the parameter.
       primitive: The JAX primitive that no rule covers, and why where that is known.
       source: `file:line (function)` of the model.
     """

@@ -111,7 +111,7 @@ class _TracedCall:
     Attributes:
       jaxpr: From these arrays to those of the results.
       views: The structured weights.
-      static: Per leaf of the results, (leaf,) where it is no array, else `None`.
+      static: Per leaf of the results, (leaf,) where it is not an array, else `None`.
       tree: The structure of the results.
     """
 

@@ -107,7 +107,7 @@ class Expected:
 
     @classmethod
     def like(cls, array: Any, method: str | None = None) -> "Expected | None":
-        """What fits where this array was; `None` if it is no array but, say, a sharding."""
+        """What fits where this array was; `None` if it is not an array but, say, a sharding."""
         if not is_array(array):
             return None
         return cls(tuple(array.shape), kind_of(array.dtype), array.dtype, method)
@@ -124,7 +124,7 @@ class Expected:
         """Raises ValueError if x may not stand here.
 
         Args:
-          name: Of the placeholder, for messages.
+          name: Name of the placeholder, for messages.
           x: What the adapter has under this name.
         """
         if self.fits(x):

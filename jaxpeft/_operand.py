@@ -66,7 +66,7 @@ class CallSite:
           bias: The bias that the program adds too, or `None`.
 
         Raises:
-          Unsupported: This is no place where a residual stream could be added.
+          Unsupported: This is not a place where a residual stream could be added.
           ValueError: It cannot be found; says why.
         """
         if self._residual is None:

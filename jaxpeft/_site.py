@@ -157,7 +157,7 @@ class Site:
         """An array of this parameter's shape as matrices (*stack, in, out).
 
         Args:
-          array: Of the shape `shape`.
+          array: An array of the shape `shape`.
         """
         return View.of(array, self.axes).canonical()
 

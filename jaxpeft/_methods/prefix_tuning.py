@@ -190,7 +190,7 @@ def prefix_tuning(
       keys + out of values) per layer.
 
     Raises:
-      ValueError: A length or width is less than 1; a weight is no projection, is a key and a
+      ValueError: A length or width is less than 1; a weight is not a projection, is a key and a
         value projection at once, or already has a prefix; the rotary frequencies do not fit the
         heads; or, in a call of the model, batch and time are merged before a projection.
 
@@ -257,8 +257,8 @@ def prefix_tuning(
         if "linear" not in site.kinds or "embedding" in site.kinds:
             raise ValueError(
                 f"`prefix_tuning`: the model uses '{site.path}' as "
-                f"{', '.join(sorted(site.kinds))}, which is no projection. Select the key and the "
-                "value projections of attention."
+                f"{', '.join(sorted(site.kinds))}, which is not a projection. Select the key and "
+                "the value projections of attention."
             )
         if any(_has_prefix_at(w, positions_name) for w in chain_of(view.weight)):
             raise ValueError(
@@ -271,7 +271,7 @@ def prefix_tuning(
             raise ValueError(
                 f"`prefix_tuning(rope=...)` has {len(rotary)} frequencies, one per pair, so heads "
                 f"of size {2 * len(rotary)}, but '{site.path}' has {site.size(OUT)} outputs, which "
-                "is no multiple of it. Give the frequencies of one head of this model."
+                "is not a multiple of it. Give the frequencies of one head of this model."
             )
         kind, fields = made(key, site)
         rest = (Placeholder(positions_name), bias_of(site, both), rotary, lengths, site.path)

@@ -243,14 +243,14 @@ def _scanned(ctx: RuleContext, eqn: JaxprEqn, x: Value) -> tuple[Any, Callable[[
     """An operand of a scan as the tree to scan over, and the value that one slice of it is."""
     if is_composite(x):
         joined = x.stacked() if isinstance(x, Concatenation) and x.dim == 0 else None
-        x = ctx.dense(x, eqn, " across an axis that is no stack") if joined is None else joined
+        x = ctx.dense(x, eqn, " across an axis that is not a stack") if joined is None else joined
     if not is_view(x):
         return x, lambda slice_: slice_
     view, lead = x.refined(), None
     if len(view.dims[0]) == 1 and view.axes[view.dims[0][0].axis].role == STACK:
         lead = view.dims[0][0].axis
     if lead is None:
-        return ctx.dense(x, eqn, " across an axis that is no stack"), lambda slice_: slice_
+        return ctx.dense(x, eqn, " across an axis that is not a stack"), lambda slice_: slice_
     leaves, treedef = jax.tree.flatten(view.weight)
     positions = view.stack_positions(lead)
     moved = [

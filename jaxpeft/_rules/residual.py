@@ -42,7 +42,7 @@ def residual(frames: Sequence[Frame], path: str, row: int | None) -> list[jax.Ar
 
     Args:
       frames: The jaxpr of that equation last, before it those that it was inlined into.
-      path: Of the weight, for messages.
+      path: Path of the weight, for messages.
       row: The number of entries in one row of the product, where the model is known to add a bias
         to it.
 
@@ -100,7 +100,7 @@ def _variables(eqn: jex.JaxprEqn) -> list[jex.Var]:
 
 
 def _is_bias(frame: Frame, other: jex.Var | jex.Literal, product: jex.Var) -> bool:
-    """Whether it has fewer entries than the product before it is broadcast, so it is no stream."""
+    """Whether it has fewer entries than the product before its broadcast, so it is not a stream."""
     if isinstance(other, jex.Literal) or compat.aval(other).size < compat.aval(product).size:
         return True
     for eqn in frame.jaxpr.eqns:

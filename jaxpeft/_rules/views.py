@@ -103,7 +103,7 @@ def _select(view: View, dim: int, index: int | jax.Array) -> View | None:
         for x, at in zip(leaves, view.stack_positions(axis), strict=True)
     ]
     if isinstance(index, jax.core.Tracer):
-        # Each device of a shard_map may select another one, so these are no shards of one array.
+        # Each device of a shard_map may select another one, so these are not shards of one array.
         view = dataclasses.replace(view, axes=tuple(Axis(a.size, a.role) for a in view.axes))
     return view.without(axis, jax.tree.unflatten(treedef, selected), view.dims)
 

@@ -235,8 +235,8 @@ def _sides(
 
     Args:
       ancestor: The parameter, in the dimensions of its descendant.
-      shape: Of the parameter.
-      use: Of the descendant.
+      shape: Shape of the parameter.
+      use: Use of the descendant.
       stacked: The axes of the parameter that are known to be a stack.
     """
     rows, cols = (digits_of(ancestor.param, shape, some) for some in (use.rows, use.cols))
@@ -256,7 +256,7 @@ def _sides(
 
 
 def own(ancestor: Ancestor, shapes: Shapes) -> frozenset[Digit]:
-    """The digits of a vector in what was computed from it; none if the parameter is no vector."""
+    """The digits of a vector in what was computed from it; none if it is not a vector."""
     some = frozenset(d for dim in ancestor.dims for d in dim)
     found = digits_of(ancestor.param, shapes[ancestor.param], some)
     return found if len(digits.significant(found)) == 1 else frozenset()

@@ -129,7 +129,7 @@ def weighted(value: Value, routing: Value, pairs: Iterable[tuple[int, int]]) -> 
 
     Args:
       value: The output of one weight.
-      routing: What it is multiplied by; nothing is found where that is no softmax.
+      routing: What it is multiplied by; nothing is found where that is not a softmax.
       pairs: Which of their dimensions meet.
     """
     along = routing.flow.softmax_dim

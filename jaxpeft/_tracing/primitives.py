@@ -50,7 +50,7 @@ def _product(
     groups: Sequence[int] = (),
 ) -> list[Value]:
     """A product; `groups` are dimensions of the second operand of which each row selects one."""
-    # A group dimension is no dimension of the result, so it counts as contracted.
+    # A group dimension is not a dimension of the result, so it counts as contracted.
     gone = (contracted[0], [*contracted[1], *groups])
     positions = dimensions.product_positions(gone, batch, (len(pair[0].dims), len(pair[1].dims)))
     free = [[i for i in positions[side] if i not in batch[side]] for side in (0, 1)]

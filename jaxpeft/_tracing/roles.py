@@ -20,8 +20,8 @@ def heads(uses: Uses, results: Iterable[Value], consumed: set[str]) -> None:
     residual stream that begins with the rows of a table is a hidden state.
 
     Args:
-      uses: Of each parameter.
-      results: Of the function.
+      uses: Uses of each parameter.
+      results: Results of the function.
       consumed: The weights whose output another weight reads.
     """
     read = [use for every in uses.values() for use in every if use.by_id]
@@ -60,9 +60,9 @@ def experts(
     kernel are often multiplied head by head, too.
 
     Args:
-      uses: Of each parameter.
+      uses: Uses of each parameter.
       stacks: Digits that select a matrix in some product, each with all that are aligned with it.
-      dims: Of each parameter.
+      dims: Dimensions of each parameter.
     """
     for seed, along in stacks:
         if not _leads(seed, uses, dims):
@@ -102,7 +102,7 @@ def unlike(
     """What a program adds to the product of a weight, where that is not one unchanged bias.
 
     Args:
-      uses: Of each parameter.
+      uses: Uses of each parameter.
       sums: Each bias that is added to a product: (weights, use, bias).
       products: Per weight and product, the digits that it is contracted over.
 

@@ -141,12 +141,12 @@ class Value:
       summed: Whether something else was added to that product.
       selected: Digits of the parameter of which one index was selected: a row of a table, or one
         slice of a stack of vectors. Its next use decides which of the two it is.
-      static_index: Whether that index is part of the program (`w[0]`), so that it is no lookup.
+      static_index: Whether that index is part of the program (`w[0]`), so that it is not a lookup.
       scaled: The parameter by which it was multiplied last, entry by entry.
       normed: Whether it was divided by a standard deviation since the last product.
       one_hot: Whether it is the result of a comparison.
       depends: What it depends on: `FIXED`, `GIVEN` or `ACTIVE`.
-      ancestors: The parameters that it is computed from, if it is no activation.
+      ancestors: The parameters that it is computed from, if it is not an activation.
       plain: Whether it is the parameter itself, neither negated nor multiplied.
       biased: The weights of which it is the product plus a bias and nothing else.
       stack: Digits of the parameter along which a gather has selected one slice for each id.

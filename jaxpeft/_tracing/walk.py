@@ -29,7 +29,7 @@ def trace(
 
     Args:
       program: The jaxpr, of which the parameters are the first arguments.
-      paths, shapes: Of the parameters.
+      paths, shapes: Paths and shapes of the parameters.
 
     Returns:
       The uses by path; and, by path too, what the program does with the product of a weight where
@@ -80,8 +80,8 @@ class Walk:
     """One walk through a program.
 
     Attributes:
-      shapes: Of each parameter.
-      uses: Of each parameter.
+      shapes: Shapes of each parameter.
+      uses: Uses of each parameter.
       ids_are_constants: Whether integers that the function closes over may be ids.
       stacks: Dimensions that are aligned with each other, and those that select a matrix.
       statistics: Parameters that a normalization subtracts or takes the square root of.
@@ -179,7 +179,7 @@ class Walk:
         if primitive in STEPS:
             return STEPS[primitive](self, eqn, values)
         if primitive in _KEEP:
-            if primitive is p.neg_p:  # a bias that is added to -(x @ w) is no bias of x @ w
+            if primitive is p.neg_p:  # a bias that is added to -(x @ w) is not a bias of x @ w
                 return [dataclasses.replace(values[0], plain=False, after=(), biased=())]
             return list(values[: len(eqn.outvars)])
         for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
@@ -421,7 +421,7 @@ def _parameters(eqn: JaxprEqn) -> list[Any]:
 
 
 def _is_computed(param: Value, other: Value) -> bool:
-    """Whether a matrix meets a value that is no activation: the result is another matrix."""
+    """Whether a matrix meets a value that is not an activation: the result is another matrix."""
     wide = [dim for dim in param.dims if dim is None or digits.significant(dim)]
     return len(wide) > 1 and other.depends == FIXED
 

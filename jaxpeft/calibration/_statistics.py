@@ -212,7 +212,7 @@ def mean_gradients(
 
     Raises:
       ValueError: There is no batch, or fewer than `steps`; a gradient is not finite (names the
-        weight and the batch); a selected weight is no plain array, or not in the tree.
+        weight and the batch); a selected weight is not a plain array, or not in the tree.
 
     Example:
       >>> import jax.numpy as jnp, jaxpeft as jp
@@ -253,14 +253,14 @@ def selected_arrays(
     """The selected arrays, {path: array}, and a function that puts others in their place.
 
     Raises:
-      ValueError: A selected weight is no plain array, or not in the tree.
+      ValueError: A selected weight is not a plain array, or not in the tree.
     """
     flat, _ = flatten(params, is_leaf=is_view)
     for path in sites:
         if path not in flat or is_view(flat[path]):
             raise ValueError(
-                f"`{caller}`: '{path}' is no plain array of this tree, so it has no entries and no "
-                "gradient of its shape. Give the params from before a quantization or another "
+                f"`{caller}`: '{path}' is not a plain array of this tree, so it has no entries and "
+                "no gradient of its shape. Give the params from before a quantization or another "
                 "method, or `merge(tree)`."
             )
 

@@ -233,7 +233,7 @@ def read_examples(
 
     Args:
       file: One record a line, or a row.
-      tokenizer: Of the model's folder.
+      tokenizer: Tokenizer of the model's folder.
       max_length: Length of a row of a batch, in tokens.
       fields: `Completion`, `Chat` or `Text`, with the names of the fields in this file.
         `None` decides by the fields of the first record: messages, else prompt, else text.
@@ -280,7 +280,7 @@ class Batches:
       pack: Whether several examples share a row where they fit; else there is one, and padding.
       shuffle: Whether each epoch has another order; else it is the order of the file (packed rows
         follow it only roughly).
-      seed: Of the orders.
+      seed: Seed of the orders.
       num_epochs: Passes over the examples, `None` for no end. The last batch is filled up with
         padding, so that all batches have one shape.
       shard: `(index, count)` of this process where several each make their part of a batch,
@@ -428,7 +428,7 @@ def pack(lengths: list[int], max_length: int) -> list[list[int]]:
     """Best-fit packing: each length, in order, goes into the fullest row with room for it.
 
     Args:
-      lengths: Of the examples, none above `max_length`.
+      lengths: Lengths of the examples, none above `max_length`.
       max_length: Length of a row.
     Returns:
       Rows of indices into `lengths`, each adding up to at most `max_length`.

@@ -106,7 +106,7 @@ def current_method(stored: Any, factories: Mapping[str, Callable]) -> Any:
     """The description of a method, with today's names.
 
     Args:
-      stored: As JSON, not checked yet: what is no description of a method stays as it is.
+      stored: As JSON, not checked yet: what is not a description of a method stays as it is.
       factories: The methods by today's names.
     """
     if isinstance(stored, list):
@@ -162,7 +162,7 @@ def current_arrays(
     """{path in the folder: path of today} of adapter arrays.
 
     Args:
-      paths: Of all arrays of the folder.
+      paths: Paths of all arrays of the folder.
       trained: Paths of the arrays that the methods train today.
       methods: Today's names of the methods.
     """

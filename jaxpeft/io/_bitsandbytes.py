@@ -190,7 +190,9 @@ def _layers(
     if not stack.transposed or not stack.is_matrix:
         name, own = next(iter(parts.items()))
         files = ", ".join(sorted({str(part.file) for part in own.values()}))
-        faults.append(f"{name} ('{path}') is no linear weight, but has quantized parts in {files}")
+        faults.append(
+            f"{name} ('{path}') is not a linear weight, but has quantized parts in {files}"
+        )
         return []
     layers = []
     for name in stack.names:
@@ -237,7 +239,7 @@ def _check(
     The maps must be those of the format, up to the last bit of a float32.
 
     Args:
-      name: Of the weight.
+      name: Name of the weight.
       values: Its quantized values.
       parts: What is beside it, from `_parts`.
       shape: (out, in), as the model wants it.
@@ -392,8 +394,8 @@ def written(
     """The tensors of a weight, by name.
 
     Args:
-      name: Of the weight.
-      view: Of a `Flat`, or of a stack of them.
+      name: Name of the weight.
+      view: View of a `Flat`, or of a stack of them.
       layer: Which of the stack; `None` where there is none.
       shape: (out, in).
     """

@@ -48,8 +48,8 @@ def build(layers: Layers, sharding: Sharding) -> Any:
 
     Args:
       layers: The parameter.
-      sharding: Of the parameter; the fields of a weight are divided as the array that it stands
-        for would be.
+      sharding: Sharding of the parameter; the fields of a weight are divided as the array that it
+        stands for would be.
     Raises:
       ValueError: The weight cannot be divided so.
     """

@@ -75,7 +75,7 @@ def assemble(
     Args:
       tensors: All tensors of the folder.
       plan: The parameters that are wanted, by path.
-      dtype: Of all parameters; of a quantized weight, the dtype that the program sees. `None`
+      dtype: Dtype of all parameters; of a quantized weight, the dtype that the program sees. `None`
         keeps that of the file (the widest, where layers differ).
       sharding: One `jax.sharding.Sharding` for all parameters, or a nested dict with one per path
         of the plan. `None` is the default device.
@@ -238,9 +238,9 @@ def _layers_of_weights(
     """A stack of weights, each of which is made when its turn comes.
 
     Args:
-      path: Of the parameter.
+      path: Path of the parameter.
       stack: What it is made of.
-      dtype: Of the parameter, as the program sees it.
+      dtype: Dtype of the parameter, as the program sees it.
       one: Shapes of the weight of a layer.
       layer: Makes the weight of layer i, with NumPy arrays for fields.
     """

@@ -248,7 +248,7 @@ class Reading(NamedTuple):
         """Raises a ValueError where the value of an option is not of its kind.
 
         Args:
-          name: Of the option.
+          name: Name of the option.
           kind: That it should be of.
           value: In the form of the field.
           given: The value in `config.json`, if that has another form.

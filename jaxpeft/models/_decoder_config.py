@@ -69,8 +69,8 @@ class Config:
     """Shape of a decoder; `from_hf` and `to_hf` translate `config.json`.
 
     Raises:
-      ValueError: A field of another kind, `num_heads` that is no multiple of `num_kv_heads`, or an
-        odd `head_dim`.
+      ValueError: A field of another kind, `num_heads` that is not a multiple of `num_kv_heads`, or
+        an odd `head_dim`.
     """
 
     vocab_size: int = field(_config.SIZE)

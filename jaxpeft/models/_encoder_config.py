@@ -23,8 +23,8 @@ class Config:
     """Shape of an encoder; `from_hf` and `to_hf` translate `config.json`.
 
     Raises:
-      ValueError: A field of another kind, a `hidden_size` that is no multiple of `num_heads`, or a
-        RoBERTa without `pad_token_id`.
+      ValueError: A field of another kind, a `hidden_size` that is not a multiple of `num_heads`, or
+        a RoBERTa without `pad_token_id`.
     """
 
     vocab_size: int = field(_config.SIZE)

@@ -239,7 +239,7 @@ class LayerStack(nnx.Module):
           key_positions: Positions of the keys, (B, S) or (1, S).
           mask: As in `attention`.
           encoder_output: (B, S, D).
-          encoder_mask: Of the encoder's output, as `mask`.
+          encoder_mask: Mask of the encoder's output, as `mask`.
           cache: With the new tokens entered in all but `k`, `v`, `used`.
         Returns:
           (B, T, D) after the last norm, and the cache.

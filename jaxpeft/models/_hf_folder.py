@@ -65,7 +65,7 @@ def plan(arrays: Params, table: Table) -> dict[str, Stack]:
 
     Args:
       arrays: A nested dict of arrays, or of their shapes.
-      table: Of the model.
+      table: Table of the model.
     """
     stacks = {}
     for path, array in flatten_dict(arrays, sep="/").items():

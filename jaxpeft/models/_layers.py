@@ -171,8 +171,8 @@ def write_to_cache(cache: Array, new: Array, layer: Array, used: Array) -> Array
     A step writes T slots of the stack and not the whole cache.
 
     Args:
-      cache: Of all layers.
-      new: Of this layer, (B, T, K, H).
+      cache: Cache of all layers.
+      new: Keys and values of this layer, (B, T, K, H).
       layer: Its index.
       used: How many slots were used before.
     """

@@ -50,7 +50,7 @@ def prompt_template(
 
     Raises:
       ValueError: A text without a tokenizer. From the returned function: an input of the
-        template is missing, or an argument is no input of it.
+        template is missing, or an argument is not an input of it.
 
     Example:
       >>> fill = prompt_template([100, 101], "{x}", [102], "{y}")

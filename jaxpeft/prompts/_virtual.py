@@ -101,7 +101,7 @@ def prepend_prefixes(
     fill = jnp.asarray(fill, tokens.dtype)
     if (calls := _replaced.get()) is not None:
         calls.append(segment_ids is not None)
-        if not fill.ndim:  # The ids of a soft prompt are no placeholders.
+        if not fill.ndim:  # The ids of a soft prompt are not placeholders.
             fill = jnp.where(fill == 1, 0, 1).astype(tokens.dtype)
     front = jnp.broadcast_to(fill, (batch, longest))
     real = jnp.full((batch, time), -1)

@@ -50,7 +50,7 @@ def nf4(
         mean is subtracted, in tiles of 256. 4 + 8 / block + 32 / (256 * block) bits.
       layout: "rows" has its blocks along the input side, so that columns, and runs of whole
         blocks, can be cut and sharded. "flat" is bitsandbytes' own, blocks over the row-major
-        (out, in) array, straddling its rows where `in` is no multiple of the block.
+        (out, in) array, straddling its rows where `in` is not a multiple of the block.
 
     References:
       Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023, section 3 and

@@ -23,7 +23,7 @@ def gate_values(
 
     Args:
       kind: "hard concrete" or "sigmoid".
-      logits: Of any shape.
+      logits: Logits of any shape.
       key: PRNG key of the samples, for "hard concrete".
       inverse_temperature: Factor of the logits, for "sigmoid".
     """

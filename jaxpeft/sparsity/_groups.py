@@ -35,7 +35,7 @@ class Member:
     """One array, with a block for each group.
 
     Attributes:
-      path, shape: Of the array.
+      path, shape: Path and shape of the array.
       sizes: Sizes of its axes as the model uses them, finer than `shape` where the model reshapes
         an axis into several.
       axis: The index in `sizes` of the axis (outer, groups, block), most significant first.

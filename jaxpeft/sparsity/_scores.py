@@ -47,7 +47,7 @@ def magnitude_scores(params: Any, sites: Sites) -> dict[str, jax.Array]:
       {path: array of the weight's shape}.
 
     Raises:
-      ValueError: A selected weight is no plain array, or not in the tree.
+      ValueError: A selected weight is not a plain array, or not in the tree.
 
     Example:
       >>> import jax.numpy as jnp, jaxpeft as jp

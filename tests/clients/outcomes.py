@@ -4,7 +4,7 @@ Everything that a change of the library may alter for the better stands here.
 """
 
 _BOTH = "are among the keys and among the values. A weight that gives both at once cannot have a "
-_CONV = "as conv, which is no projection"
+_CONV = "as conv, which is not a projection"
 _POSITIONS = "was given virtual positions .* but its input has leading axes"
 
 #: Refused, with a message that this pattern finds.

@@ -317,7 +317,7 @@ FAULTS = {
     ),
     "a table of embeddings": (
         lambda f: {"model.embed_tokens.weight.absmax": np.zeros(40, np.float32)},
-        "model.embed_tokens.weight ('embed/embedding') is no linear weight",
+        "model.embed_tokens.weight ('embed/embedding') is not a linear weight",
     ),
 }
 

@@ -282,7 +282,7 @@ def test_int8_is_within_half_a_step_of_the_weight_and_under_lora(sites):
         ),
         (lambda s: jp.prompt_tuning(0, s.embedding), r"length=0"),
         (lambda s: jp.prefix_tuning(0, s.linear, s.linear), r"length=0"),
-        (lambda s: jp.prefix_tuning(2, s.embedding, s.linear), "which is no projection"),
+        (lambda s: jp.prefix_tuning(2, s.embedding, s.linear), "which is not a projection"),
         (
             lambda s: jp.prefix_tuning(
                 2, s.match("*/k/kernel"), s.match("*/v/kernel"), rope=[1, 1, 1]

@@ -443,7 +443,7 @@ def on_toy():
         ),
         (
             lambda k, v: jp.prefix_tuning(2, on_toy().match("positions"), v),
-            "`prefix_tuning`: the model uses 'positions' as embedding, which is no projection",
+            "`prefix_tuning`: the model uses 'positions' as embedding, which is not a projection",
         ),
         (
             lambda k, v: jp.prefix_tuning(2, on_toy().match("*/q/bias"), v),

@@ -174,7 +174,7 @@ def test_counts_of_another_shape_are_refused():
 
 def test_a_gradient_of_quantized_values_is_refused():
     quantized = jp.quantize("int8", LAYERS)(KEY, PARAMS)
-    with pytest.raises(ValueError, match="'layers/down' is no plain array of this tree"):
+    with pytest.raises(ValueError, match="'layers/down' is not a plain array of this tree"):
         jp.calibration.mean_gradients(loss, quantized, LAYERS, BATCHES)
 
 

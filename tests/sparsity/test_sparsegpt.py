@@ -178,7 +178,7 @@ def test_kernels_of_several_axes_are_those_of_their_matrices():
         ),
         (
             lambda: sparsegpt_update(jp.quantize("int8", HEAD)(KEY, PARAMS), HEAD, MASKS, MOMENTS),
-            "`sparsegpt_update`: 'head' is no plain array",
+            "`sparsegpt_update`: 'head' is not a plain array",
         ),
         (
             lambda: sparsegpt_update({**PARAMS, "head": PARAMS["head"].T}, HEAD, MASKS, MOMENTS),

@@ -57,8 +57,8 @@ def product(
       x: (..., in), or (..., out) if `transposed`.
       weight: A `Codebook` without stack that the kernel `serves`; `weight.kernel` says how it runs:
         "interpret", or "pallas", which is the plain product where the program is not for a TPU.
-      dtype: Of both operands of the product, bfloat16 or float32.
-      out_dtype: Of the result; `None` for `dtype`.
+      dtype: Dtype of both operands of the product, bfloat16 or float32.
+      out_dtype: Dtype of the result; `None` for `dtype`.
       transposed: Which of the two products.
       precision: As in `jax.lax.dot_general`.
     Returns:
