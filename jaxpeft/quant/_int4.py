@@ -52,8 +52,8 @@ def int4(matrix: jax.Array, *, block: int = 64, symmetric: bool = True) -> Int4:
     Args:
       matrix: The weights, (*stack, in, out).
       block: Rows under one scale. 4 + 32 / block bits per parameter.
-      symmetric: Whether zero lies in the middle of the quantized values. If not, each block has a zero
-        point of its own, for 8 / block bits more.
+      symmetric: Whether zero is in the middle of the quantized values. If not, each block has a
+        zero point of its own, for 8 / block bits more.
     """
     w = widened(matrix)
     full, tail = divmod(w.shape[-2], checked_block(block))
