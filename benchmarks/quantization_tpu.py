@@ -11,7 +11,7 @@ A step is loss, gradient, clipping and AdamW, with moments
     fp32     in float32
     8bit     in 8 bits (`adamw8bit`)
     paged    in float32 in the host's memory (`paged`); what the host holds is counted apart
-    kernel   in 8 bits, and products by the kernel of `quant.kernels`, which is off by default
+    kernel   in 8 bits, and products by the kernel of `quant._kernels`, which is off by default
 
 GiB are arguments + temporaries + outputs - aliased. The CPU backend's figure stands beside that of
 the TPU: it computes bf16 products in fp32, and its host memory is its device memory. The last line

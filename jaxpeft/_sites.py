@@ -136,7 +136,7 @@ class Sites(Mapping[str, Site]):
           patterns: As for `match`. Without patterns, no weight is a head.
 
         Raises:
-          ValueError: A pattern matches nothing; lists the paths there are, nearest first.
+          ValueError: There is no pattern, or one matches nothing; lists the paths, nearest first.
         """
         heads = set(self.every._matching(patterns))
 
@@ -161,6 +161,8 @@ class Sites(Mapping[str, Site]):
         """
         if isinstance(exclude, (str, re.Pattern)) or callable(exclude):
             exclude = (exclude,)
+        if not patterns:
+            raise ValueError("`match` needs at least one pattern, such as `match('*attn*')`.")
         out = self._matching(patterns)
         for path in self._matching(tuple(exclude)):
             out.pop(path, None)
@@ -274,7 +276,7 @@ class Sites(Mapping[str, Site]):
         names = [f"'{s.path}' {s.shape} ({', '.join(sorted(s.kinds)) or 'unused'})" for s in others]
         matrices = [f"'{path}'" for path in self._every if path not in {s.path for s in others}]
         text = f"The sites given are empty. The model has the matrices {_some(matrices)}"
-        text += f", and beside them {_some(names)}."
+        text += f", and {_some(names) if names else 'no other parameters'}."
         wide = next((site for site in others if len(site.shape) > 1), None)
         if wide is None:
             return text

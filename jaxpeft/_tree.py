@@ -150,8 +150,8 @@ def split(tree: Any) -> tuple[Any, dict[str, jax.Array]]:
                 f"{places[:10]}. Put it together with `combine(frozen, adapter)`: it is frozen."
             )
         raise ValueError(
-            "`split`: nothing in this tree is trainable. Apply a method first: "
-            "`frozen, adapter = split(method(key, params))`."
+            "`split`: nothing in this tree is trainable. Apply a method first, "
+            "`tree = method(key, params)`, and give that tree."
         )
     frozen = [
         Placeholder(names[path], expects=Expected.like(x.value, x.method)) if path in names else x

@@ -180,7 +180,7 @@ def test_override_makes_a_matrix_where_the_program_reveals_none():
     params = {"w": random(2, 3, 4), "b": random(4)}
     with pytest.raises(
         ValueError,
-        match=r"`lora` selects no parameter.*matrices none, and beside them 'b' \(4,\) \(unused\), "
+        match=r"`lora` selects no parameter.*matrices none, and 'b' \(4,\) \(unused\), "
         r"'w' \(2, 3, 4\) \(other\).*sites.override\('w', 'stack', 'in', 'out'\).match\('w'\)",
     ):
         adapted(lost, params, X, select=lambda sites: sites.linear)
@@ -200,7 +200,7 @@ def test_override_makes_a_matrix_where_the_program_reveals_none():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"w": random(6, 4)}, r"has the matrices 'w', and beside them none.$"),
+        ({"w": random(6, 4)}, r"has the matrices 'w', and no other parameters.$"),
         ({}, r"The sites given are empty, and no parameter is known"),
     ],
 )

@@ -80,7 +80,10 @@ def test_functions_say_what_they_do_and_no_argument_is_wrong(name):
     module = load(name)
     for function, value in public_functions(module):
         rule = name.startswith("jaxpeft._rules.")  # a rule's primitive stands in its decorator
-        assert inspect.getdoc(value) or rule, f"{name}.{function} has no docstring"
+        text = inspect.getdoc(value) or ""
+        assert text or rule, f"{name}.{function} has no docstring"
+        headings = re.findall(r"^(Args|Returns|Raises|Example|References):$", text, re.M)
+        assert len(set(headings)) == len(headings), f"{name}.{function} has {headings}"
         said, taken = documented(value), set(inspect.signature(value).parameters)
         if said is not None:
             assert said <= taken, f"{name}.{function} documents {said - taken}, not taken"

@@ -264,6 +264,13 @@ def call(signature_of, factory, given):
     return factory(**{n: v for n, v in fixed.items() if kinds[n].kind is not kinds[n].VAR_KEYWORD})
 
 
+def test_a_head_and_a_selection_need_a_pattern():
+    with says(ValueError, "`linear_probe(sites, *head)` needs path patterns", "'head*'"):
+        jp.linear_probe(S)
+    with says(ValueError, "`match` needs at least one pattern"):
+        S.match()
+
+
 def test_bitfit_needs_a_bias():
     sites = jp.sites(lambda p, x: x @ p["w"], P, X)
     with says(

@@ -22,6 +22,7 @@ def test_the_example_runs_and_has_as_many_trainable_parameters_as_it_says():
 
 def test_the_table_has_every_method_and_no_other():
     table = README.split("## Methods")[1].split("##")[0]
+    assert {row.count("|") for row in table.splitlines() if row.startswith("|")} == {5}
     first = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
     named = {name.split("(")[0] for cell in first for name in re.findall(r"`([^`]+)`", cell)}
     elsewhere = {name for name in named if "." in name}

@@ -76,7 +76,8 @@ def corda(
     """
     if mode not in ("instruction-previewed", "knowledge-preserved"):
         raise ValueError(
-            f"`corda(mode='{mode}')`: choose 'instruction-previewed' or 'knowledge-preserved'."
+            f"`corda(mode='{mode}')`: choose 'instruction-previewed' (PEFT's 'ipm') or "
+            "'knowledge-preserved' ('kpm')."
         )
     if damping <= 0:
         raise ValueError(f"`corda(damping={damping})`: give a positive fraction, such as 0.01.")

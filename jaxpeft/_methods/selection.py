@@ -28,9 +28,6 @@ def unfreeze(sites: Sites) -> Method:
     Returns:
       A `Method` with all parameters of the selected arrays as trainable parameters.
 
-    Args:
-      sites: The arrays to train, of any role.
-
     Raises:
       ValueError: Nothing is selected, a path is not in the tree, or its array is quantized.
 
@@ -103,9 +100,6 @@ def norm_tuning(sites: Sites) -> Method:
       >>> sorted(adapter)
       ['norm/bias', 'norm/scale']
 
-    Args:
-      sites: Where to look for normalizations; usually all sites of the program.
-
     References:
       Qi et al., Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language
       Models, 2022. https://arxiv.org/abs/2211.08682
@@ -126,7 +120,7 @@ def linear_probe(sites: Sites, *head: str) -> Method:
       A `Method` with all parameters of the head as trainable parameters.
 
     Raises:
-      ValueError: A pattern matches no parameter.
+      ValueError: There is no pattern, or one matches no parameter.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxpeft as jp
@@ -137,6 +131,11 @@ def linear_probe(sites: Sites, *head: str) -> Method:
       >>> sorted(adapter)
       ['head']
     """
+    if not head:
+        raise ValueError(
+            "`linear_probe(sites, *head)` needs path patterns of the head, such as "
+            "`linear_probe(sites, 'head*')`."
+        )
     return _unfrozen(sites.every.match(*head), "linear_probe")
 
 

@@ -1,4 +1,4 @@
-"""Files: adapter folders, Hugging Face folders of models and of adapters."""
+"""Adapter folders: saved and loaded. Folders of models are read by `jaxpeft.models`."""
 
 from jaxpeft.io._adapter import Loaded, load_adapter, save_adapter
 from jaxpeft.io._description import UncheckedAdapterWarning

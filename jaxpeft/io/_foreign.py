@@ -7,6 +7,8 @@ from typing import NoReturn
 
 _CONFIG = "adapter_config.json"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Options of PEFT's LoRA with which its two matrices are not all there is to copy.
+_MORE_THAN_FACTORS = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias")
 # A message lists at most this many files.
 _LISTED = 10
 
@@ -60,10 +62,14 @@ def _of_peft(folder: Path) -> str:
         + ", which `load_adapter` does not read. Merge it with PEFT "
         "(`model.merge_and_unload()`, then `save_pretrained`), and load the merged model as a base."
     )
-    if kind == "LORA":
+    special = any(
+        config.get(key) not in (None, False, "none", {}, []) for key in _MORE_THAN_FACTORS
+    )
+    if kind == "LORA" and not special:
+        scaling = ", scaling='alpha/sqrt(r)'" * bool(config.get("use_rslora"))
         text += (
             f" Or copy its matrices into the adapter of `lora({config.get('r')}, sites, "
-            f"alpha={config.get('lora_alpha')})`: `a` is the transpose of lora_A.weight, and `b` "
-            "that of lora_B.weight."
+            f"alpha={config.get('lora_alpha')}{scaling})`: `a` is the transpose of lora_A.weight, "
+            "and `b` that of lora_B.weight."
         )
     return text

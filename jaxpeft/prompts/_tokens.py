@@ -103,14 +103,9 @@ def check_token_ids(tree: Any, site: Site, ids: Any) -> None:
     """Checks that every id has a row in the table or is a virtual token.
 
     Args:
-      tree: The parameters, with soft prompts or without.
+      tree: The parameters, with soft prompts or without, before `split` or after it.
       site: The embedding table.
       ids: Token ids of any shape, not traced.
-
-    Args:
-      tree: Params under the methods, before `split`, after it or combined again.
-      site: The embedding table.
-      ids: Integers of any shape, as the model is given them.
 
     Raises:
       ValueError: An id is out of range; names it and the range.

@@ -13,7 +13,7 @@ from jaxpeft._sites import Site, Sites
 from jaxpeft._view import View
 from jaxpeft._weight import Weight
 from jaxpeft.extend._apply import apply_to_sites, check_floating, check_rank
-from jaxpeft.quant._quantize import check_finite_weight, quantizer
+from jaxpeft.quant._quantize import check_finite_weight, check_format, quantizer
 
 
 @register_method
@@ -61,6 +61,7 @@ def loftq(
       Meng et al., PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
       Language Models, 2024, section 4 and appendix. https://arxiv.org/abs/2404.02948
     """
+    check_format(f"loftq(format='{format}')", format, options)
     quantize = quantizer(format, **options)
     if init not in ("loftq", "pissa"):
         raise ValueError(f"`loftq(init={init!r})`: choose 'loftq' or 'pissa'.")

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -49,6 +50,25 @@ def quantizer(format: str, **options: Any) -> Callable[[jax.Array], Weight]:
     return jax.jit(functools.partial(FORMATS[format], **options))
 
 
+def check_format(caller: str, format: str, options: Mapping[str, Any]) -> None:
+    """Raises ValueError for an unknown format, or for an option that the format does not have.
+
+    Args:
+      caller: The call as the user wrote it, such as "quantize('nf4')".
+      format: The name of the format.
+      options: The options given.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"`{caller}`: the formats are {sorted(FORMATS)}.")
+    function = FORMATS[format]
+    fixed = {"matrix", *getattr(function, "keywords", {})}
+    known = [name for name in inspect.signature(function).parameters if name not in fixed]
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(
+            f"`{caller}` has no option {unknown}. The options of '{format}' are {known}."
+        )
+
+
 @register_method
 def quantize(format: str, sites: Sites, **options: Any) -> Method:
     """Quantizes the selected matrices, whatever other methods have put on top of them.
@@ -58,14 +78,15 @@ def quantize(format: str, sites: Sites, **options: Any) -> Method:
 
     Args:
       format: "nf4", "nf4+dq", "fp4", "fp4+dq", "int4", "int4+asym", "int8", "fp8".
-      sites: The matrices; usually `sites.hidden`, which leaves embeddings and the head.
+      sites: The matrices; usually `sites.hidden`, which leaves out embeddings and the head.
       options: Options of the format, such as `block=128`.
 
     Raises:
-      ValueError: The format is unknown, or a selected array is trained or quantized already, has
-        no floating-point dtype, or has infinite or NaN entries. (Those of a traced array are not
-        known: their whole block dequantizes to NaN.)
+      ValueError: The format or an option of it is unknown, or a selected array is trained or
+        quantized already, has no floating-point dtype, or has infinite or NaN entries. (Those of
+        a traced array are not known: their whole block dequantizes to NaN.)
     """
+    check_format(f"quantize('{format}')", format, options)
     quantize = quantizer(format, **options)
 
     def make(key: jax.Array, site: Site, view: View) -> View:

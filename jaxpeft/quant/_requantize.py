@@ -9,7 +9,7 @@ from jaxpeft._lift import merge
 from jaxpeft._methods.oft import as_sharded
 from jaxpeft._view import View, map_views
 from jaxpeft._weight import innermost
-from jaxpeft.quant._quantize import check_finite_weight, quantized_view, quantizer
+from jaxpeft.quant._quantize import check_finite_weight, check_format, quantized_view, quantizer
 from jaxpeft.quant._quantized import Quantized
 
 
@@ -41,6 +41,8 @@ def requantize(tree: Any, format: str | None = None, **options: Any) -> Requanti
       ValueError: Nothing in the tree is quantized, a merged weight is not finite, or the format
         is unknown.
     """
+    if format is not None:
+        check_format(f"requantize(tree, '{format}')", format, options)
     quantize = None if format is None else quantizer(format, **options)
     error: dict[str, float] = {}
 

@@ -55,13 +55,6 @@ def magnitude_scores(params: Any, sites: Sites) -> dict[str, jax.Array]:
       >>> magnitude_scores(params, jp.sites(f, params, jnp.ones((1, 1))))["w"].tolist()
       [[1.0, 4.0]]
 
-    Args:
-      params: The model's parameters.
-      sites: The arrays to score.
-
-    Returns:
-      {path: |w|}, each score in the shape of its array.
-
     References:
       Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015,
       section 3. https://arxiv.org/abs/1506.02626

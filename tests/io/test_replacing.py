@@ -309,6 +309,16 @@ def test_a_folder_of_another_library_is_recognised(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"PEFT, type LORA, for the base 'a/b'.*`lora\(8, sites"):
         load(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(config | {"use_rslora": True, "bias": "none", "rank_pattern": {}})
+    )
+    with pytest.raises(ValueError, match=r"alpha=16, scaling='alpha/sqrt\(r\)'\)`"):
+        load(tmp_path)
+    # What two matrices per weight do not say is not advised to be copied.
+    for more in ({"use_dora": True}, {"rank_pattern": {"q": 4}}, {"bias": "all"}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | more))
+        with pytest.raises(ValueError, match="load the merged model as a base.$"):
+            load(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
     with pytest.raises(ValueError, match=rf"'{tmp_path}' is .* PEFT, type IA3.*merge_and_unload"):
         load(tmp_path)

@@ -468,7 +468,7 @@ def of_nan(path):
         (lambda: jp.corda(R, LAYERS, {}), "no moments of the inputs of 'layers/down'; those given"),
         (
             lambda: jp.corda(R, LAYERS, moments(), mode="all"),
-            "mode='all'.*choose 'instruction-previewed' or",
+            "mode='all'.*choose 'instruction-previewed' .PEFT's 'ipm'. or",
         ),
         (lambda: jp.corda(R, LAYERS, moments(), damping=0), "damping=0.*positive fraction"),
         (

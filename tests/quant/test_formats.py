@@ -8,7 +8,7 @@ import pytest
 import jaxpeft as jp
 from jaxpeft._method_json import to_json
 from jaxpeft._view import View, roles_of
-from jaxpeft.quant import FORMATS
+from jaxpeft.quant import FORMATS, requantize
 from jaxpeft.quant._quantize import quantizer
 
 KEY = jax.random.key(0)
@@ -346,3 +346,20 @@ def test_loftq_refuses_what_it_cannot_do():
     for first in (jp.quantize("int8", sites), jp.lora(2, sites)):
         with pytest.raises(ValueError, match="'w' holds .* already"):
             jp.loftq(2, sites)(KEY, first(KEY, {"w": w}))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: jp.quantize("nf4+dq", s, block_size=64), "block_size.*of 'nf4.dq' are .'block'"),
+        (lambda s: jp.quantize("nf4+dq", s, double=False), "nf4.dq.*no option .'double'"),
+        (lambda s: jp.quantize("int8", s, layout="flat"), "int8.*no option .'layout'"),
+        (lambda s: jp.loftq(2, s, format="nf5"), r"`loftq\(format='nf5'\)`: the formats are"),
+        (lambda s: jp.loftq(2, s, size=5), r"`loftq\(format='nf4\+dq'\)` has no option .'size'"),
+        (lambda s: requantize({}, "int9"), r"`requantize\(tree, 'int9'\)`: the formats are"),
+    ],
+)
+def test_an_option_that_a_format_does_not_have_is_refused_when_the_method_is_made(call, message):
+    sites = jp.sites(lambda p, x: x @ p["w"], {"w": gaussian(8, 4)}, jnp.ones((1, 8)))
+    with pytest.raises(ValueError, match=message):
+        call(sites.linear)
