@@ -438,7 +438,7 @@ def on_toy():
         ),
         (
             lambda k, v: jp.prefix_tuning(2, on_toy().match("embed"), v),
-            "`prefix_tuning`: the model uses 'embed' as embedding, head, linear, which is no "
+            "`prefix_tuning`: the model uses 'embed' as embedding, head, linear, which is not a "
             "projection",
         ),
         (
