@@ -3,7 +3,7 @@
 Everything that a change of the library may alter for the better stands here.
 """
 
-_BOTH = "are among the keys and among the values. A weight that gives both at once cannot have a "
+_BOTH = "are among the keys and among the values. A weight that projects to both at once cannot have a "
 _CONV = "as conv, which is not a projection"
 _POSITIONS = "was given virtual positions .* but its input has leading axes"
 
@@ -24,7 +24,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("Equinox LSTM", "prefix"): _POSITIONS,
     ("Equinox GRU", "prefix"): "adds 'cell/bias_n' of shape .16,. to the product",
     # A bias of a third of the outputs.
-    ("Equinox GRU", "IA3"): "adds 'cell/bias_n' of shape .16,. .* 16 numbers for 48 outputs",
+    ("Equinox GRU", "IA3"): "adds 'cell/bias_n' of shape .16,. .* 16 entries for 48 outputs",
     ("Equinox convolutions", "prefix"): _CONV,
     # Its pooler reads position 0, which `check_prefix` says.
     (
