@@ -3,7 +3,7 @@
 Everything that a change of the library may alter for the better stands here.
 """
 
-_BOTH = "are among the keys and among the values. A weight that projects to both at once cannot have a "
+_BOTH = "are among the keys and among the values. A weight that projects to both at once cannot"
 _CONV = "as conv, which is not a projection"
 _POSITIONS = "was given virtual positions .* but its input has leading axes"
 
