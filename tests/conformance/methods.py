@@ -14,6 +14,9 @@ import jaxpeft as jp
 from . import by_hand
 from .rows.row import D, F, H, N, random
 
+# The program's own product makes a complex copy of its real weight.
+_PROMOTED = ("complex activations",)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
@@ -54,7 +57,8 @@ class Method:
 
     def is_factored(self, row: Any) -> bool:
         """Whether the test of sizes holds on a row."""
-        return self.factored and row.name not in self.coarse and not row.materializes
+        whole = self.coarse + _PROMOTED
+        return self.factored and row.name not in whole and not row.materializes
 
     def takes(self, row: Any) -> bool:
         """Whether the laws of the table hold for it on a row."""
@@ -329,6 +333,15 @@ _MISPLACED = {
     "a pooler of the first position": r"output 0 of shape \(2, 19\) depends on a placeholder",
 }
 
+# With 4 outputs, a factor of rank 2 * 2 is as large as the weight.
+_FOUR_OUTPUTS = (
+    "all experts on all tokens",
+    "all experts on all tokens, weighted before they are summed",
+    "experts gathered for each token",
+    "experts gathered under vmap",
+    "convolution of joined kernels",
+)
+
 # Sides are prime, so a block is all of them: as large as a square weight, cut where that is.
 _COARSE = (
     "a weight used twice in one layer",
@@ -340,6 +353,7 @@ _COARSE = (
     "weight sliced into parts before use",
     "layers stacked, then scanned",
     "linen OptimizedLSTMCell under nn.RNN",
+    *(name for name in _FOUR_OUTPUTS if "experts" in name),
 )
 
 # Rows in which a weight lies in parts, whose entries would need to know their positions in it.
@@ -351,15 +365,6 @@ _CUT = (
     "weight sliced into parts before use",
     "weight split into parts before use",
     "kernels joined by heads, then split apart",
-)
-
-# With 4 outputs, a factor of rank 2 * 2 is as large as the weight.
-_FOUR_OUTPUTS = (
-    "all experts on all tokens",
-    "all experts on all tokens, weighted before they are summed",
-    "experts gathered for each token",
-    "experts gathered under vmap",
-    "convolution of joined kernels",
 )
 
 METHODS = [
@@ -398,7 +403,7 @@ METHODS = [
         given=_inverse_temperature,
     ),
     Method("hira", _hira, factored=False, rows=("x @ w", "lax.scan over layers")),
-    Method("vera", _vera, rows=("x @ w",)),
+    Method("vera", _vera, rows=("x @ w",), coarse=_FOUR_OUTPUTS),
     Method("loha", _loha, rows=("x @ w",), coarse=_FOUR_OUTPUTS),
     Method("lokr", _lokr, roles=("linear", "embedding"), rows=("x @ w",)),
     Method("miss", _miss, rows=("x @ w",)),
