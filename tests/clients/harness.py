@@ -1,8 +1,8 @@
 """Models of other libraries under five methods: what a client is, and the laws that it is held to.
 
 A client is a function of parameters as its library writes it, with random parameters of a few
-entries. Under a method that is a matrix the lifted model equals the merged one, outputs and
-gradients of the adapter. A prefix is no matrix: there the library itself is told to put the trained
+entries. Under a mergeable method the lifted model equals the merged one, outputs and gradients of
+the adapter. A prefix has no dense equivalent: there the library itself is told to put the trained
 rows at the virtual positions, and what the placeholders are may change nothing.
 """
 
